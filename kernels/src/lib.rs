@@ -1,1 +1,25 @@
-//! 
+//! Tensors on devices, and the operations of a T5 training step on them.
+//!
+//! Synchronous, and deliberately small: an operation is a function over [`View`]s, coarse enough to be one or two
+//! launches on a GPU (attention with relative bias, RMSNorm, gated GELU, …); there is no tensor algebra, no tape and no
+//! broadcasting. The crate knows no model, no file format and no network.
+//!
+//! Conventions that every operation keeps:
+//! - rows are tokens of a padding-free batch, columns are features; a weight is `[out, in]`;
+//! - activations and weights are f32 or bf16, sums are accumulated in f32, parameter gradients are f32;
+//! - gradients of parameters accumulate (`+=`), gradients of activations overwrite unless a flag says otherwise;
+//! - a result does not depend on the number of threads, to the bit;
+//! - a wrong shape, type or device is a bug of the caller and panics; an [`Error`] is something the machine did.
+
+mod device;
+mod error;
+pub mod ops;
+mod pool;
+mod random;
+mod tensor;
+
+pub use device::Device;
+pub use error::{Error, Result};
+pub use pool::MemoryStatistics;
+pub use random::Dropout;
+pub use tensor::{DType, Element, Segments, Tensor, View, ViewMut};

@@ -1,0 +1,24 @@
+//! The operations, one file each: its mathematics, its code for every device, its tests against a float64 oracle.
+//!
+//! Legend of shapes: N rows (tokens), I inputs, O outputs, D model, H heads, K head dimension, F feed-forward,
+//! V vocabulary, R the largest distance that a relative bias tells apart.
+
+mod activation;
+mod attention;
+mod cast;
+mod cross_entropy;
+mod embedding;
+mod linear;
+mod relative_bias;
+mod residual;
+mod rms_norm;
+
+pub use activation::{gated_gelu_backward, gated_gelu_forward, relu_backward, relu_forward};
+pub use attention::{Attention, AttentionGradients, attention_backward, attention_forward};
+pub use cast::cast;
+pub use cross_entropy::{CrossEntropy, IGNORED_LABEL, cross_entropy_forward, cross_entropy_forward_backward};
+pub use embedding::{embedding_backward, embedding_forward};
+pub use linear::{linear_backward_input, linear_backward_weight, linear_forward};
+pub use relative_bias::{RelativeBuckets, relative_bias_backward, relative_bias_forward};
+pub use residual::{dropout, residual_forward};
+pub use rms_norm::{rms_norm_backward, rms_norm_forward};

@@ -1,1 +1,31 @@
+//! T5 from scratch: configuration, parameters, forward and backward passes, generation, Hugging Face's files.
 //!
+//! There is no tape: every layer has `forward` and `backward` side by side, and backward reads as forward reversed. All
+//! parameters live in one arena ([`Parameters`]), and a model ([`Model`]) is only the plan of how to use it, so that the
+//! optimizer, the all-reduce, digests and checkpoints work on flat ranges. The crate knows no ranks, no data source and
+//! no optimizer.
+
+mod batch;
+mod config;
+mod error;
+mod flops;
+mod generate;
+mod hub_files;
+mod init;
+mod layers;
+mod model;
+mod parameters;
+mod pass;
+mod presets;
+mod stack;
+
+pub use batch::Batch;
+pub use config::{Config, FeedForwardKind, ModelType};
+pub use error::{Error, Result};
+pub use flops::{BatchShape, training_flops};
+pub use generate::Generated;
+pub use hub_files::{load_pretrained, save_pretrained};
+pub use init::initialize;
+pub use model::{LossSums, Model, TrainOptions};
+pub use parameters::{Layout, NamedTensor, Parameters};
+pub use presets::{PRESETS, preset};

@@ -1,0 +1,165 @@
+//! `config.json` as Hugging Face writes it, and what it means.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::{Error, Result};
+
+/// A T5's architecture. The names and defaults are those of Hugging Face's `T5Config`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Config {
+    pub model_type: ModelType,
+    pub vocab_size: usize,
+    pub d_model: usize,
+    pub d_kv: usize,
+    pub d_ff: usize,
+    pub num_layers: usize,
+    /// As many as `num_layers` where the file does not say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub num_decoder_layers: Option<usize>,
+    pub num_heads: usize,
+    pub relative_attention_num_buckets: usize,
+    pub relative_attention_max_distance: usize,
+    pub dropout_rate: f32,
+    pub layer_norm_epsilon: f32,
+    pub initializer_factor: f32,
+    pub feed_forward_proj: FeedForwardKind,
+    pub tie_word_embeddings: bool,
+    /// Whether the decoder's output is multiplied by `d_model^-½` before the head. transformers 5 writes it; elsewhere it
+    /// follows from tying.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scale_decoder_outputs: Option<bool>,
+    pub pad_token_id: u32,
+    pub eos_token_id: u32,
+    pub decoder_start_token_id: u32,
+    /// Everything else in the file, written back as it was.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// Which of the family a checkpoint is; they share code, and UMT5 has a bias table in every layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ModelType {
+    T5,
+    Mt5,
+    Umt5,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FeedForwardKind {
+    /// `wo(relu(wi x))`
+    Relu,
+    /// `wo(gelu_tanh(wi_0 x) · wi_1 x)`
+    GatedGelu,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            model_type: ModelType::T5,
+            vocab_size: 32128,
+            d_model: 512,
+            d_kv: 64,
+            d_ff: 2048,
+            num_layers: 6,
+            num_decoder_layers: None,
+            num_heads: 8,
+            relative_attention_num_buckets: 32,
+            relative_attention_max_distance: 128,
+            dropout_rate: 0.1,
+            layer_norm_epsilon: 1e-6,
+            initializer_factor: 1.0,
+            feed_forward_proj: FeedForwardKind::Relu,
+            tie_word_embeddings: true,
+            scale_decoder_outputs: None,
+            pad_token_id: 0,
+            eos_token_id: 1,
+            decoder_start_token_id: 0,
+            extra: Map::new(),
+        }
+    }
+}
+
+impl Config {
+    /// Width of all heads together; need not be `d_model`.
+    pub fn inner(&self) -> usize {
+        self.num_heads * self.d_kv
+    }
+
+    pub fn decoder_layers(&self) -> usize {
+        self.num_decoder_layers.unwrap_or(self.num_layers)
+    }
+
+    pub fn is_gated(&self) -> bool {
+        self.feed_forward_proj == FeedForwardKind::GatedGelu
+    }
+
+    /// Whether every layer has its own relative bias table, not only the first.
+    pub fn bias_in_every_layer(&self) -> bool {
+        self.model_type == ModelType::Umt5
+    }
+
+    /// What the logits are multiplied by.
+    pub fn head_scale(&self) -> f32 {
+        if self.scale_decoder_outputs.unwrap_or(self.tie_word_embeddings) {
+            (self.d_model as f32).powf(-0.5)
+        } else {
+            1.0
+        }
+    }
+
+    /// Checks every range; the message names the key.
+    pub fn validate(&self) -> Result<()> {
+        let sizes = [
+            ("vocab_size", self.vocab_size, 3, 1 << 24),
+            ("d_model", self.d_model, 1, 1 << 16),
+            ("d_kv", self.d_kv, 1, 1 << 12),
+            ("d_ff", self.d_ff, 1, 1 << 20),
+            ("num_layers", self.num_layers, 1, 1 << 12),
+            ("num_decoder_layers", self.decoder_layers(), 1, 1 << 12),
+            ("num_heads", self.num_heads, 1, 1 << 12),
+            ("relative_attention_num_buckets", self.relative_attention_num_buckets, 4, 1 << 12),
+            ("relative_attention_max_distance", self.relative_attention_max_distance, 2, 1 << 20),
+        ];
+        for (key, value, least, most) in sizes {
+            if !(least..=most).contains(&value) {
+                return Err(Error::Config(format!("{key} = {value} is out of range: {least} to {most}")));
+            }
+        }
+        if self.relative_attention_num_buckets % 4 != 0 {
+            return Err(Error::Config(format!(
+                "relative_attention_num_buckets = {} must be a multiple of 4",
+                self.relative_attention_num_buckets
+            )));
+        }
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets / 2 {
+            return Err(Error::Config(format!(
+                "relative_attention_max_distance = {} must be more than half of relative_attention_num_buckets = {}",
+                self.relative_attention_max_distance, self.relative_attention_num_buckets
+            )));
+        }
+        if !(0.0..1.0).contains(&self.dropout_rate) {
+            return Err(Error::Config(format!("dropout_rate = {} is out of range: 0 to below 1", self.dropout_rate)));
+        }
+        for (key, value) in
+            [("layer_norm_epsilon", self.layer_norm_epsilon), ("initializer_factor", self.initializer_factor)]
+        {
+            if !(value > 0.0 && value.is_finite()) {
+                return Err(Error::Config(format!("{key} = {value} must be more than 0")));
+            }
+        }
+        for (key, id) in [
+            ("pad_token_id", self.pad_token_id),
+            ("eos_token_id", self.eos_token_id),
+            ("decoder_start_token_id", self.decoder_start_token_id),
+        ] {
+            if id as usize >= self.vocab_size {
+                return Err(Error::Config(format!("{key} = {id} is not below vocab_size = {}", self.vocab_size)));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,255 @@
+//! Hugging Face's directories: `config.json`, `generation_config.json`, `model.safetensors`, split or not.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+use quintet_kernels::{DType, Device};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde_json::{Value, json};
+
+use crate::config::{Config, ModelType};
+use crate::parameters::NamedTensor;
+use crate::{Error, Model, Parameters, Result};
+
+/// The model of a directory, with its weights in f32.
+///
+/// Whether the head is tied is decided by what the weights hold, because versions of transformers disagree about
+/// `tie_word_embeddings` for the v1.1 family.
+pub fn load_pretrained(device: &Device, directory: &Path) -> Result<(Model, Parameters)> {
+    let weights = WeightFiles::open(directory)?;
+    let config_path = directory.join("config.json");
+    let mut config = read_config(&config_path)?;
+    decide_tying(&mut config, &weights)?;
+    let model = Model::new(device, config).map_err(|error| match error {
+        Error::Config(message) => file_error(&config_path, message),
+        other => other,
+    })?;
+    let mut parameters = model.zero_parameters(DType::F32)?;
+    let layout = model.layout().clone();
+    let mut known: HashSet<&str> = layout.tensors().iter().map(|tensor| tensor.name.as_str()).collect();
+    known.extend(["lm_head.weight"].iter().chain(&IGNORED));
+    if let Some((name, path)) = weights.paths.iter().find(|(name, _)| !known.contains(name.as_str())) {
+        let message = "is no part of this architecture; check config.json".to_string();
+        return Err(Error::Tensor { path: path.clone(), tensor: name.clone(), message });
+    }
+    for tensor in layout.tensors() {
+        weights.read(tensor, &mut parameters.as_mut_slice()[tensor.range.clone()])?;
+    }
+    Ok((model, parameters))
+}
+
+/// Aliases and a table without effect that old files contain.
+const IGNORED: [&str; 3] = [
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+];
+
+fn file_error(path: &Path, message: impl Into<String>) -> Error {
+    Error::File { path: path.to_path_buf(), message: message.into() }
+}
+
+fn read_config(path: &Path) -> Result<Config> {
+    let text = fs::read_to_string(path).map_err(|error| file_error(path, format!("cannot read: {error}")))?;
+    serde_json::from_str(&text).map_err(|error| file_error(path, format!("not a T5 configuration: {error}")))
+}
+
+/// A head of its own that differs from the embedding is untied, whatever the configuration says.
+fn decide_tying(config: &mut Config, weights: &WeightFiles) -> Result<()> {
+    let tied = match weights.tensor("lm_head.weight")? {
+        None => true,
+        Some(head) => {
+            config.tie_word_embeddings
+                && weights.tensor("shared.weight")?.is_some_and(|shared| shared.data() == head.data())
+        }
+    };
+    if tied != config.tie_word_embeddings && config.scale_decoder_outputs.is_none() {
+        // The scale belongs to the architecture that the configuration names, unless it was only ever implied by tying.
+        config.scale_decoder_outputs = Some(tied && config.tie_word_embeddings);
+    }
+    config.tie_word_embeddings = tied;
+    if config.scale_decoder_outputs == Some(tied) {
+        config.scale_decoder_outputs = None;
+    }
+    Ok(())
+}
+
+/// The safetensors of a directory, mapped, and which of them holds which tensor.
+struct WeightFiles {
+    files: HashMap<PathBuf, Mmap>,
+    paths: BTreeMap<String, PathBuf>,
+}
+
+impl WeightFiles {
+    fn open(directory: &Path) -> Result<Self> {
+        if !directory.is_dir() {
+            return Err(file_error(directory, "no such directory; a model is a directory with config.json"));
+        }
+        let index = directory.join("model.safetensors.index.json");
+        let single = directory.join("model.safetensors");
+        let mut weights = WeightFiles { files: HashMap::new(), paths: BTreeMap::new() };
+        let names = if single.is_file() {
+            vec![single]
+        } else if index.is_file() {
+            shard_paths(directory, &index)?
+        } else {
+            return Err(file_error(directory, "holds no model.safetensors (PyTorch's .bin files are not read)"));
+        };
+        for path in names {
+            weights.add(path)?;
+        }
+        Ok(weights)
+    }
+
+    fn add(&mut self, path: PathBuf) -> Result<()> {
+        let file = File::open(&path).map_err(|error| file_error(&path, format!("cannot open: {error}")))?;
+        // SAFETY: the map is only read, through a parser that checks every offset; a file that another process cuts
+        // short while it is being read is outside what can be guarded against, as for any mapped file.
+        let map = unsafe { Mmap::map(&file) }.map_err(|error| file_error(&path, format!("cannot map: {error}")))?;
+        for name in parse(&path, &map)?.names() {
+            self.paths.insert(name.to_string(), path.clone());
+        }
+        self.files.insert(path, map);
+        Ok(())
+    }
+
+    fn tensor(&self, name: &str) -> Result<Option<TensorView<'_>>> {
+        let Some(path) = self.paths.get(name) else { return Ok(None) };
+        let tensors = parse(path, &self.files[path])?;
+        Ok(tensors.tensor(name).ok())
+    }
+
+    /// Copies a tensor into its place in the arena.
+    fn read(&self, tensor: &NamedTensor, target: &mut [f32]) -> Result<()> {
+        let found = match self.tensor(&tensor.name)? {
+            Some(found) => found,
+            // The embedding under the names of its aliases.
+            None if tensor.name == "shared.weight" => {
+                let alias = self.tensor(IGNORED[0])?.or(self.tensor(IGNORED[1])?);
+                alias.ok_or_else(|| self.missing(tensor))?
+            }
+            None => return Err(self.missing(tensor)),
+        };
+        let error = |message| Error::Tensor {
+            path: self.paths.get(&tensor.name).cloned().unwrap_or_default(),
+            tensor: tensor.name.clone(),
+            message,
+        };
+        if found.shape() != tensor.shape {
+            return Err(error(format!("shape {:?}, but config.json asks for {:?}", found.shape(), tensor.shape)));
+        }
+        decode(found.dtype(), found.data(), target).map_err(error)
+    }
+
+    fn missing(&self, tensor: &NamedTensor) -> Error {
+        let path = self.files.keys().min().cloned().unwrap_or_default();
+        let message = "is missing; the file does not fit config.json".to_string();
+        Error::Tensor { path, tensor: tensor.name.clone(), message }
+    }
+}
+
+fn parse<'a>(path: &Path, map: &'a Mmap) -> Result<SafeTensors<'a>> {
+    SafeTensors::deserialize(map)
+        .map_err(|error| file_error(path, format!("not a whole safetensors file ({error}); fetch or copy it again")))
+}
+
+/// The shards that an index names, which must be plain file names beside it.
+fn shard_paths(directory: &Path, index: &Path) -> Result<Vec<PathBuf>> {
+    let text = fs::read_to_string(index).map_err(|error| file_error(index, format!("cannot read: {error}")))?;
+    let value: Value = serde_json::from_str(&text).map_err(|error| file_error(index, format!("not JSON: {error}")))?;
+    let map = value.get("weight_map").and_then(Value::as_object);
+    let map = map.ok_or_else(|| file_error(index, "has no weight_map"))?;
+    let mut names = HashSet::new();
+    for name in map.values() {
+        let name =
+            name.as_str().ok_or_else(|| file_error(index, "weight_map names a file by something not a string"))?;
+        if Path::new(name).file_name() != Some(name.as_ref()) {
+            return Err(file_error(index, format!("weight_map leaves the directory: {name}")));
+        }
+        names.insert(name);
+    }
+    let mut paths: Vec<PathBuf> = names.into_iter().map(|name| directory.join(name)).collect();
+    paths.sort();
+    Ok(paths)
+}
+
+fn decode(dtype: Dtype, bytes: &[u8], target: &mut [f32]) -> std::result::Result<(), String> {
+    match dtype {
+        Dtype::F32 => convert(bytes, target, f32::from_le_bytes),
+        Dtype::BF16 => convert(bytes, target, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+        Dtype::F16 => convert(bytes, target, |bytes| f16::from_le_bytes(bytes).to_f32()),
+        other => return Err(format!("type {other:?} is not read; F32, BF16 and F16 are")),
+    }
+    Ok(())
+}
+
+fn convert<const SIZE: usize>(bytes: &[u8], target: &mut [f32], element: impl Fn([u8; SIZE]) -> f32) {
+    let (elements, rest) = bytes.as_chunks::<SIZE>();
+    assert!(rest.is_empty() && elements.len() == target.len(), "the parser checked the length");
+    for (value, &bytes) in target.iter_mut().zip(elements) {
+        *value = element(bytes);
+    }
+}
+
+/// Writes the model in Hugging Face's layout, its weights in f32, into a directory that exists.
+///
+/// v1.0 is written as tied without `lm_head.weight`, the v1.1 family as untied with it: transformers 4 and 5 agree on
+/// those two.
+pub fn save_pretrained(model: &Model, parameters: &Parameters, directory: &Path) -> Result<()> {
+    let config = model.config();
+    let class = match config.model_type {
+        ModelType::T5 => "T5ForConditionalGeneration",
+        ModelType::Mt5 => "MT5ForConditionalGeneration",
+        ModelType::Umt5 => "UMT5ForConditionalGeneration",
+    };
+    let mut value = json!({"architectures": [class], "is_encoder_decoder": true, "torch_dtype": "float32"});
+    let fields = serde_json::to_value(config).map_err(|error| Error::Config(error.to_string()))?;
+    for (key, field) in fields.as_object().into_iter().flatten() {
+        if !["architectures", "torch_dtype", "dtype", "is_encoder_decoder"].contains(&key.as_str()) {
+            value[key] = field.clone();
+        }
+    }
+    write_json(&directory.join("config.json"), &value)?;
+    let generation = json!({
+        "decoder_start_token_id": config.decoder_start_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    });
+    write_json(&directory.join("generation_config.json"), &generation)?;
+    write_weights(parameters, &directory.join("model.safetensors"))
+}
+
+fn write_json(path: &Path, value: &Value) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(value).map_err(|error| Error::Config(error.to_string()))?;
+    text.push('\n');
+    fs::write(path, text).map_err(|source| Error::Write { path: path.to_path_buf(), source })
+}
+
+/// A safetensors file straight from the arena, without a copy of it in memory.
+fn write_weights(parameters: &Parameters, path: &Path) -> Result<()> {
+    let write = || -> std::io::Result<()> {
+        let mut header = json!({"__metadata__": {"format": "pt"}});
+        let mut offset = 0;
+        for tensor in parameters.layout().tensors() {
+            let end = offset + 4 * tensor.range.len();
+            header[&tensor.name] = json!({"dtype": "F32", "shape": tensor.shape, "data_offsets": [offset, end]});
+            offset = end;
+        }
+        let mut header = serde_json::to_vec(&header)?;
+        header.resize(header.len().next_multiple_of(8), b' ');
+        let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(&header)?;
+        for tensor in parameters.layout().tensors() {
+            for value in &parameters.as_slice()[tensor.range.clone()] {
+                file.write_all(&value.to_le_bytes())?;
+            }
+        }
+        file.into_inner()?.sync_all()
+    };
+    write().map_err(|source| Error::Write { path: path.to_path_buf(), source })
+}

@@ -1,0 +1,160 @@
+//! A T5: what a micro-batch's loss is, and its gradient.
+
+use std::sync::Arc;
+
+use quintet_kernels::ops::{self, CrossEntropy};
+use quintet_kernels::{DType, Device, Tensor};
+
+use crate::parameters::{Layout, Parameters};
+use crate::pass::{BackwardPass, Masks, Pass};
+use crate::stack::{Encoded, Keep, Stack, StackSaved};
+use crate::{Batch, Config, Result};
+
+/// The plan of a T5 on a device; the weights are handed to it.
+pub struct Model {
+    device: Device,
+    config: Config,
+    layout: Arc<Layout>,
+}
+
+/// The loss of a micro-batch as a sum, never a mean: means are taken once, over the global batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LossSums {
+    /// Σ −log p(label), without smoothing.
+    pub loss_sum: f64,
+    pub target_tokens: u64,
+}
+
+/// What training is besides a loss.
+#[derive(Clone, Copy, Debug)]
+pub struct TrainOptions {
+    /// The randomness of dropout, the same whoever computes the micro-batch: one seed per run and step.
+    pub seed: u64,
+    /// The number of this micro-batch within its step.
+    pub micro_batch: u32,
+    pub label_smoothing: f32,
+    /// Keep only each block's input, and compute the block again on the way back.
+    pub gradient_checkpointing: bool,
+}
+
+/// The two stacks of a forward pass, with what their backward passes need.
+struct Forward {
+    encoded: Tensor,
+    encoder: StackSaved,
+    decoded: Tensor,
+    decoder: StackSaved,
+}
+
+impl Model {
+    /// Fails where the configuration is out of range.
+    pub fn new(device: &Device, config: Config) -> Result<Self> {
+        config.validate()?;
+        let layout = Arc::new(Layout::new(&config));
+        Ok(Model { device: device.clone(), config, layout })
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    pub fn zero_parameters(&self, dtype: DType) -> Result<Parameters> {
+        Parameters::zeros(&self.device, self.layout.clone(), dtype)
+    }
+
+    pub(crate) fn pass<'a>(&'a self, weights: &'a Parameters, masks: Masks) -> Pass<'a> {
+        Pass { device: &self.device, config: &self.config, weights, masks }
+    }
+
+    pub(crate) fn inference_pass<'a>(&'a self, weights: &'a Parameters) -> Pass<'a> {
+        self.pass(weights, Masks { probability: 0.0, seed: 0, micro_batch: 0 })
+    }
+
+    /// The loss of a batch as in evaluation: no dropout, no smoothing.
+    pub fn loss(&self, weights: &Parameters, batch: &Batch) -> Result<LossSums> {
+        let pass = self.inference_pass(weights);
+        let forward = self.forward(&pass, batch, Keep::Nothing)?;
+        let head = weights.slot(self.layout.head());
+        let loss = CrossEntropy { scale: self.config.head_scale(), label_smoothing: 0.0 };
+        let mut losses = self.device.empty(DType::F32, batch.target_tokens(), 1)?;
+        ops::cross_entropy_forward(forward.decoded.view(), head, batch.labels.view(), loss, losses.view_mut())?;
+        Ok(sums(&losses))
+    }
+
+    /// The loss of a micro-batch, and the gradient of its **sum** over target tokens, added to `gradients` (f32).
+    pub fn train(
+        &self,
+        weights: &Parameters,
+        batch: &Batch,
+        options: TrainOptions,
+        gradients: &mut Parameters,
+    ) -> Result<LossSums> {
+        assert_eq!(gradients.dtype(), DType::F32);
+        let TrainOptions { seed, micro_batch, label_smoothing, gradient_checkpointing } = options;
+        let masks = Masks { probability: self.config.dropout_rate, seed, micro_batch };
+        let pass = self.pass(weights, masks);
+        let keep = if gradient_checkpointing { Keep::Inputs } else { Keep::Activations };
+        let Forward { encoded, encoder, decoded, decoder } = self.forward(&pass, batch, keep)?;
+        let mut backward = BackwardPass { pass: &pass, gradients };
+
+        let head = self.layout.head();
+        let loss = CrossEntropy { scale: self.config.head_scale(), label_smoothing };
+        let mut losses = self.device.empty(DType::F32, batch.target_tokens(), 1)?;
+        let mut d_decoded = pass.empty(decoded.rows(), decoded.cols())?;
+        ops::cross_entropy_forward_backward(
+            decoded.view(),
+            weights.slot(head),
+            batch.labels.view(),
+            loss,
+            losses.view_mut(),
+            d_decoded.view_mut(),
+            backward.gradients.slot_mut(head),
+        )?;
+        drop(decoded);
+
+        let mut d_encoded = self.device.zeros(weights.dtype(), encoded.rows(), encoded.cols())?;
+        self.decoder(batch, &encoded).backward(&mut backward, decoder, d_decoded, Some(&mut d_encoded))?;
+        drop(encoded);
+        self.encoder(batch).backward(&mut backward, encoder, d_encoded, None)?;
+        Ok(sums(&losses))
+    }
+
+    fn forward(&self, pass: &Pass, batch: &Batch, keep: Keep) -> Result<Forward> {
+        let (encoded, encoder) = self.encoder(batch).forward(pass, keep)?;
+        let (decoded, decoder) = self.decoder(batch, &encoded).forward(pass, keep)?;
+        Ok(Forward { encoded, encoder, decoded, decoder })
+    }
+
+    fn encoder<'a>(&'a self, batch: &'a Batch) -> Stack<'a> {
+        Stack {
+            layout: &self.layout.encoder,
+            decoder: false,
+            ids: batch.source_ids.view(),
+            segments: &batch.source,
+            encoded: None,
+        }
+    }
+
+    fn decoder<'a>(&'a self, batch: &'a Batch, encoded: &'a Tensor) -> Stack<'a> {
+        Stack {
+            layout: &self.layout.decoder,
+            decoder: true,
+            ids: batch.decoder_ids.view(),
+            segments: &batch.target,
+            encoded: Some(Encoded { segments: &batch.source, output: encoded.view() }),
+        }
+    }
+}
+
+/// Sums in f64, in the order of the rows.
+fn sums(losses: &Tensor) -> LossSums {
+    let losses = losses.as_slice::<f32>();
+    LossSums { loss_sum: losses.iter().map(|&loss| f64::from(loss)).sum(), target_tokens: losses.len() as u64 }
+}

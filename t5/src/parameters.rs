@@ -1,0 +1,315 @@
+//! The arena: all parameters in one piece of memory, with names for its parts.
+//!
+//! Gradients, moments and master weights are arenas of the same layout. Tensors that one product uses together (q, k and
+//! v; k and v of cross-attention; wi_0 and wi_1) lie side by side, so that together they are one taller matrix.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use quintet_kernels::{DType, Device, Tensor, View, ViewMut};
+
+use crate::{Config, Result};
+
+/// A matrix in an arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Slot {
+    offset: usize,
+    rows: usize,
+    cols: usize,
+}
+
+impl Slot {
+    pub(crate) fn rows(self) -> usize {
+        self.rows
+    }
+
+    /// Some of its rows: one of the matrices that lie side by side in it.
+    pub(crate) fn rows_range(self, range: Range<usize>) -> Slot {
+        assert!(range.end <= self.rows);
+        Slot { offset: self.offset + range.start * self.cols, rows: range.len(), cols: self.cols }
+    }
+}
+
+/// A tensor of the model under the name that Hugging Face gives it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedTensor {
+    pub name: String,
+    /// Its elements in the arena.
+    pub range: Range<usize>,
+    /// `[out, in]`, or `[size]` for a norm.
+    pub shape: Vec<usize>,
+}
+
+impl NamedTensor {
+    fn new(name: String, offset: usize, shape: Vec<usize>) -> Self {
+        let length = shape.iter().product::<usize>();
+        NamedTensor { name, range: offset..offset + length, shape }
+    }
+}
+
+/// Where each tensor lies in the arena of a configuration.
+#[derive(Debug)]
+pub struct Layout {
+    tensors: Vec<NamedTensor>,
+    length: usize,
+    pub(crate) shared: Slot,
+    /// `None` where the head is tied to `shared`.
+    pub(crate) lm_head: Option<Slot>,
+    pub(crate) encoder: StackLayout,
+    pub(crate) decoder: StackLayout,
+}
+
+/// The slots of one stack.
+#[derive(Debug)]
+pub(crate) struct StackLayout {
+    pub(crate) blocks: Vec<BlockLayout>,
+    /// One table for all blocks, or one for each (UMT5).
+    pub(crate) bias_tables: Vec<Slot>,
+    pub(crate) final_norm: Slot,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BlockLayout {
+    pub(crate) attention: SelfAttentionLayout,
+    pub(crate) cross: Option<CrossAttentionLayout>,
+    pub(crate) feed_forward: FeedForwardLayout,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SelfAttentionLayout {
+    pub(crate) norm: Slot,
+    /// `[3 · inner, d_model]`: q, k, v.
+    pub(crate) qkv: Slot,
+    pub(crate) o: Slot,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CrossAttentionLayout {
+    pub(crate) norm: Slot,
+    pub(crate) q: Slot,
+    /// `[2 · inner, d_model]`: k, v.
+    pub(crate) kv: Slot,
+    pub(crate) o: Slot,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FeedForwardLayout {
+    pub(crate) norm: Slot,
+    /// `[d_ff, d_model]`, or `[2 · d_ff, d_model]` when gated: wi_0, wi_1.
+    pub(crate) wi: Slot,
+    pub(crate) wo: Slot,
+}
+
+impl Layout {
+    pub fn new(config: &Config) -> Self {
+        let mut builder = Builder::default();
+        let shared = builder.matrix("shared.weight", config.vocab_size, config.d_model);
+        let encoder = builder.stack(config, "encoder", config.num_layers);
+        let decoder = builder.stack(config, "decoder", config.decoder_layers());
+        let lm_head =
+            (!config.tie_word_embeddings).then(|| builder.matrix("lm_head.weight", config.vocab_size, config.d_model));
+        Layout { tensors: builder.tensors, length: builder.length, shared, lm_head, encoder, decoder }
+    }
+
+    /// All tensors, in the order of the arena.
+    pub fn tensors(&self) -> &[NamedTensor] {
+        &self.tensors
+    }
+
+    /// Elements of the arena, the gaps that align tensors included.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    /// Elements of all tensors.
+    pub fn parameter_count(&self) -> usize {
+        self.tensors.iter().map(|tensor| tensor.range.len()).sum()
+    }
+
+    /// The weight of the output head: its own, or the embedding's.
+    pub(crate) fn head(&self) -> Slot {
+        self.lm_head.unwrap_or(self.shared)
+    }
+}
+
+#[derive(Default)]
+struct Builder {
+    tensors: Vec<NamedTensor>,
+    length: usize,
+}
+
+/// Tensors and groups begin at multiples of this many elements: 64 bytes of f32.
+const ALIGNMENT: usize = 16;
+
+impl Builder {
+    /// Matrices of one width, one below the other without a gap.
+    fn group(&mut self, parts: &[(String, usize)], cols: usize) -> Slot {
+        let offset = self.length;
+        let mut rows = 0;
+        for (name, part_rows) in parts {
+            self.tensors.push(NamedTensor::new(name.clone(), offset + rows * cols, vec![*part_rows, cols]));
+            rows += part_rows;
+        }
+        self.length = (offset + rows * cols).next_multiple_of(ALIGNMENT);
+        Slot { offset, rows, cols }
+    }
+
+    fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Slot {
+        self.group(&[(name.to_string(), rows)], cols)
+    }
+
+    fn norm(&mut self, name: &str, size: usize) -> Slot {
+        let offset = self.length;
+        self.tensors.push(NamedTensor::new(name.to_string(), offset, vec![size]));
+        self.length = (offset + size).next_multiple_of(ALIGNMENT);
+        Slot { offset, rows: 1, cols: size }
+    }
+
+    fn stack(&mut self, config: &Config, stack: &str, blocks: usize) -> StackLayout {
+        let mut bias_tables = Vec::new();
+        let blocks = (0..blocks)
+            .map(|index| {
+                let block = format!("{stack}.block.{index}");
+                let attention = self.self_attention(config, &format!("{block}.layer.0"));
+                if index == 0 || config.bias_in_every_layer() {
+                    bias_tables.push(self.matrix(
+                        &format!("{block}.layer.0.SelfAttention.relative_attention_bias.weight"),
+                        config.relative_attention_num_buckets,
+                        config.num_heads,
+                    ));
+                }
+                let cross = (stack == "decoder").then(|| self.cross_attention(config, &format!("{block}.layer.1")));
+                let last = if cross.is_some() { 2 } else { 1 };
+                let feed_forward = self.feed_forward(config, &format!("{block}.layer.{last}"));
+                BlockLayout { attention, cross, feed_forward }
+            })
+            .collect();
+        let final_norm = self.norm(&format!("{stack}.final_layer_norm.weight"), config.d_model);
+        StackLayout { blocks, bias_tables, final_norm }
+    }
+
+    fn self_attention(&mut self, config: &Config, layer: &str) -> SelfAttentionLayout {
+        let name = |letter| (format!("{layer}.SelfAttention.{letter}.weight"), config.inner());
+        SelfAttentionLayout {
+            norm: self.norm(&format!("{layer}.layer_norm.weight"), config.d_model),
+            qkv: self.group(&[name("q"), name("k"), name("v")], config.d_model),
+            o: self.matrix(&format!("{layer}.SelfAttention.o.weight"), config.d_model, config.inner()),
+        }
+    }
+
+    fn cross_attention(&mut self, config: &Config, layer: &str) -> CrossAttentionLayout {
+        let name = |letter| (format!("{layer}.EncDecAttention.{letter}.weight"), config.inner());
+        CrossAttentionLayout {
+            norm: self.norm(&format!("{layer}.layer_norm.weight"), config.d_model),
+            q: self.group(&[name("q")], config.d_model),
+            kv: self.group(&[name("k"), name("v")], config.d_model),
+            o: self.matrix(&format!("{layer}.EncDecAttention.o.weight"), config.d_model, config.inner()),
+        }
+    }
+
+    fn feed_forward(&mut self, config: &Config, layer: &str) -> FeedForwardLayout {
+        let name = |part: &str| (format!("{layer}.DenseReluDense.{part}.weight"), config.d_ff);
+        let inputs = if config.is_gated() { vec![name("wi_0"), name("wi_1")] } else { vec![name("wi")] };
+        FeedForwardLayout {
+            norm: self.norm(&format!("{layer}.layer_norm.weight"), config.d_model),
+            wi: self.group(&inputs, config.d_model),
+            wo: self.matrix(&format!("{layer}.DenseReluDense.wo.weight"), config.d_model, config.d_ff),
+        }
+    }
+}
+
+/// One arena of values: weights, or anything of the same layout.
+pub struct Parameters {
+    layout: Arc<Layout>,
+    values: Tensor,
+}
+
+impl Parameters {
+    pub fn zeros(device: &Device, layout: Arc<Layout>, dtype: DType) -> Result<Self> {
+        let values = device.zeros(dtype, 1, layout.len())?;
+        Ok(Parameters { layout, values })
+    }
+
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.values.dtype()
+    }
+
+    /// The whole arena, `[1, len]`.
+    pub fn view(&self) -> View<'_> {
+        self.values.view()
+    }
+
+    pub fn view_mut(&mut self) -> ViewMut<'_> {
+        self.values.view_mut()
+    }
+
+    /// The whole arena of an f32 one on the host.
+    pub fn as_slice(&self) -> &[f32] {
+        self.values.as_slice()
+    }
+
+    pub fn as_mut_slice(&mut self) -> &mut [f32] {
+        self.values.as_mut_slice()
+    }
+
+    pub(crate) fn slot(&self, slot: Slot) -> View<'_> {
+        self.values.view().reshape(slot.offset, slot.rows, slot.cols)
+    }
+
+    pub(crate) fn slot_mut(&mut self, slot: Slot) -> ViewMut<'_> {
+        self.values.view_mut().reshape(slot.offset, slot.rows, slot.cols)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::FeedForwardKind;
+
+    #[test]
+    fn the_arena_holds_each_tensor_once() {
+        for tied in [true, false] {
+            let config = Config {
+                vocab_size: 37,
+                d_model: 10,
+                d_kv: 3,
+                d_ff: 13,
+                num_layers: 3,
+                num_decoder_layers: Some(2),
+                num_heads: 2,
+                feed_forward_proj: FeedForwardKind::GatedGelu,
+                tie_word_embeddings: tied,
+                ..Config::default()
+            };
+            let layout = Layout::new(&config);
+            let mut end = 0;
+            for tensor in layout.tensors() {
+                assert!(tensor.range.start >= end, "{} overlaps", tensor.name);
+                assert_eq!(tensor.range.len(), tensor.shape.iter().product::<usize>());
+                end = tensor.range.end;
+            }
+            assert!(end <= layout.len());
+            assert_eq!(layout.tensors().iter().any(|tensor| tensor.name == "lm_head.weight"), !tied);
+            // 9 tensors an encoder block, 14 a decoder block, two tables, two final norms, the embedding.
+            assert_eq!(layout.tensors().len(), 3 * 9 + 2 * 14 + 2 + 2 + 1 + usize::from(!tied));
+        }
+    }
+
+    #[test]
+    fn a_group_is_one_taller_matrix() {
+        let config = Config { d_model: 5, d_kv: 3, num_heads: 1, ..Config::default() };
+        let layout = Layout::new(&config);
+        let qkv = layout.encoder.blocks[0].attention.qkv;
+        let k = layout.tensors().iter().find(|tensor| tensor.name.ends_with("SelfAttention.k.weight")).unwrap();
+        assert_eq!(qkv.rows_range(3..6).offset, k.range.start);
+        assert_eq!((qkv.rows, qkv.cols), (9, 5));
+    }
+}

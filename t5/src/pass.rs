@@ -1,0 +1,149 @@
+//! What every layer needs during a pass: weights, dropout masks, and short names for frequent operations.
+
+use quintet_kernels::{DType, Device, Dropout, Segments, Tensor, View, ops};
+
+use crate::parameters::{Parameters, Slot};
+use crate::{Config, Result};
+
+/// The places of a model that have a dropout mask of their own.
+#[derive(Clone, Copy)]
+pub(crate) enum Place {
+    Embedding,
+    FinalNorm,
+    AttentionProbabilities,
+    AttentionOutput,
+    CrossProbabilities,
+    CrossOutput,
+    FeedForwardInner,
+    FeedForwardOutput,
+}
+
+/// A block of a stack, for telling dropout masks apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Site {
+    pub(crate) decoder: bool,
+    pub(crate) block: usize,
+}
+
+impl Site {
+    /// Numbers of places never meet: four bits for the place, one for the stack, the rest for the block.
+    fn number(self, place: Place) -> u64 {
+        (self.block as u64) << 5 | u64::from(self.decoder) << 4 | place as u64
+    }
+}
+
+/// The randomness of one micro-batch of one step.
+#[derive(Clone, Copy)]
+pub(crate) struct Masks {
+    pub(crate) probability: f32,
+    pub(crate) seed: u64,
+    pub(crate) micro_batch: u32,
+}
+
+/// A forward pass: the weights it uses and the masks that it draws.
+pub(crate) struct Pass<'a> {
+    pub(crate) device: &'a Device,
+    pub(crate) config: &'a Config,
+    pub(crate) weights: &'a Parameters,
+    pub(crate) masks: Masks,
+}
+
+impl<'a> Pass<'a> {
+    pub(crate) fn mask(&self, site: Site, place: Place) -> Dropout {
+        if self.masks.probability == 0.0 {
+            return Dropout::NONE;
+        }
+        let stream = u64::from(self.masks.micro_batch) << 32 | site.number(place);
+        Dropout { probability: self.masks.probability, seed: self.masks.seed, stream }
+    }
+
+    /// A new activation of the weights' type.
+    pub(crate) fn empty(&self, rows: usize, cols: usize) -> Result<Tensor> {
+        Ok(self.device.empty(self.weights.dtype(), rows, cols)?)
+    }
+
+    /// `x · wᵀ`
+    pub(crate) fn linear(&self, x: View, w: Slot) -> Result<Tensor> {
+        let mut y = self.empty(x.rows(), w.rows())?;
+        ops::linear_forward(x, self.weights.slot(w), y.view_mut(), false)?;
+        Ok(y)
+    }
+
+    /// `d_y · w`, the gradient of a linear layer's input.
+    pub(crate) fn linear_backward(&self, d_y: View, w: Slot) -> Result<Tensor> {
+        let w = self.weights.slot(w);
+        let mut d_x = self.empty(d_y.rows(), w.cols())?;
+        ops::linear_backward_input(d_y, w, d_x.view_mut(), false)?;
+        Ok(d_x)
+    }
+
+    /// RMSNorm of `x`, and the reciprocal deviations for its backward pass.
+    pub(crate) fn norm(&self, x: View, weight: Slot) -> Result<(Tensor, Tensor)> {
+        let mut y = self.empty(x.rows(), x.cols())?;
+        let mut rstd = self.device.empty(DType::F32, x.rows(), 1)?;
+        let eps = self.config.layer_norm_epsilon;
+        ops::rms_norm_forward(x, self.weights.slot(weight), eps, y.view_mut(), rstd.view_mut())?;
+        Ok((y, rstd))
+    }
+
+    /// `x + dropout(delta)`
+    pub(crate) fn residual(&self, x: View, delta: View, mask: Dropout) -> Result<Tensor> {
+        let mut y = self.empty(x.rows(), x.cols())?;
+        ops::residual_forward(x, delta, mask, y.view_mut())?;
+        Ok(y)
+    }
+
+    /// The attention of queries over keys, and the logsumexp for its backward pass.
+    pub(crate) fn attention(&self, inputs: ops::Attention) -> Result<(Tensor, Tensor)> {
+        let mut out = self.empty(inputs.q.rows(), inputs.q.cols())?;
+        let mut logsumexp = self.device.empty(DType::F32, inputs.q.rows(), inputs.heads)?;
+        ops::attention_forward(inputs, out.view_mut(), logsumexp.view_mut())?;
+        Ok((out, logsumexp))
+    }
+
+    /// `dropout(x)`, as a copy; or `x` itself where nothing is dropped.
+    pub(crate) fn dropped(&self, x: Tensor, mask: Dropout) -> Result<Tensor> {
+        if mask.is_none() {
+            return Ok(x);
+        }
+        let mut y = self.empty(x.rows(), x.cols())?;
+        ops::dropout(x.view(), mask, y.view_mut())?;
+        Ok(y)
+    }
+}
+
+/// A backward pass: the forward pass that it reverses, and where parameter gradients accumulate.
+pub(crate) struct BackwardPass<'a> {
+    pub(crate) pass: &'a Pass<'a>,
+    pub(crate) gradients: &'a mut Parameters,
+}
+
+impl BackwardPass<'_> {
+    /// The gradient behind a dropout, or nothing where it is `d` itself.
+    pub(crate) fn masked(&self, d: &Tensor, mask: Dropout) -> Result<Option<Tensor>> {
+        if mask.is_none() {
+            return Ok(None);
+        }
+        let mut masked = self.pass.empty(d.rows(), d.cols())?;
+        ops::dropout(d.view(), mask, masked.view_mut())?;
+        Ok(Some(masked))
+    }
+
+    /// `d_w += d_yᵀ · x`
+    pub(crate) fn weight(&mut self, w: Slot, d_y: View, x: View) -> Result<()> {
+        Ok(ops::linear_backward_weight(d_y, x, self.gradients.slot_mut(w))?)
+    }
+
+    /// Adds what flows through an RMSNorm to the gradient of the residual stream.
+    pub(crate) fn norm(&mut self, weight: Slot, d_y: View, x: View, rstd: View, d_x: &mut Tensor) -> Result<()> {
+        let values = self.pass.weights.slot(weight);
+        Ok(ops::rms_norm_backward(d_y, x, values, rstd, d_x.view_mut(), self.gradients.slot_mut(weight))?)
+    }
+}
+
+/// The rows of each sequence on the two sides of an attention.
+#[derive(Clone, Copy)]
+pub(crate) struct Sequences<'a> {
+    pub(crate) queries: &'a Segments,
+    pub(crate) keys: &'a Segments,
+}

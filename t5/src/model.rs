@@ -61,6 +61,12 @@ impl Model {
         &self.config
     }
 
+    /// Replaces the configuration's `dropout_rate`, which [`Model::train`] uses.
+    pub fn set_dropout_rate(&mut self, rate: f32) {
+        assert!((0.0..1.0).contains(&rate));
+        self.config.dropout_rate = rate;
+    }
+
     pub fn layout(&self) -> &Arc<Layout> {
         &self.layout
     }

@@ -5,12 +5,21 @@
 //! - [`server`]: its shell, the gRPC server that workers connect to.
 //! - [`files`]: the ledger and the metrics file.
 //! - [`launch`]: worker processes on this machine.
+//! - [`secret`]: what tells a run's workers from strangers.
 //! - [`config`]: the `[cluster]` table of a job.
 //!
 //! Deliberately absent: tensors, devices, the model, the terminal, the environment.
 
+pub mod config;
+mod error;
+pub mod files;
+pub mod launch;
 mod quintet_data;
+pub mod secret;
+pub mod server;
 pub mod state;
+
+pub use error::{Error, Result};
 
 /// Exit codes of a run, as its users rely on them.
 pub mod exit_code {

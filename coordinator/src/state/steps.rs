@@ -135,7 +135,7 @@ impl Machine {
             (false, true) => Phase::Preempted,
             (false, false) => Phase::Running,
         };
-        if last || step % self.settings.logging_steps == 0 {
+        if last || step.is_multiple_of(self.settings.logging_steps) {
             self.event(Event::Train(metrics));
         }
         let mut ranks = Vec::with_capacity(self.members.len());

@@ -1,0 +1,436 @@
+//! Where records come from: JSON lines, CSV and TSV files, and the built-in pronunciation dictionary.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+
+use serde_json::value::RawValue;
+
+use crate::error::{Error, Result};
+
+/// The CMU Pronouncing Dictionary as its authors distribute it; build.rs put it there.
+const CMUDICT: &str = include_str!(concat!(env!("OUT_DIR"), "/cmudict.dict"));
+const CMUDICT_NAME: &str = "builtin:cmudict";
+const BUILTIN_PREFIX: &str = "builtin:";
+const BYTE_ORDER_MARK: &str = "\u{feff}";
+
+/// A field's value, as far as templates care.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    /// Text; numbers and booleans as they are written in the source.
+    Text(String),
+    /// JSON's null.
+    Null,
+    /// A JSON list or object: which, in words.
+    Nested(&'static str),
+}
+
+/// One record: named fields.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Record {
+    fields: Vec<(String, Value)>,
+}
+
+impl Record {
+    /// The value of a field.
+    pub fn get(&self, name: &str) -> Option<&Value> {
+        self.fields.iter().find(|(field, _)| field == name).map(|(_, value)| value)
+    }
+
+    /// All fields: a table's in the order of its columns, an object's by name.
+    pub fn fields(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.fields.iter().map(|(name, value)| (name.as_str(), value))
+    }
+
+    /// Parses a line of a JSON lines file.
+    pub(crate) fn from_json(line: &str) -> Result<Self, String> {
+        // Raw values, because a number parsed and printed may read differently (1e3, 0.10).
+        let object: BTreeMap<String, &RawValue> = serde_json::from_str(line).map_err(|error| json_message(&error))?;
+        let fields = object.into_iter().map(|(name, raw)| Ok((name, Value::from_json(raw)?)));
+        Ok(Self { fields: fields.collect::<Result<_, String>>()? })
+    }
+
+    fn from_texts<N: Into<String>, V: Into<String>>(fields: impl IntoIterator<Item = (N, V)>) -> Self {
+        Self { fields: fields.into_iter().map(|(name, text)| (name.into(), Value::Text(text.into()))).collect() }
+    }
+}
+
+impl Value {
+    fn from_json(raw: &RawValue) -> Result<Self, String> {
+        let json = raw.get();
+        Ok(match json.as_bytes().first() {
+            Some(b'"') => Self::Text(serde_json::from_str(json).map_err(|error| json_message(&error))?),
+            Some(b'n') => Self::Null,
+            Some(b'[') => Self::Nested("a list"),
+            Some(b'{') => Self::Nested("an object"),
+            _ => Self::Text(json.to_owned()),
+        })
+    }
+}
+
+/// serde_json's message without its line, which is always 1 here.
+fn json_message(error: &serde_json::Error) -> String {
+    let message = error.to_string();
+    let what = message.rsplit_once(" at line ").map_or(message.as_str(), |(what, _)| what);
+    if error.is_data() {
+        format!("not a JSON object with text keys: {what}")
+    } else {
+        format!("broken JSON at column {}: {what}", error.column())
+    }
+}
+
+/// A source that can be read: a file of a known format, or a built-in set.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Source(Kind);
+
+#[derive(Clone, Debug, PartialEq)]
+enum Kind {
+    File {
+        path: PathBuf,
+        format: Format,
+        /// The path as the user wrote it, for messages.
+        shown: String,
+    },
+    Cmudict,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Format {
+    JsonLines,
+    Separated { delimiter: u8 },
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Kind::File { shown, .. } => formatter.write_str(shown),
+            Kind::Cmudict => formatter.write_str(CMUDICT_NAME),
+        }
+    }
+}
+
+/// Finds the sources that the entries name: paths, globs (their files in alphabetical order) and `builtin:cmudict`.
+/// Relative paths are relative to `base`.
+///
+/// # Errors
+/// A file that is missing or of an unknown format, a glob without a match, an unknown built-in set.
+pub fn resolve_sources(entries: &[String], base: &Path) -> Result<Vec<Source>> {
+    let mut sources = Vec::new();
+    for entry in entries {
+        if let Some(name) = entry.strip_prefix(BUILTIN_PREFIX) {
+            if entry != CMUDICT_NAME {
+                return Err(Error::source(entry, format!("no built-in set {name:?}; there is {CMUDICT_NAME}")));
+            }
+            sources.push(Source(Kind::Cmudict));
+        } else if !base.join(entry).exists() && entry.contains(['*', '?', '[']) {
+            sources.extend(expand_glob(entry, base)?);
+        } else {
+            sources.push(Source::file(base.join(entry), entry)?);
+        }
+    }
+    Ok(sources)
+}
+
+fn expand_glob(pattern: &str, base: &Path) -> Result<Vec<Source>> {
+    let bad = |error: &dyn fmt::Display| Error::source(pattern, format!("cannot expand the glob: {error}"));
+    // The base is a literal folder whatever characters it has; only what the user wrote is a pattern.
+    let escaped_base = glob::Pattern::escape(&base.to_string_lossy());
+    let full = Path::new(&escaped_base).join(pattern);
+    let mut sources = Vec::new();
+    for path in glob::glob(&full.to_string_lossy()).map_err(|error| bad(&error))? {
+        let path = path.map_err(|error| bad(&error))?;
+        if path.is_file() {
+            let shown = path.strip_prefix(base).unwrap_or(&path).display().to_string();
+            sources.push(Source::file(path, &shown)?);
+        }
+    }
+    if sources.is_empty() {
+        return Err(Error::source(pattern, format!("no file matches (looked in {})", base.display())));
+    }
+    Ok(sources)
+}
+
+impl Source {
+    fn file(path: PathBuf, shown: &str) -> Result<Self> {
+        if path.is_dir() {
+            return Err(Error::source(shown, "is a folder; give a file, or a glob such as folder/*.jsonl"));
+        }
+        if !path.exists() {
+            return Err(Error::source(shown, format!("no such file ({})", path.display())));
+        }
+        let extension = path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
+        let format = match extension.as_deref() {
+            Some("jsonl" | "json-lines" | "jsonlines" | "ndjson") => Format::JsonLines,
+            Some("csv") => Format::Separated { delimiter: b',' },
+            Some("tsv") => Format::Separated { delimiter: b'\t' },
+            _ => {
+                let message = "unknown format; convert it to .jsonl (one object a line), .csv or .tsv (with a header)";
+                return Err(Error::source(shown, message));
+            }
+        };
+        Ok(Self(Kind::File { path, format, shown: shown.to_owned() }))
+    }
+
+    /// Calls `visit` with every record and the line it starts on (from 1; 0 for a built-in set), in order.
+    ///
+    /// # Errors
+    /// What cannot be read, by file and line; an error message that `visit` returns is put behind its record's file
+    /// and line. A source without any record is an error too.
+    pub fn for_each(&self, mut visit: impl FnMut(u64, Record) -> Result<(), String>) -> Result<()> {
+        let mut count = 0_u64;
+        let mut visit = |line: u64, record: Record| {
+            count += 1;
+            visit(line, record).map_err(|message| self.record_error(line, message))
+        };
+        match &self.0 {
+            Kind::File { path, format: Format::JsonLines, .. } => self.read_json_lines(path, &mut visit)?,
+            Kind::File { path, format: Format::Separated { delimiter }, .. } => {
+                self.read_separated(path, *delimiter, &mut visit)?;
+            }
+            Kind::Cmudict => read_cmudict(&mut visit)?,
+        }
+        if count == 0 {
+            return Err(Error::source(self.to_string(), "holds no records"));
+        }
+        Ok(())
+    }
+
+    fn record_error(&self, line: u64, message: impl Into<String>) -> Error {
+        Error::Record { origin: self.to_string(), line, message: message.into() }
+    }
+
+    fn read_json_lines(&self, path: &Path, visit: &mut dyn FnMut(u64, Record) -> Result<()>) -> Result<()> {
+        let mut reader = BufReader::with_capacity(1 << 16, File::open(path).map_err(|error| Error::io(path, error))?);
+        let mut bytes = Vec::new();
+        for line in 1.. {
+            bytes.clear();
+            if reader.read_until(b'\n', &mut bytes).map_err(|error| Error::io(path, error))? == 0 {
+                break;
+            }
+            let text = std::str::from_utf8(&bytes).map_err(|error| self.record_error(line, utf8_message(&error)))?;
+            let text = if line == 1 { text.trim_start_matches(BYTE_ORDER_MARK) } else { text };
+            if !text.trim().is_empty() {
+                let record = Record::from_json(text.trim()).map_err(|message| self.record_error(line, message))?;
+                visit(line, record)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn read_separated(
+        &self,
+        path: &Path,
+        delimiter: u8,
+        visit: &mut dyn FnMut(u64, Record) -> Result<()>,
+    ) -> Result<()> {
+        // Flexible, so that the check of the row lengths and its message are ours.
+        let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).from_path(path).map_err(
+            |error| match error.into_kind() {
+                csv::ErrorKind::Io(error) => Error::io(path, error),
+                kind => Error::source(self.to_string(), format!("{kind:?}")),
+            },
+        )?;
+        let header = reader.headers().map_err(|error| self.csv_error(path, error))?.clone();
+        let names: Vec<&str> = header.iter().map(|name| name.trim_start_matches(BYTE_ORDER_MARK)).collect();
+        for (index, name) in names.iter().enumerate() {
+            if names[..index].contains(name) {
+                return Err(self.record_error(1, format!("the header names the column {name:?} twice")));
+            }
+        }
+        let mut row = csv::StringRecord::new();
+        while reader.read_record(&mut row).map_err(|error| self.csv_error(path, error))? {
+            let line = row.position().map_or(0, csv::Position::line);
+            if row.len() != names.len() {
+                let message = format!("{} columns where the header has {}", row.len(), names.len());
+                return Err(self.record_error(line, message));
+            }
+            visit(line, Record::from_texts(names.iter().copied().zip(&row)))?;
+        }
+        Ok(())
+    }
+
+    fn csv_error(&self, path: &Path, error: csv::Error) -> Error {
+        let line = error.position().map_or(1, csv::Position::line);
+        match error.into_kind() {
+            csv::ErrorKind::Io(error) => Error::io(path, error),
+            csv::ErrorKind::Utf8 { err, .. } => {
+                self.record_error(line, format!("column {} is not valid UTF-8; convert the file", err.field() + 1))
+            }
+            kind => self.record_error(line, format!("cannot be read: {kind:?}")),
+        }
+    }
+}
+
+fn utf8_message(error: &std::str::Utf8Error) -> String {
+    format!("not valid UTF-8 from byte {} of the line on; convert the file", error.valid_up_to() + 1)
+}
+
+/// The CMU Pronouncing Dictionary as records `word` (hello), `letters` (h e l l o) and `phonemes` (HH AH L OW, without
+/// stress digits), in the dictionary's order.
+///
+/// Words with anything but the letters a to z and apostrophes (abbreviations with points, compounds with hyphens; 1 %)
+/// are left out. Of several pronunciations only the first is kept, so that no word is in training and validation.
+fn read_cmudict(visit: &mut dyn FnMut(u64, Record) -> Result<()>) -> Result<()> {
+    for (index, line) in CMUDICT.lines().enumerate() {
+        let entry = line.split('#').next().unwrap_or_default();
+        let Some((word, pronunciation)) = entry.split_once(' ') else { continue };
+        // Further pronunciations are listed as word(2): the parenthesis fails this test.
+        if !word.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'\'') {
+            continue;
+        }
+        let phonemes: Vec<&str> = pronunciation
+            .split_whitespace()
+            .map(|symbol| symbol.trim_end_matches(|c: char| c.is_ascii_digit()))
+            .collect();
+        let letters: Vec<&str> = word.split("").filter(|letter| !letter.is_empty()).collect();
+        let fields = [("word", word.to_owned()), ("letters", letters.join(" ")), ("phonemes", phonemes.join(" "))];
+        visit(index as u64 + 1, Record::from_texts(fields))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn sources(base: &Path, entries: &[&str]) -> Result<Vec<Source>> {
+        let entries: Vec<String> = entries.iter().map(|&entry| entry.to_owned()).collect();
+        resolve_sources(&entries, base)
+    }
+
+    fn read(base: &Path, entry: &str) -> Result<Vec<(u64, Record)>> {
+        let mut records = Vec::new();
+        for source in sources(base, &[entry])? {
+            source.for_each(|line, record| {
+                records.push((line, record));
+                Ok(())
+            })?;
+        }
+        Ok(records)
+    }
+
+    fn written(name: &str, content: impl AsRef<[u8]>) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join(name), content).unwrap();
+        directory
+    }
+
+    fn message(name: &str, content: impl AsRef<[u8]>) -> String {
+        let directory = written(name, content);
+        let error = read(directory.path(), name).unwrap_err();
+        assert!(error.is_user_error());
+        error.to_string()
+    }
+
+    #[test]
+    fn json_lines_skip_blank_lines_and_a_byte_order_mark() {
+        let directory = written("a.jsonl", "\u{feff}{\"a\": \"x\\n\"}\r\n\n  \n{\"b\": 2}");
+        let records = read(directory.path(), "a.jsonl").unwrap();
+        assert_eq!(records.len(), 2);
+        assert_eq!(records[0], (1, Record::from_texts([("a", "x\n")])));
+        assert_eq!(records[1], (4, Record::from_texts([("b", "2")])));
+    }
+
+    #[test]
+    fn tables_have_a_header_and_quoted_fields() {
+        let content = "\u{feff}a,b\n\"x, \"\"y\"\"\",1\n\n\"two\nlines\",\nlast,3\n";
+        let directory = written("a.csv", content);
+        let records = read(directory.path(), "a.csv").unwrap();
+        assert_eq!(records[0], (2, Record::from_texts([("a", "x, \"y\""), ("b", "1")])));
+        assert_eq!(records[1].1, Record::from_texts([("a", "two\nlines"), ("b", "")]));
+        assert_eq!(records[2], (6, Record::from_texts([("a", "last"), ("b", "3")])));
+        let directory = written("a.tsv", "a\tb\nx,y\tz\n");
+        assert_eq!(read(directory.path(), "a.tsv").unwrap(), [(2, Record::from_texts([("a", "x,y"), ("b", "z")]))]);
+    }
+
+    #[test]
+    fn bad_json_lines_are_located() {
+        assert_eq!(
+            message("a.jsonl", "{\"a\": 1}\n{\"a\": \n"),
+            "a.jsonl:2: broken JSON at column 5: EOF while parsing a value"
+        );
+        assert_eq!(
+            message("a.jsonl", "[1]"),
+            "a.jsonl:1: not a JSON object with text keys: invalid type: sequence, expected a map"
+        );
+        assert_eq!(message("a.jsonl", "{} {}"), "a.jsonl:1: broken JSON at column 4: trailing characters");
+        assert_eq!(
+            message("a.jsonl", b"{\"a\": \"\xff\"}"),
+            "a.jsonl:1: not valid UTF-8 from byte 8 of the line on; convert the file"
+        );
+        assert_eq!(message("a.jsonl", "\n\n"), "a.jsonl: holds no records");
+    }
+
+    #[test]
+    fn bad_tables_are_located() {
+        assert_eq!(message("a.csv", "a,b\n1,2\n3\n"), "a.csv:3: 1 columns where the header has 2");
+        assert_eq!(message("a.csv", "a,b\n1,2,3\n"), "a.csv:2: 3 columns where the header has 2");
+        assert_eq!(message("a.csv", "a,a\n1,2\n"), "a.csv:1: the header names the column \"a\" twice");
+        assert_eq!(message("a.csv", b"a,b\n1,\xff\n"), "a.csv:2: column 2 is not valid UTF-8; convert the file");
+        assert_eq!(message("a.csv", ""), "a.csv: holds no records");
+        assert_eq!(message("a.tsv", "a\tb\n"), "a.tsv: holds no records");
+    }
+
+    #[test]
+    fn what_visit_refuses_is_located() {
+        let directory = written("a.jsonl", "{}\n{}\n");
+        let source = &sources(directory.path(), &["a.jsonl"]).unwrap()[0];
+        let error = source.for_each(|line, _| if line == 2 { Err("no".to_owned()) } else { Ok(()) }).unwrap_err();
+        assert_eq!(error.to_string(), "a.jsonl:2: no");
+    }
+
+    #[test]
+    fn unusable_entries_say_what_to_do() {
+        let directory = written("a.txt", "x");
+        let base = directory.path();
+        fs::create_dir(base.join("d")).unwrap();
+        for (entry, start) in [
+            ("a.txt", "a.txt: unknown format; convert it to .jsonl"),
+            ("d", "d: is a folder; give a file, or a glob such as folder/*.jsonl"),
+            ("b.csv", "b.csv: no such file ("),
+            ("*.csv", "*.csv: no file matches (looked in "),
+            ("[", "[: cannot expand the glob: "),
+            ("builtin:x", "builtin:x: no built-in set \"x\"; there is builtin:cmudict"),
+        ] {
+            let error = sources(base, &[entry]).unwrap_err();
+            assert!(error.to_string().starts_with(start), "{error}");
+            assert!(error.is_user_error());
+        }
+    }
+
+    #[test]
+    fn globs_are_sorted_and_shown_relative() {
+        let parent = tempfile::tempdir().unwrap();
+        // A folder whose name looks like a pattern.
+        let base = parent.path().join("[a]");
+        fs::create_dir_all(base.join("x")).unwrap();
+        for name in ["x/2.csv", "x/10.csv", "x/1.jsonl", "x/*.csv.csv"] {
+            fs::write(base.join(name), "").unwrap();
+        }
+        let shown = |entry| sources(&base, &[entry]).unwrap().iter().map(Source::to_string).collect::<Vec<_>>();
+        assert_eq!(shown("x/*0.csv"), ["x/10.csv"]);
+        assert_eq!(shown("x/[0-9]*.csv"), ["x/10.csv", "x/2.csv"]);
+        assert_eq!(shown("x/*.csv.csv"), ["x/*.csv.csv"], "a file of that very name is no pattern");
+    }
+
+    #[test]
+    fn cmudict_has_letters_and_phonemes_without_stress() {
+        let records = read(Path::new(""), "builtin:cmudict").unwrap();
+        assert_eq!(records.len(), 124_803);
+        let get = |word: &str| {
+            let same: Vec<_> = records
+                .iter()
+                .filter(|(_, record)| record.get("word") == Some(&Value::Text(word.to_owned())))
+                .collect();
+            assert_eq!(same.len(), 1, "{word}");
+            ["letters", "phonemes"].map(|field| crate::template::text_of(&same[0].1, field).unwrap().to_owned())
+        };
+        assert_eq!(get("hello"), ["h e l l o", "HH AH L OW"]);
+        assert_eq!(get("gdp"), ["g d p", "G IY D IY P IY"]);
+        assert_eq!(get("'til"), ["' t i l", "T IH L"]);
+    }
+}

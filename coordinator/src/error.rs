@@ -1,0 +1,107 @@
+//! What can go wrong in the control plane.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+/// Result of the control plane.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong, where, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A value of the `[cluster]` table makes no sense.
+    #[error("cluster.{key}: {problem}")]
+    Config {
+        /// The key in the table.
+        key: &'static str,
+        /// What is wrong, and what is allowed.
+        problem: String,
+    },
+    /// A fresh run would overwrite another.
+    #[error(
+        "{} holds a run already: continue it with --resume, or choose another output_dir",
+        directory.display()
+    )]
+    RunExists {
+        /// The run's output directory.
+        directory: PathBuf,
+    },
+    /// The ledger or metrics file of a run to resume is not what we wrote.
+    #[error("{}, line {line}: {problem}; the run cannot be resumed", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The operating system refused something with a file.
+    #[error("cannot {action} {}: {source}{}", path.display(), hint(source))]
+    File {
+        /// A verb: "append to".
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// A worker process could not be started.
+    #[error("cannot start {}: {source}", executable.display())]
+    Spawn {
+        /// What was to be run.
+        executable: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The operating system has no random numbers.
+    #[error("the system gives no random numbers for the run's secrets: {0}")]
+    Random(String),
+    /// Plain text would leave the machine.
+    #[error(
+        "listening on {0} would send the run in plain text over the network: \
+         listen on 127.0.0.1, or accept the risk with --insecure-plaintext"
+    )]
+    NotLoopback(SocketAddr),
+    /// The listener is unusable.
+    #[error("the coordinator's listener failed: {0}")]
+    Listener(io::Error),
+    /// The gRPC server broke.
+    #[error("the coordinator's server failed: {0}")]
+    Server(#[from] tonic::transport::Error),
+    /// The gRPC server ended before the run.
+    #[error("the coordinator's server ended before the run")]
+    ServerEnded,
+}
+
+impl Error {
+    /// Whether input or configuration is at fault: never worth a retry.
+    pub fn is_user_error(&self) -> bool {
+        matches!(
+            self,
+            Self::Config { .. }
+                | Self::RunExists { .. }
+                | Self::Damaged { .. }
+                | Self::NotLoopback(_)
+        )
+    }
+
+    /// For `map_err` on operations with a file.
+    pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::File {
+            action,
+            path: path.to_owned(),
+            source,
+        }
+    }
+}
+
+fn hint(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "; free some space, then go on with --resume"
+        }
+        _ => "",
+    }
+}

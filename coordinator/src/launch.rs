@@ -1,0 +1,198 @@
+//! Worker processes on this machine.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::{ExitStatus, Stdio};
+
+use tokio::process::{Child, Command};
+use tokio::sync::{mpsc, watch};
+
+use crate::secret::Secret;
+use crate::{Error, Result};
+
+/// The environment variable by which a worker gets the run token: argument vectors are public to
+/// everybody on a machine, environments are not.
+pub const RUN_TOKEN_VARIABLE: &str = "QUINTET_RUN_TOKEN";
+
+/// A worker process ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Death {
+    /// Its process number.
+    pub pid: u32,
+    /// Its exit code, unless a signal ended it.
+    pub exit_code: Option<u32>,
+    /// The same for people: "signal: 9 (SIGKILL)".
+    pub status: String,
+}
+
+/// Running worker processes. They end with this value, and with this process.
+#[derive(Debug)]
+pub struct LocalWorkers {
+    /// Dropped to have all killed.
+    alive: watch::Sender<()>,
+    deaths: mpsc::UnboundedReceiver<Death>,
+}
+
+impl LocalWorkers {
+    /// Starts `count` processes of `executable` with the same arguments. Their standard error is
+    /// ours, their standard output and input are closed. Each is a process group of its own, so
+    /// that Ctrl-C in a terminal reaches the coordinator alone, which then ends the run in order.
+    ///
+    /// Call it inside a tokio runtime, in a thread that lives as long as the run (the main one):
+    /// on Linux, workers die when that thread does.
+    ///
+    /// # Errors
+    /// [`Error::Spawn`]; what was started already is killed.
+    pub fn spawn(
+        executable: &Path,
+        arguments: &[OsString],
+        run_token: &Secret,
+        count: u32,
+    ) -> Result<Self> {
+        let (report, deaths) = mpsc::unbounded_channel();
+        let (alive, _) = watch::channel(());
+        for _ in 0..count {
+            let child = spawn(executable, arguments, run_token).map_err(|source| Error::Spawn {
+                executable: executable.to_owned(),
+                source,
+            })?;
+            tokio::spawn(supervise(child, alive.subscribe(), report.clone()));
+        }
+        Ok(Self { alive, deaths })
+    }
+
+    /// The next process to end; `None` when all have.
+    pub async fn next_death(&mut self) -> Option<Death> {
+        self.deaths.recv().await
+    }
+
+    /// Kills what still runs and waits until it is gone.
+    pub async fn kill(mut self) {
+        drop(self.alive);
+        while self.deaths.recv().await.is_some() {}
+    }
+}
+
+fn spawn(executable: &Path, arguments: &[OsString], run_token: &Secret) -> std::io::Result<Child> {
+    let mut command = Command::new(executable);
+    command
+        .args(arguments)
+        .env(RUN_TOKEN_VARIABLE, run_token.to_hex())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .kill_on_drop(true);
+    #[cfg(unix)]
+    command.process_group(0);
+    #[cfg(target_os = "linux")]
+    die_with_parent(&mut command);
+    command.spawn()
+}
+
+/// A coordinator that is killed closes no stream in order: have the kernel end its workers. (They
+/// also end by themselves when their stream breaks; this holds for one stuck in a computation.)
+#[cfg(target_os = "linux")]
+fn die_with_parent(command: &mut Command) {
+    use rustix::process::{Signal, getppid, set_parent_process_death_signal};
+
+    let parent = rustix::process::getpid();
+    let in_child = move || {
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        // The parent may have died before the call above.
+        if getppid() == Some(parent) {
+            Ok(())
+        } else {
+            Err(rustix::io::Errno::SRCH.into())
+        }
+    };
+    // SAFETY: between fork and exec, the closure makes two system calls and neither allocates nor
+    // takes locks.
+    unsafe { command.pre_exec(in_child) };
+}
+
+async fn supervise(
+    mut child: Child,
+    mut alive: watch::Receiver<()>,
+    report: mpsc::UnboundedSender<Death>,
+) {
+    let Some(pid) = child.id() else { return };
+    let status = tokio::select! {
+        status = child.wait() => status,
+        // Nothing is ever sent: the sender is gone.
+        _ = alive.changed() => match child.kill().await {
+            Ok(()) => child.wait().await,
+            Err(error) => Err(error),
+        },
+    };
+    let death = match status {
+        Ok(status) => Death {
+            pid,
+            exit_code: exit_code(status),
+            status: status.to_string(),
+        },
+        Err(error) => Death {
+            pid,
+            exit_code: None,
+            status: format!("cannot be waited for: {error}"),
+        },
+    };
+    // Nobody listens any more when the run is over.
+    let _ = report.send(death);
+}
+
+fn exit_code(status: ExitStatus) -> Option<u32> {
+    status.code().and_then(|code| u32::try_from(code).ok())
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str, count: u32) -> LocalWorkers {
+        let arguments = ["-c", script].map(OsString::from);
+        let token = Secret::from_bytes([1; 32]);
+        LocalWorkers::spawn(Path::new("/bin/sh"), &arguments, &token, count).unwrap()
+    }
+
+    #[tokio::test]
+    async fn deaths_are_reported_with_their_cause() {
+        let mut workers = shell("exit 3", 2);
+        for _ in 0..2 {
+            let death = workers.next_death().await.unwrap();
+            assert_eq!(
+                (death.exit_code, death.status.as_str()),
+                (Some(3), "exit status: 3")
+            );
+        }
+        let mut workers = shell("kill -9 $$", 1);
+        let death = workers.next_death().await.unwrap();
+        assert_eq!(death.exit_code, None);
+        assert!(death.status.contains("SIGKILL"), "{}", death.status);
+        assert_eq!(workers.next_death().await, None);
+    }
+
+    #[tokio::test]
+    async fn the_token_travels_in_the_environment() {
+        let expected = Secret::from_bytes([1; 32]).to_hex();
+        let mut workers = shell(&format!("test \"${RUN_TOKEN_VARIABLE}\" = {expected}"), 1);
+        assert_eq!(workers.next_death().await.unwrap().exit_code, Some(0));
+    }
+
+    #[tokio::test]
+    async fn killing_ends_what_runs() {
+        let workers = shell("exec tail -f /dev/null", 2);
+        // Returns only when every child was reaped.
+        workers.kill().await;
+    }
+
+    #[tokio::test]
+    async fn an_absent_executable_is_named() {
+        let token = Secret::from_bytes([1; 32]);
+        let error = LocalWorkers::spawn(Path::new("/absent/quintet"), &[], &token, 1).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("cannot start /absent/quintet: "),
+            "{error}"
+        );
+    }
+}

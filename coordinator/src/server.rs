@@ -1,0 +1,422 @@
+//! The shell of the state machine: a gRPC server with one stream a worker.
+//!
+//! One task owns the [`Machine`]. For each input it carries out the effects in their order: first
+//! what must be on disk, then what workers hear. Nothing is decided here.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use quintet_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
+use quintet_proto::v1::{
+    self, FromWorker, Hello, ToWorker, from_worker::Report, to_worker::Command,
+};
+use quintet_proto::{FROM_WORKER_BYTES_MAX, PROTOCOL_VERSION, TO_WORKER_BYTES_MAX};
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::time::MissedTickBehavior;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::exit_code;
+use crate::files::RunFiles;
+use crate::launch::Death;
+use crate::secret::Secret;
+use crate::state::{Effect, Event, Input, Machine, Settings, WorkerId};
+use crate::{Error, Result};
+
+/// How long a stranger may take to say hello.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// Strangers who may be about to say hello at once.
+const HELLOS_MAX: usize = 64;
+/// How long workers may take to close their streams at the end.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Commands that may wait for a worker: its session always reads, so that more mean it is stuck.
+const COMMANDS_WAITING_MAX: usize = 64;
+/// Reports of all workers that may wait for the machine.
+const REPORTS_WAITING_MAX: usize = 1024;
+
+/// A run to serve.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// For the state machine.
+    pub settings: Settings,
+    /// The resolved job, for workers.
+    pub job_json: String,
+    /// The run's tokenizer, for workers; empty for a built-in one.
+    pub tokenizer_json: String,
+    /// What workers must present.
+    pub run_token: Secret,
+    /// By which ranks know each other in the collective.
+    pub collective_token: Secret,
+    /// Listen on other than loopback addresses, though everything is sent in plain text.
+    pub insecure: bool,
+}
+
+/// What the owner of the process may tell a run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Control {
+    /// Save after the step in flight and stop.
+    Preempt,
+    /// A worker process of the local launcher ended.
+    WorkerDied(Death),
+}
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// One of [`exit_code`]'s.
+    pub exit_code: u32,
+    /// One line for people.
+    pub reason: String,
+}
+
+/// Serves a run until it ends.
+///
+/// `events` is for watching: an event that finds it full is dropped there (the files hold them
+/// all). `controls` may be closed at any time.
+///
+/// # Errors
+/// [`Error::NotLoopback`]; [`Error::File`], after workers were told to stop; trouble with the
+/// listener. A run that ends badly by itself is an [`Outcome`], no error.
+pub async fn serve(
+    listener: TcpListener,
+    run: Run,
+    files: RunFiles,
+    events: mpsc::Sender<Event>,
+    controls: mpsc::Receiver<Control>,
+) -> Result<Outcome> {
+    let address = listener.local_addr().map_err(Error::Listener)?;
+    if !address.ip().is_loopback() && !run.insecure {
+        return Err(Error::NotLoopback(address));
+    }
+    let (inbox, messages) = mpsc::channel(REPORTS_WAITING_MAX);
+    let service = Service {
+        run_token: run.run_token.clone(),
+        inbox,
+        workers: AtomicU64::new(0),
+        hellos: Arc::new(Semaphore::new(HELLOS_MAX)),
+    };
+    let service = CoordinatorServer::new(service)
+        .max_decoding_message_size(FROM_WORKER_BYTES_MAX)
+        .max_encoding_message_size(TO_WORKER_BYTES_MAX);
+    let (end, ended) = oneshot::channel::<()>();
+    let server = Server::builder()
+        .max_concurrent_streams(4)
+        .add_service(service)
+        .serve_with_incoming_shutdown(
+            TcpIncoming::from(listener).with_nodelay(Some(true)),
+            async {
+                let _ = ended.await;
+            },
+        );
+    let mut server = tokio::spawn(server);
+    let shell = Shell {
+        machine: Machine::new(run.settings.clone()),
+        run,
+        files,
+        events,
+        commands: HashMap::new(),
+        stuck: VecDeque::new(),
+        outcome: None,
+    };
+    let outcome = tokio::select! {
+        outcome = shell.run(messages, controls) => outcome,
+        ended = &mut server => return match ended {
+            Ok(Err(error)) => Err(Error::Server(error)),
+            Ok(Ok(())) | Err(_) => Err(Error::ServerEnded),
+        },
+    };
+    // The shell is gone and with it every stream's sender: streams end when they are flushed.
+    let _ = end.send(());
+    if tokio::time::timeout(GOODBYE_TIMEOUT, &mut server)
+        .await
+        .is_err()
+    {
+        server.abort();
+    }
+    outcome
+}
+
+/// From a stream to the machine's task.
+enum Message {
+    Joined {
+        worker: WorkerId,
+        hello: Hello,
+        commands: CommandSender,
+    },
+    Report {
+        worker: WorkerId,
+        report: Report,
+    },
+    Left {
+        worker: WorkerId,
+        why: String,
+    },
+}
+
+type CommandSender = mpsc::Sender<std::result::Result<ToWorker, Status>>;
+
+/// Owns the machine and everything that its effects touch.
+struct Shell {
+    machine: Machine,
+    run: Run,
+    files: RunFiles,
+    events: mpsc::Sender<Event>,
+    commands: HashMap<WorkerId, CommandSender>,
+    /// Workers found not to read their commands, for the machine to hear of.
+    stuck: VecDeque<WorkerId>,
+    outcome: Option<Outcome>,
+}
+
+impl Shell {
+    async fn run(
+        mut self,
+        mut messages: mpsc::Receiver<Message>,
+        mut controls: mpsc::Receiver<Control>,
+    ) -> Result<Outcome> {
+        let tick =
+            Duration::from_millis((self.run.settings.heartbeat_timeout_ms / 10).clamp(10, 1000));
+        let mut ticks = tokio::time::interval(tick);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let start = Instant::now();
+        let mut controlled = true;
+        loop {
+            let input = tokio::select! {
+                Some(message) = messages.recv() => self.input(message),
+                control = controls.recv(), if controlled => match control {
+                    Some(control) => control.into(),
+                    None => { controlled = false; continue }
+                },
+                _ = ticks.tick() => Input::Tick,
+            };
+            let now_ms = start.elapsed().as_millis() as u64;
+            if let Err(error) = self.take(now_ms, input) {
+                self.tell_all_to_stop(&error);
+                return Err(error);
+            }
+            if let Some(outcome) = self.outcome.take() {
+                self.files.sync()?;
+                return Ok(outcome);
+            }
+        }
+    }
+
+    fn input(&mut self, message: Message) -> Input {
+        match message {
+            Message::Joined {
+                worker,
+                hello,
+                commands,
+            } => {
+                self.commands.insert(worker, commands);
+                Input::Joined {
+                    worker,
+                    host: hello.host,
+                    pid: hello.pid,
+                }
+            }
+            Message::Report { worker, report } => Input::Report { worker, report },
+            Message::Left { worker, why } => {
+                self.commands.remove(&worker);
+                Input::Left { worker, why }
+            }
+        }
+    }
+
+    /// Feeds the machine, and what becomes of its effects again, until it rests.
+    fn take(&mut self, now_ms: u64, input: Input) -> Result<()> {
+        let mut next = Some(input);
+        while let Some(input) = next {
+            for effect in self.machine.step(now_ms, input) {
+                self.perform(effect)?;
+            }
+            let why = "it does not read its commands".to_owned();
+            next = self
+                .stuck
+                .pop_front()
+                .map(|worker| Input::Left { worker, why });
+        }
+        Ok(())
+    }
+
+    fn perform(&mut self, effect: Effect) -> Result<()> {
+        match effect {
+            Effect::Commit(record) => self.files.commit(&record)?,
+            Effect::Event(event) => {
+                self.files.event(&event)?;
+                if matches!(event, Event::Saved { .. }) {
+                    self.files.sync()?;
+                }
+                let _ = self.events.try_send(event);
+            }
+            Effect::Welcome { worker } => {
+                let welcome = self.welcome(worker);
+                self.send(worker, Command::Welcome(welcome));
+            }
+            Effect::Send { worker, command } => self.send(worker, command),
+            Effect::Dismiss { worker, reason } => {
+                self.send(
+                    worker,
+                    Command::Stop(v1::Stop {
+                        exit_code: exit_code::FAILURE,
+                        reason,
+                    }),
+                );
+                self.commands.remove(&worker);
+            }
+            Effect::Stop { exit_code, reason } => {
+                self.outcome = Some(Outcome { exit_code, reason })
+            }
+        }
+        Ok(())
+    }
+
+    fn welcome(&self, worker_id: WorkerId) -> v1::Welcome {
+        v1::Welcome {
+            worker_id,
+            job_json: self.run.job_json.clone(),
+            tokenizer_json: self.run.tokenizer_json.clone(),
+            collective_token: self.run.collective_token.as_bytes().to_vec(),
+            resume_step: self.run.settings.start_step,
+        }
+    }
+
+    fn send(&mut self, worker: WorkerId, command: Command) {
+        let Some(commands) = self.commands.get(&worker) else {
+            return;
+        };
+        match commands.try_send(Ok(ToWorker {
+            command: Some(command),
+        })) {
+            Ok(()) => {}
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                self.commands.remove(&worker);
+                self.stuck.push_back(worker);
+            }
+            // Its stream broke; the task that reads it says so, in order with its last reports.
+            Err(mpsc::error::TrySendError::Closed(_)) => {}
+        }
+    }
+
+    fn tell_all_to_stop(&mut self, error: &Error) {
+        let workers: Vec<WorkerId> = self.commands.keys().copied().collect();
+        for worker in workers {
+            let stop = v1::Stop {
+                exit_code: exit_code::FAILURE,
+                reason: error.to_string(),
+            };
+            self.send(worker, Command::Stop(stop));
+        }
+    }
+}
+
+impl From<Control> for Input {
+    fn from(control: Control) -> Self {
+        match control {
+            Control::Preempt => Self::Preempt,
+            Control::WorkerDied(Death {
+                pid,
+                exit_code,
+                status,
+            }) => Self::ProcessExited {
+                pid,
+                exit_code,
+                why: status,
+            },
+        }
+    }
+}
+
+/// Admits streams and reads them.
+struct Service {
+    run_token: Secret,
+    inbox: mpsc::Sender<Message>,
+    /// Workers so far: the number of the next.
+    workers: AtomicU64,
+    hellos: Arc<Semaphore>,
+}
+
+#[tonic::async_trait]
+impl Coordinator for Service {
+    type WorkStream = ReceiverStream<std::result::Result<ToWorker, Status>>;
+
+    async fn work(
+        &self,
+        request: Request<Streaming<FromWorker>>,
+    ) -> std::result::Result<Response<Self::WorkStream>, Status> {
+        let permit = self.hellos.try_acquire();
+        let permit = permit
+            .map_err(|_| Status::resource_exhausted("too many workers join at once; try again"))?;
+        let mut reports = request.into_inner();
+        let hello = tokio::time::timeout(HELLO_TIMEOUT, reports.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no hello in time"))??;
+        let hello = self.admit(hello)?;
+        drop(permit);
+        let worker = self.workers.fetch_add(1, Ordering::Relaxed);
+        let (commands, receiver) = mpsc::channel(COMMANDS_WAITING_MAX);
+        let joined = Message::Joined {
+            worker,
+            hello,
+            commands,
+        };
+        self.inbox
+            .send(joined)
+            .await
+            .map_err(|_| Status::unavailable("the run is over"))?;
+        tokio::spawn(read(worker, reports, self.inbox.clone()));
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+}
+
+impl Service {
+    fn admit(&self, message: Option<FromWorker>) -> std::result::Result<Hello, Status> {
+        let Some(FromWorker {
+            report: Some(Report::Hello(hello)),
+        }) = message
+        else {
+            return Err(Status::invalid_argument("the first message must be hello"));
+        };
+        if !self.run_token.matches(&hello.run_token) {
+            return Err(Status::unauthenticated(
+                "wrong run token: this worker belongs to another run",
+            ));
+        }
+        if hello.protocol_version != PROTOCOL_VERSION {
+            return Err(Status::failed_precondition(format!(
+                "the worker speaks protocol version {}, the coordinator {PROTOCOL_VERSION}: \
+                 run the same quintet on all machines",
+                hello.protocol_version
+            )));
+        }
+        Ok(hello)
+    }
+}
+
+/// Carries a worker's reports to the machine, and last that it left.
+async fn read(worker: WorkerId, mut reports: Streaming<FromWorker>, inbox: mpsc::Sender<Message>) {
+    let why = loop {
+        match reports.message().await {
+            Ok(Some(FromWorker {
+                report: Some(report),
+            })) => {
+                if inbox
+                    .send(Message::Report { worker, report })
+                    .await
+                    .is_err()
+                {
+                    return;
+                }
+            }
+            // A kind of report that a later version may add.
+            Ok(Some(FromWorker { report: None })) => {}
+            Ok(None) => break "it closed its connection".to_owned(),
+            Err(status) => break format!("its connection broke ({})", status.message()),
+        }
+    };
+    let _ = inbox.send(Message::Left { worker, why }).await;
+}

@@ -1,0 +1,358 @@
+//! The state machine of a run: who takes part, which step is in flight, what is committed.
+//!
+//! Pure: time comes in as an argument, everything to be done goes out as effects, in the order in
+//! which they must happen. The shell ([`crate::server`]) persists a commit record before it sends
+//! the effects behind it, as a Raft shell persists entries before messages.
+//!
+//! ```text
+//! Gathering --all ready--> Running --last commit--> Finishing --all finished--> Done (0)
+//!                             |  ^
+//!                             |  '-- worker lost: next generation, the same step
+//!                             '--preempted--> Preempted --checkpoint saved--> Done (75)
+//! ```
+//!
+//! What always holds:
+//! - a step is committed once, in order, and only when every member of the current generation
+//!   reported it under that generation;
+//! - the generation rises with every change of membership and never falls;
+//! - the leases of a generation cover each micro-batch of a step exactly once.
+
+mod membership;
+mod record;
+mod steps;
+mod tally;
+
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+
+use crate::quintet_data::Schedule;
+use quintet_proto::v1::{Actions, Ready, StepDone, Stop, from_worker::Report, to_worker::Command};
+
+pub use self::record::{CommitRecord, EvalMetrics, Event, LostWorker, Recovery, TrainMetrics};
+use crate::exit_code;
+
+/// Number of a worker, given by the shell in the order of joining and never reused.
+pub type WorkerId = u64;
+
+/// How often a step is tried again while all workers are alive, before the run gives up.
+const ATTEMPTS_MAX: u32 = 3;
+
+/// What a run is, for the state machine.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Steps, their positions and micro-batches.
+    pub schedule: Schedule,
+    /// What every worker must find its data to be.
+    pub dataset_fingerprint: String,
+    /// The run starts when so many workers are ready.
+    pub workers_expected: u32,
+    /// It goes on while so many are left.
+    pub workers_min: u32,
+    /// A worker not heard of for longer is lost.
+    pub heartbeat_timeout_ms: u64,
+    /// A step, or the actions before it, without any progress for longer is hung.
+    pub step_timeout_ms: u64,
+    /// Report every so many steps, and the last.
+    pub logging_steps: u64,
+    /// Evaluate every so many steps, and after the last.
+    pub eval_steps: Option<u64>,
+    /// Save a checkpoint every so many steps, and after the last.
+    pub save_steps: Option<u64>,
+    /// Compare the replicas' weights every so many steps.
+    pub digest_steps: Option<u64>,
+    /// The committed step to go on from; 0 for a fresh run.
+    pub start_step: u64,
+    /// The last generation of the run so far; 0 for a fresh run.
+    pub start_generation: u64,
+}
+
+/// What can happen to the machine.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// Time passed. Wanted at least every quarter of the heartbeat timeout.
+    Tick,
+    /// A worker said hello with the right version and token.
+    Joined {
+        /// A number never used before.
+        worker: WorkerId,
+        /// Its machine.
+        host: String,
+        /// Its process there.
+        pid: u32,
+    },
+    /// A worker reported.
+    Report {
+        /// Who.
+        worker: WorkerId,
+        /// What.
+        report: Report,
+    },
+    /// A worker's stream ended.
+    Left {
+        /// Who.
+        worker: WorkerId,
+        /// What was seen of it.
+        why: String,
+    },
+    /// A worker process of the local launcher ended.
+    ProcessExited {
+        /// Which.
+        pid: u32,
+        /// Its exit code, unless a signal ended it.
+        exit_code: Option<u32>,
+        /// The same for people.
+        why: String,
+    },
+    /// The run must make room (SIGTERM): save after the step in flight, then stop.
+    Preempt,
+}
+
+/// What the shell must do, in the order given.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    /// Append to the ledger, before anything that follows.
+    Commit(CommitRecord),
+    /// Tell the one who watches; `train`, `eval` and `recovery` also go to the metrics file.
+    Event(Event),
+    /// Admit a worker: send it the job.
+    Welcome {
+        /// Whom.
+        worker: WorkerId,
+    },
+    /// Send a command.
+    Send {
+        /// To whom.
+        worker: WorkerId,
+        /// What.
+        command: Command,
+    },
+    /// Tell a worker to stop and end its stream; it is no member (any more).
+    Dismiss {
+        /// Whom.
+        worker: WorkerId,
+        /// Why.
+        reason: String,
+    },
+    /// The run is over. Comes last, after the workers were told.
+    Stop {
+        /// Of the whole run.
+        exit_code: u32,
+        /// For people: one line.
+        reason: String,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Waiting for the expected workers.
+    Gathering,
+    /// Step `committed_step + 1` is in flight.
+    Running,
+    /// Waiting for the checkpoint that a preempted run leaves.
+    Preempted,
+    /// Waiting for the workers to write what the run leaves.
+    Finishing,
+    /// Nothing happens any more.
+    Done,
+}
+
+/// A worker that takes part.
+#[derive(Debug)]
+struct Member {
+    host: String,
+    pid: u32,
+    heard_ms: u64,
+    ready: Option<Ready>,
+    /// Place among the members of the generation, by rising worker number.
+    rank: u32,
+    /// Its report of the step in flight.
+    done: Option<StepDone>,
+    /// Why it could not complete the step in flight.
+    failed: Option<String>,
+    /// It wrote what the run leaves; with its digest of the final weights.
+    finished: Option<Vec<u8>>,
+}
+
+/// The state machine. See the module's description.
+#[derive(Debug)]
+pub struct Machine {
+    settings: Settings,
+    phase: Phase,
+    members: BTreeMap<WorkerId, Member>,
+    generation: u64,
+    committed_step: u64,
+    /// Asked for on the committed step's weights, and not answered yet.
+    due: Actions,
+    preempting: bool,
+    /// Attempts at the step in flight that failed with all workers alive.
+    attempts_failed: u32,
+    /// When the first member of the generation reported that it could not complete the step.
+    failed_ms: Option<u64>,
+    /// When the run last moved.
+    progress_ms: u64,
+    now_ms: u64,
+    effects: Vec<Effect>,
+}
+
+impl Machine {
+    /// A run that waits for its workers. Panics on settings that the configuration refuses.
+    pub fn new(settings: Settings) -> Self {
+        assert!(settings.workers_min >= 1 && settings.workers_min <= settings.workers_expected);
+        assert!(settings.start_step <= settings.schedule.total_steps);
+        assert!(settings.logging_steps >= 1);
+        Self {
+            phase: Phase::Gathering,
+            members: BTreeMap::new(),
+            generation: settings.start_generation,
+            committed_step: settings.start_step,
+            due: Actions::default(),
+            preempting: false,
+            attempts_failed: 0,
+            failed_ms: None,
+            progress_ms: 0,
+            now_ms: 0,
+            effects: Vec::new(),
+            settings,
+        }
+    }
+
+    /// Takes an input at a time of a clock that never goes back, in milliseconds, and answers what
+    /// must be done. After [`Effect::Stop`] every input is ignored.
+    pub fn step(&mut self, now_ms: u64, input: Input) -> Vec<Effect> {
+        assert!(
+            now_ms >= self.now_ms,
+            "the clock went back from {} to {now_ms} ms",
+            self.now_ms
+        );
+        self.forgive_own_pause(now_ms);
+        self.now_ms = now_ms;
+        if self.phase != Phase::Done {
+            match input {
+                Input::Tick => self.on_tick(),
+                Input::Joined { worker, host, pid } => self.on_joined(worker, host, pid),
+                Input::Report { worker, report } => self.on_report(worker, report),
+                Input::Left { worker, why } => self.on_left(worker, why),
+                Input::ProcessExited {
+                    pid,
+                    exit_code,
+                    why,
+                } => {
+                    self.on_process_exited(pid, exit_code, why);
+                }
+                Input::Preempt => self.on_preempt(),
+            }
+        }
+        std::mem::take(&mut self.effects)
+    }
+
+    fn on_report(&mut self, worker: WorkerId, report: Report) {
+        let Some(member) = self.members.get_mut(&worker) else {
+            return; // Dismissed, and what it had sent before it knew.
+        };
+        member.heard_ms = self.now_ms;
+        match report {
+            Report::Heartbeat(_) => {}
+            Report::Hello(_) => self.stop_on_violation(worker, "said hello twice"),
+            Report::Ready(ready) => self.on_ready(worker, ready),
+            Report::StepDone(done) => self.on_step_done(worker, done),
+            Report::NotFinite(report) => self.on_not_finite(worker, &report),
+            Report::StepFailed(report) => self.on_step_failed(worker, report),
+            Report::Evaluated(report) => self.on_evaluated(report),
+            Report::Saved(report) => self.on_saved(&report),
+            Report::Finished(report) => self.on_finished(worker, report),
+            Report::Failed(report) => {
+                let code = if report.exit_code == 0 {
+                    exit_code::FAILURE
+                } else {
+                    report.exit_code
+                };
+                self.stop(code, format!("{}: {}", self.name(worker), report.message));
+            }
+        }
+    }
+
+    fn on_preempt(&mut self) {
+        match self.phase {
+            Phase::Gathering => {
+                let reason = "preempted before training began: nothing to save".to_owned();
+                self.stop(exit_code::PREEMPTED, reason);
+            }
+            Phase::Running => self.preempting = true,
+            // The end is near and leaves a complete run.
+            Phase::Preempted | Phase::Finishing | Phase::Done => {}
+        }
+    }
+
+    fn send(&mut self, worker: WorkerId, command: Command) {
+        self.effects.push(Effect::Send { worker, command });
+    }
+
+    fn event(&mut self, event: Event) {
+        self.effects.push(Effect::Event(event));
+    }
+
+    fn stop(&mut self, exit_code: u32, reason: String) {
+        self.phase = Phase::Done;
+        let workers: Vec<WorkerId> = self.members.keys().copied().collect();
+        for worker in workers {
+            self.send(
+                worker,
+                Command::Stop(Stop {
+                    exit_code,
+                    reason: reason.clone(),
+                }),
+            );
+        }
+        self.effects.push(Effect::Stop { exit_code, reason });
+    }
+
+    /// Ends the run because a worker said what the contract does not allow: a bug, after which
+    /// nothing it says can be relied on.
+    fn stop_on_violation(&mut self, worker: WorkerId, what: &str) {
+        let reason = format!("{} broke the protocol: it {what}", self.name(worker));
+        self.stop(exit_code::FAILURE, reason);
+    }
+
+    /// A member, for people.
+    fn name(&self, worker: WorkerId) -> String {
+        let member = &self.members[&worker];
+        format!("worker {worker} ({}, process {})", member.host, member.pid)
+    }
+
+    fn world(&self) -> u32 {
+        self.members.len() as u32
+    }
+
+    /// Stops the run if the members do not all answer `value` alike; `what` names the value.
+    fn replicas_agree<T: PartialEq>(
+        &mut self,
+        what: &str,
+        value: impl Fn(&Member) -> T,
+        show: impl Fn(&T) -> String,
+    ) -> bool {
+        let answers: Vec<(WorkerId, T)> = self
+            .members
+            .iter()
+            .map(|(&worker, member)| (worker, value(member)))
+            .collect();
+        if answers.windows(2).all(|pair| pair[0].1 == pair[1].1) {
+            return true;
+        }
+        let list: Vec<String> = answers
+            .iter()
+            .map(|(worker, answer)| format!("{} has {}", self.name(*worker), show(answer)))
+            .collect();
+        let reason = format!("replicas disagree on {what}: {}", list.join(", "));
+        self.stop(exit_code::FAILURE, reason);
+        false
+    }
+}
+
+/// Lower-case hexadecimal.
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

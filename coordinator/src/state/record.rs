@@ -1,0 +1,129 @@
+//! What a run remembers: the commit record and the events, as they stand in the run's files.
+//! Names and order of the fields are those of the files.
+
+use serde::{Deserialize, Serialize};
+
+use super::WorkerId;
+
+/// A committed step: one line of `ledger.jsonl`, durable before any worker updates its weights.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CommitRecord {
+    /// Counted from 1 over the whole run.
+    pub step: u64,
+    /// Counted from 0.
+    pub epoch: u64,
+    /// `[first, last_exclusive]` in the epoch's order.
+    pub positions: [u64; 2],
+    /// The membership that computed the step.
+    pub generation: u64,
+    /// Number of workers in it.
+    pub workers: u32,
+    /// Hexadecimal digest of the weights the step *began* with, equal on all workers; `None` on
+    /// steps where it was not taken. (Those it ends with exist only after the record.)
+    pub weights_digest: Option<String>,
+}
+
+/// What a run tells the one who watches it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// A worker joined; the run starts when all `expected` are ready.
+    Joined {
+        /// The newcomer.
+        worker: WorkerId,
+        /// Its machine.
+        host: String,
+        /// Its process there.
+        pid: u32,
+        /// Workers so far.
+        joined: u32,
+        /// Workers the run waits for.
+        expected: u32,
+    },
+    /// All workers are ready and the first leases are out.
+    Started {
+        /// Number of workers.
+        workers: u32,
+        /// The first step to compute.
+        step: u64,
+    },
+    /// A step was committed.
+    Train(TrainMetrics),
+    /// The model was evaluated.
+    Eval(EvalMetrics),
+    /// A checkpoint is durable.
+    Saved {
+        /// The step it holds.
+        step: u64,
+    },
+    /// Membership changed; the step in flight is computed anew.
+    Recovery(Recovery),
+}
+
+/// The `train` event of `metrics.jsonl`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "event", rename = "train")]
+pub struct TrainMetrics {
+    /// The committed step.
+    pub step: u64,
+    /// Counted from 0.
+    pub epoch: u64,
+    /// Mean over target tokens of the global batch, without smoothing.
+    pub loss: f64,
+    /// Global norm before clipping.
+    pub grad_norm: f64,
+    /// Of this step's update.
+    pub learning_rate: f64,
+    /// In the global batch.
+    pub examples: u64,
+    /// In the global batch.
+    pub source_tokens: u64,
+    /// In the global batch.
+    pub target_tokens: u64,
+    /// Of the slowest worker.
+    pub step_seconds: f64,
+    /// Source and target tokens a second.
+    pub tokens_per_second: f64,
+    /// Number of workers.
+    pub workers: u32,
+    /// Of the worker that used most.
+    pub peak_memory_bytes: u64,
+}
+
+/// The `eval` event of `metrics.jsonl`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "event", rename = "eval")]
+pub struct EvalMetrics {
+    /// The committed step whose weights were evaluated.
+    pub step: u64,
+    /// Mean over target tokens.
+    pub eval_loss: f64,
+    /// By name.
+    pub metrics: std::collections::BTreeMap<String, f64>,
+}
+
+/// The `recovery` event of `metrics.jsonl`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "event", rename = "recovery")]
+pub struct Recovery {
+    /// The step that was in flight.
+    pub step: u64,
+    /// The new generation.
+    pub generation: u64,
+    /// Who left; empty when all stay and only try again.
+    pub lost: Vec<LostWorker>,
+    /// Workers that go on.
+    pub workers: u32,
+}
+
+/// A worker that left, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LostWorker {
+    /// Its number.
+    pub worker: WorkerId,
+    /// Its machine.
+    pub host: String,
+    /// Its process there.
+    pub pid: u32,
+    /// What was seen of its end.
+    pub why: String,
+}

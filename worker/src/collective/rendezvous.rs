@@ -1,0 +1,339 @@
+//! How the ranks of a generation find each other: between each pair the higher rank dials
+//! and the lower accepts, both prove that they know the job's token, and whatever else
+//! connects is dropped.
+
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::tcp::{Link, Mesh};
+use crate::{Error, Result};
+
+const MAGIC: [u8; 8] = *b"QUINTET\0";
+const PROTOCOL_VERSION: u32 = 1;
+/// magic, version, generation, sender's rank, receiver's rank, keyed hash of what precedes.
+const HELLO_BYTES: usize = 8 + 4 + 8 + 4 + 4 + 32;
+
+/// How long a stranger may hold a handshake open.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
+/// Handshakes under way at once; more are closed at once, and an honest rank dials again.
+const HANDSHAKES_MAX: usize = 64;
+/// Pause of the accept loop, of a dialer between attempts, and between looks at the flags.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(1);
+const DIAL_PAUSE: Duration = Duration::from_millis(20);
+const LOOK_UP: Duration = Duration::from_millis(50);
+
+/// The port on which a worker accepts the other ranks; outlives generations.
+pub struct Listener {
+    socket: TcpListener,
+    address: SocketAddr,
+}
+
+impl Listener {
+    /// Binds `address`; port 0 takes a free one, see [`Listener::local_addr`].
+    pub fn bind(address: SocketAddr) -> Result<Self> {
+        let bind = || {
+            let socket = TcpListener::bind(address)?;
+            socket.set_nonblocking(true)?;
+            let address = socket.local_addr()?;
+            Ok(Self { socket, address })
+        };
+        bind().map_err(|source| Error::Listen { address, source })
+    }
+
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+/// What every rank of a generation agrees on, and its own place in it.
+#[derive(Clone, Copy)]
+pub struct Membership<'a> {
+    pub rank: u32,
+    /// Rank and address of every member, one's own included: ranks `0..world`, each once.
+    pub members: &'a [(u32, SocketAddr)],
+    /// The job's secret; never sent, only hashed with.
+    pub token: &'a [u8; 32],
+    pub generation: u64,
+}
+
+/// Breaks off whatever a mesh is waiting for, from any thread, for good.
+#[derive(Clone, Default)]
+pub struct Interrupter {
+    state: Arc<InterruptState>,
+}
+
+#[derive(Default)]
+struct InterruptState {
+    interrupted: AtomicBool,
+    sockets: Mutex<Vec<TcpStream>>,
+}
+
+impl Interrupter {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Makes every present and future call on the mesh return [`Error::Interrupted`].
+    pub fn interrupt(&self) {
+        self.state.interrupted.store(true, Ordering::SeqCst);
+        self.shut_sockets();
+    }
+
+    pub fn is_interrupted(&self) -> bool {
+        self.state.interrupted.load(Ordering::SeqCst)
+    }
+
+    /// Shuts every connection, which releases the threads blocked on them.
+    pub(super) fn shut_sockets(&self) {
+        for socket in self
+            .state
+            .sockets
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+        {
+            // An error means that the connection is already gone, which is what is wanted.
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    fn watch(&self, sockets: Vec<TcpStream>) {
+        *self
+            .state
+            .sockets
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = sockets;
+        // An interrupt between its flag and this registration found no sockets to shut.
+        if self.is_interrupted() {
+            self.shut_sockets();
+        }
+    }
+}
+
+/// Connects every pair of members. `silence_limit` bounds every later wait for a peer.
+///
+/// # Errors
+/// [`Error::Rendezvous`] names the first rank that is missing at `deadline`;
+/// [`Error::Interrupted`] if `interrupter` fires first.
+pub(super) fn connect(
+    listener: &Listener,
+    membership: Membership,
+    deadline: Instant,
+    silence_limit: Duration,
+    interrupter: Interrupter,
+) -> Result<Mesh> {
+    let Membership {
+        rank,
+        members,
+        generation,
+        ..
+    } = membership;
+    let world = members.len();
+    for peer in 0..world as u32 {
+        assert_eq!(
+            members.iter().filter(|m| m.0 == peer).count(),
+            1,
+            "rank {peer} in {members:?}"
+        );
+    }
+    assert!((rank as usize) < world, "rank {rank} of {world}");
+
+    let began = Instant::now();
+    let streams = meet(listener, membership, deadline, &interrupter);
+    if interrupter.is_interrupted() {
+        return Err(Error::Interrupted);
+    }
+    let mut links = Vec::with_capacity(world);
+    let mut watched = Vec::with_capacity(world);
+    for (peer, stream) in (0u32..).zip(streams) {
+        let lost = |source| Error::PeerLost { rank: peer, source };
+        match stream {
+            Some(stream) => {
+                watched.push(stream.try_clone().map_err(lost)?);
+                links.push(Some(Link::new(peer, stream, silence_limit).map_err(lost)?));
+            }
+            None if peer == rank => links.push(None),
+            None => {
+                let address = address_of(peer, members);
+                let seconds = began.elapsed().as_secs_f64();
+                return Err(Error::Rendezvous {
+                    rank: peer,
+                    address,
+                    generation,
+                    seconds,
+                });
+            }
+        }
+    }
+    interrupter.watch(watched);
+    Ok(Mesh::new(rank, generation, links, interrupter))
+}
+
+fn address_of(rank: u32, members: &[(u32, SocketAddr)]) -> SocketAddr {
+    members
+        .iter()
+        .find(|m| m.0 == rank)
+        .expect("checked on entry: every rank is a member")
+        .1
+}
+
+/// Dials the lower ranks and accepts the higher ones until all are there, the deadline
+/// passes or an interrupt comes; one stream a rank, `None` for oneself and the missing.
+fn meet(
+    listener: &Listener,
+    membership: Membership,
+    deadline: Instant,
+    interrupter: &Interrupter,
+) -> Vec<Option<TcpStream>> {
+    let Membership { rank, members, .. } = membership;
+    let mut streams: Vec<Option<TcpStream>> = members.iter().map(|_| None).collect();
+    let over = AtomicBool::new(false);
+    let keep_going = || !over.load(Ordering::SeqCst) && !interrupter.is_interrupted();
+    let handshakes = AtomicUsize::new(0);
+    let (arrived, arrivals) = mpsc::channel::<(u32, TcpStream)>();
+
+    std::thread::scope(|scope| {
+        for peer in 0..rank {
+            let (arrived, keep_going) = (arrived.clone(), &keep_going);
+            scope.spawn(move || dial(membership, peer, deadline, keep_going, &arrived));
+        }
+        while streams.iter().filter(|s| s.is_some()).count() + 1 < members.len()
+            && Instant::now() < deadline
+            && keep_going()
+        {
+            while let Ok((stream, _)) = listener.socket.accept() {
+                if handshakes.fetch_add(1, Ordering::SeqCst) >= HANDSHAKES_MAX {
+                    handshakes.fetch_sub(1, Ordering::SeqCst);
+                    continue;
+                }
+                let (arrived, keep_going, handshakes) = (arrived.clone(), &keep_going, &handshakes);
+                let limit = deadline.min(Instant::now() + HANDSHAKE_LIMIT);
+                scope.spawn(move || {
+                    if let Ok(peer) = welcome(&stream, membership, limit, keep_going) {
+                        // The receiver outlives the scope, so this cannot fail.
+                        let _ = arrived.send((peer, stream));
+                    }
+                    handshakes.fetch_sub(1, Ordering::SeqCst);
+                });
+            }
+            match arrivals.recv_timeout(ACCEPT_PAUSE) {
+                // A rank that dials twice has given its first connection up.
+                Ok((peer, stream)) => streams[peer as usize] = Some(stream),
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
+            }
+        }
+        over.store(true, Ordering::SeqCst);
+    });
+    streams
+}
+
+/// Dials `peer` until it welcomes us: it may not listen yet, or still serve an older generation.
+fn dial(
+    membership: Membership,
+    peer: u32,
+    deadline: Instant,
+    keep_going: &dyn Fn() -> bool,
+    arrived: &Sender<(u32, TcpStream)>,
+) {
+    let address = address_of(peer, membership.members);
+    let attempt = || -> io::Result<TcpStream> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let limit = left.clamp(Duration::from_millis(1), Duration::from_secs(1));
+        let stream = TcpStream::connect_timeout(&address, limit)?;
+        stream.set_nodelay(true)?;
+        (&stream).write_all(&hello(membership, membership.rank, peer))?;
+        let mut answer = [0; HELLO_BYTES];
+        read_before(&stream, &mut answer, deadline, keep_going)?;
+        if !same_hello(&answer, &hello(membership, peer, membership.rank)) {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        Ok(stream)
+    };
+    while keep_going() && Instant::now() < deadline {
+        match attempt() {
+            Ok(stream) => {
+                // The receiver outlives this thread, so this cannot fail.
+                let _ = arrived.send((peer, stream));
+                return;
+            }
+            Err(_) => std::thread::sleep(DIAL_PAUSE),
+        }
+    }
+}
+
+/// Reads a hello, and answers it if it is from a higher rank of this job and generation.
+fn welcome(
+    stream: &TcpStream,
+    membership: Membership,
+    deadline: Instant,
+    keep_going: &dyn Fn() -> bool,
+) -> io::Result<u32> {
+    let rank = membership.rank;
+    stream.set_nonblocking(false)?;
+    stream.set_nodelay(true)?;
+    let mut received = [0; HELLO_BYTES];
+    read_before(stream, &mut received, deadline, keep_going)?;
+    for peer in rank + 1..membership.members.len() as u32 {
+        if same_hello(&received, &hello(membership, peer, rank)) {
+            let mut writer = stream;
+            writer.write_all(&hello(membership, rank, peer))?;
+            return Ok(peer);
+        }
+    }
+    Err(io::ErrorKind::InvalidData.into())
+}
+
+pub(super) fn hello(membership: Membership, from: u32, to: u32) -> [u8; HELLO_BYTES] {
+    let mut frame = [0; HELLO_BYTES];
+    frame[..8].copy_from_slice(&MAGIC);
+    frame[8..12].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
+    frame[12..20].copy_from_slice(&membership.generation.to_le_bytes());
+    frame[20..24].copy_from_slice(&from.to_le_bytes());
+    frame[24..28].copy_from_slice(&to.to_le_bytes());
+    let proof = blake3::keyed_hash(membership.token, &frame[..28]);
+    frame[28..].copy_from_slice(proof.as_bytes());
+    frame
+}
+
+/// Compares in constant time what depends on the token.
+fn same_hello(a: &[u8; HELLO_BYTES], b: &[u8; HELLO_BYTES]) -> bool {
+    let proof = |frame: &[u8; HELLO_BYTES]| {
+        let mut bytes = [0; 32];
+        bytes.copy_from_slice(&frame[28..]);
+        blake3::Hash::from_bytes(bytes)
+    };
+    a[..28] == b[..28] && proof(a) == proof(b)
+}
+
+/// `read_exact` that gives up at `deadline` or when `keep_going` says so.
+fn read_before(
+    mut stream: &TcpStream,
+    mut buffer: &mut [u8],
+    deadline: Instant,
+    keep_going: &dyn Fn() -> bool,
+) -> io::Result<()> {
+    while !buffer.is_empty() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() || !keep_going() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left.min(LOOK_UP)))?;
+        match stream.read(buffer) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => buffer = &mut buffer[n..],
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    io::ErrorKind::WouldBlock
+                        | io::ErrorKind::TimedOut
+                        | io::ErrorKind::Interrupted
+                ) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}

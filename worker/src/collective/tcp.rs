@@ -1,0 +1,535 @@
+//! Collectives over a full mesh of TCP connections.
+//!
+//! Every operation runs one sending thread a peer beside the receiving one, so no pair of
+//! ranks can block each other with full buffers. A failed operation leaves streams half
+//! read: it shuts the whole mesh, and the next generation builds a new one.
+
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::rendezvous::{self, Interrupter, Listener, Membership};
+use super::tree::{Node, TreeSum, add, merge_plan, nodes_of};
+use crate::{Error, Result};
+
+/// Elements summed at a time: all nodes' chunks together stay in the second-level cache.
+const CHUNK: usize = 16 * 1024;
+/// A rank's slice of the elements begins at a multiple of a cache line.
+const SLICE_ALIGNMENT: usize = 16;
+/// The most bytes that one rank may gather from another in one message.
+pub const GATHER_BYTES_MAX: u64 = 64 << 20;
+
+const FRAME_MAGIC: u32 = 0x5135_4652;
+const HEADER_BYTES: usize = 4 + 4 + 8 + 8 + 8;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+enum Tag {
+    Contribution = 1,
+    Total = 2,
+    Gather = 3,
+    AllGather = 4,
+}
+
+/// One peer's connection. The two halves are what an encrypted stream would replace.
+pub(super) struct Link {
+    peer: u32,
+    reader: TcpStream,
+    writer: TcpStream,
+    silence_limit: Duration,
+}
+
+impl Link {
+    pub(super) fn new(peer: u32, stream: TcpStream, silence_limit: Duration) -> io::Result<Self> {
+        stream.set_read_timeout(Some(silence_limit))?;
+        stream.set_write_timeout(Some(silence_limit))?;
+        Ok(Self {
+            peer,
+            reader: stream.try_clone()?,
+            writer: stream,
+            silence_limit,
+        })
+    }
+
+    fn halves(&mut self) -> (Half<'_>, Half<'_>) {
+        let Self {
+            peer,
+            silence_limit,
+            ..
+        } = *self;
+        (
+            Half {
+                peer,
+                silence_limit,
+                stream: &mut self.reader,
+            },
+            Half {
+                peer,
+                silence_limit,
+                stream: &mut self.writer,
+            },
+        )
+    }
+}
+
+/// The reading or the writing half of a link, with errors that name the peer.
+struct Half<'a> {
+    peer: u32,
+    silence_limit: Duration,
+    stream: &'a mut TcpStream,
+}
+
+impl Half<'_> {
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.stream
+            .write_all(bytes)
+            .map_err(|source| self.error(source))
+    }
+
+    fn read(&mut self, bytes: &mut [u8]) -> Result<()> {
+        self.stream
+            .read_exact(bytes)
+            .map_err(|source| self.error(source))
+    }
+
+    fn error(&self, source: io::Error) -> Error {
+        match source.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Error::PeerSilent {
+                rank: self.peer,
+                seconds: self.silence_limit.as_secs_f64(),
+            },
+            _ => Error::PeerLost {
+                rank: self.peer,
+                source,
+            },
+        }
+    }
+
+    fn write_header(&mut self, header: Header) -> Result<()> {
+        self.write(&header.encode())
+    }
+
+    /// Reads a header that must match `expected` in everything but the length, and returns
+    /// the length.
+    fn read_header(&mut self, expected: Header) -> Result<u64> {
+        let mut bytes = [0; HEADER_BYTES];
+        self.read(&mut bytes)?;
+        let (wanted, split) = (expected.encode(), HEADER_BYTES - 8);
+        if bytes[..split] != wanted[..split] {
+            let problem = format!(
+                "frame header {:02x?} where {:02x?} was due",
+                &bytes[..split],
+                &wanted[..split]
+            );
+            return Err(Error::Protocol {
+                rank: self.peer,
+                problem,
+            });
+        }
+        let mut length = [0; 8];
+        length.copy_from_slice(&bytes[split..]);
+        Ok(u64::from_le_bytes(length))
+    }
+
+    /// [`Half::read_header`] where the length is known beforehand.
+    fn expect_header(&mut self, expected: Header) -> Result<()> {
+        let length = self.read_header(expected)?;
+        if length != expected.length {
+            let problem = format!(
+                "a frame of {length} bytes where {} were due",
+                expected.length
+            );
+            return Err(Error::Protocol {
+                rank: self.peer,
+                problem,
+            });
+        }
+        Ok(())
+    }
+
+    fn read_message(&mut self, expected: Header) -> Result<Vec<u8>> {
+        let length = self.read_header(expected)?;
+        if length > GATHER_BYTES_MAX {
+            let problem = format!("a message of {length} bytes, the limit is {GATHER_BYTES_MAX}");
+            return Err(Error::Protocol {
+                rank: self.peer,
+                problem,
+            });
+        }
+        let mut message = vec![0; length as usize];
+        self.read(&mut message)?;
+        Ok(message)
+    }
+}
+
+/// What precedes every message, so that ranks out of step notice before they add anything.
+#[derive(Clone, Copy)]
+struct Header {
+    tag: Tag,
+    generation: u64,
+    step: u64,
+    length: u64,
+}
+
+impl Header {
+    fn encode(self) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[..4].copy_from_slice(&FRAME_MAGIC.to_le_bytes());
+        bytes[4..8].copy_from_slice(&(self.tag as u32).to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.generation.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.step.to_le_bytes());
+        bytes[24..].copy_from_slice(&self.length.to_le_bytes());
+        bytes
+    }
+}
+
+/// This rank's connections to all others of one generation.
+pub struct Mesh {
+    rank: u32,
+    generation: u64,
+    /// By rank; `None` at one's own.
+    links: Vec<Option<Link>>,
+    interrupter: Interrupter,
+    /// One chunk of every node; grows in the first step.
+    scratch: Vec<f32>,
+}
+
+impl Mesh {
+    /// Connects to every other member; returns when all connections stand.
+    ///
+    /// `silence_limit` bounds how long a later operation waits for a peer to send or take a
+    /// byte; peers reach an operation at different times, so it must exceed the time by which
+    /// the slowest rank's computation of a step lags.
+    ///
+    /// # Errors
+    /// [`Error::Rendezvous`] names a rank that is missing at `deadline`, and
+    /// [`Error::Interrupted`] if `interrupter` fired.
+    pub fn connect(
+        listener: &Listener,
+        membership: Membership,
+        deadline: Instant,
+        silence_limit: Duration,
+        interrupter: Interrupter,
+    ) -> Result<Self> {
+        rendezvous::connect(listener, membership, deadline, silence_limit, interrupter)
+    }
+
+    pub(super) fn new(
+        rank: u32,
+        generation: u64,
+        links: Vec<Option<Link>>,
+        interrupter: Interrupter,
+    ) -> Self {
+        Self {
+            rank,
+            generation,
+            links,
+            interrupter,
+            scratch: Vec::new(),
+        }
+    }
+
+    pub fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    pub fn world_size(&self) -> u32 {
+        self.links.len() as u32
+    }
+
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    pub fn interrupter(&self) -> Interrupter {
+        self.interrupter.clone()
+    }
+
+    /// See [`super::Collective::all_reduce_tree`].
+    pub(super) fn all_reduce_tree(
+        &mut self,
+        step: u64,
+        sum: &TreeSum,
+        ranges: &[Range<u32>],
+        output: &mut [f32],
+    ) -> Result<()> {
+        let plan = Plan::new(sum, ranges, self.rank, output.len());
+        self.reduce_scatter(step, sum, &plan, output)?;
+        self.all_gather(step, &plan, output)
+    }
+
+    /// Leaves the total of this rank's slice in `output`.
+    fn reduce_scatter(
+        &mut self,
+        step: u64,
+        sum: &TreeSum,
+        plan: &Plan,
+        output: &mut [f32],
+    ) -> Result<()> {
+        let (rank, generation) = (self.rank as usize, self.generation);
+        let header = move |length| Header {
+            tag: Tag::Contribution,
+            generation,
+            step,
+            length,
+        };
+        let own_slice = plan.slices[rank].clone();
+        let mut scratch = std::mem::take(&mut self.scratch);
+        scratch.resize(plan.nodes.len() * CHUNK.min(own_slice.len()), 0.0);
+        let result = self.exchange(
+            |writer| {
+                let slice = plan.slices[writer.peer as usize].clone();
+                writer.write_header(header(plan.contribution_bytes(rank, &slice)))?;
+                for chunk in chunks(slice) {
+                    for (_, partial) in sum.nodes() {
+                        writer.write(bytemuck::cast_slice(&partial[chunk.clone()]))?;
+                    }
+                }
+                Ok(())
+            },
+            |readers| {
+                for reader in readers.iter_mut() {
+                    let bytes = plan.contribution_bytes(reader.peer as usize, &own_slice);
+                    reader.expect_header(header(bytes))?;
+                }
+                for chunk in chunks(own_slice.clone()) {
+                    let mut slots: Vec<&mut [f32]> =
+                        scratch.chunks_exact_mut(chunk.len()).collect();
+                    for (slot, (_, partial)) in
+                        slots[plan.slots[rank].clone()].iter_mut().zip(sum.nodes())
+                    {
+                        slot.copy_from_slice(&partial[chunk.clone()]);
+                    }
+                    for reader in readers.iter_mut() {
+                        for slot in &mut slots[plan.slots[reader.peer as usize].clone()] {
+                            reader.read(bytemuck::cast_slice_mut(slot))?;
+                        }
+                    }
+                    for &(left, right) in &plan.merges {
+                        let (lefts, rights) = slots.split_at_mut(right);
+                        add(lefts[left], rights[0]);
+                    }
+                    output[chunk].copy_from_slice(slots[0]);
+                }
+                Ok(())
+            },
+        );
+        self.scratch = scratch;
+        result
+    }
+
+    /// Sends this rank's slice of `output` to all, and fills in theirs.
+    fn all_gather(&mut self, step: u64, plan: &Plan, output: &mut [f32]) -> Result<()> {
+        let (rank, generation) = (self.rank as usize, self.generation);
+        let header = move |slice: &[f32]| Header {
+            tag: Tag::Total,
+            generation,
+            step,
+            length: size_of_val(slice) as u64,
+        };
+        let mut slices = plan.split(output);
+        let own_slice = std::mem::take(&mut slices[rank]);
+        let own_slice: &[f32] = own_slice;
+        self.exchange(
+            |writer| {
+                writer.write_header(header(own_slice))?;
+                writer.write(bytemuck::cast_slice(own_slice))
+            },
+            |readers| {
+                for reader in readers {
+                    let slice = &mut *slices[reader.peer as usize];
+                    reader.expect_header(header(slice))?;
+                    reader.read(bytemuck::cast_slice_mut(slice))?;
+                }
+                Ok(())
+            },
+        )
+    }
+
+    /// See [`super::Collective::gather_bytes`].
+    pub(super) fn gather_bytes(
+        &mut self,
+        step: u64,
+        root: u32,
+        bytes: &[u8],
+    ) -> Result<Option<Vec<Vec<u8>>>> {
+        let header = self.message_header(Tag::Gather, step, bytes);
+        let is_root = self.rank == root;
+        let mut messages = vec![Vec::new(); self.links.len()];
+        self.exchange(
+            |writer| {
+                if writer.peer == root {
+                    writer.write_header(header)?;
+                    writer.write(bytes)?;
+                }
+                Ok(())
+            },
+            |readers| {
+                for reader in readers.iter_mut().filter(|_| is_root) {
+                    messages[reader.peer as usize] = reader.read_message(header)?;
+                }
+                Ok(())
+            },
+        )?;
+        messages[self.rank as usize] = bytes.to_vec();
+        Ok(is_root.then_some(messages))
+    }
+
+    /// See [`super::Collective::all_gather_bytes`].
+    pub(super) fn all_gather_bytes(&mut self, step: u64, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let header = self.message_header(Tag::AllGather, step, bytes);
+        let mut messages = vec![Vec::new(); self.links.len()];
+        self.exchange(
+            |writer| {
+                writer.write_header(header)?;
+                writer.write(bytes)
+            },
+            |readers| {
+                for reader in readers {
+                    messages[reader.peer as usize] = reader.read_message(header)?;
+                }
+                Ok(())
+            },
+        )?;
+        messages[self.rank as usize] = bytes.to_vec();
+        Ok(messages)
+    }
+
+    fn message_header(&self, tag: Tag, step: u64, bytes: &[u8]) -> Header {
+        let length = bytes.len() as u64;
+        assert!(
+            length <= GATHER_BYTES_MAX,
+            "a message of {length} bytes to gather"
+        );
+        Header {
+            tag,
+            generation: self.generation,
+            step,
+            length,
+        }
+    }
+
+    /// Runs `send` for every peer on a thread of its own and `receive` on this one. The
+    /// first error wins and shuts the mesh, which releases all other threads.
+    fn exchange(
+        &mut self,
+        send: impl Fn(&mut Half) -> Result<()> + Sync,
+        receive: impl FnOnce(&mut [Half]) -> Result<()>,
+    ) -> Result<()> {
+        if self.interrupter.is_interrupted() {
+            return Err(Error::Interrupted);
+        }
+        let failure = Mutex::new(None);
+        let interrupter = &self.interrupter;
+        let note = |result: Result<()>| {
+            if let Err(error) = result {
+                failure
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .get_or_insert(error);
+                interrupter.shut_sockets();
+            }
+        };
+        std::thread::scope(|scope| {
+            let (mut readers, writers): (Vec<Half>, Vec<Half>) =
+                self.links.iter_mut().flatten().map(Link::halves).unzip();
+            for mut writer in writers {
+                let (note, send) = (&note, &send);
+                scope.spawn(move || note(send(&mut writer)));
+            }
+            note(receive(&mut readers));
+        });
+        match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(_) if self.interrupter.is_interrupted() => Err(Error::Interrupted),
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        // Whoever still holds an interrupter holds the sockets open: end them, so peers notice.
+        self.interrupter.shut_sockets();
+    }
+}
+
+/// Who holds which nodes, who owns which elements, and in which order the owner adds.
+struct Plan {
+    /// All ranks' nodes, left to right; a node's index is its slot.
+    nodes: Vec<Node>,
+    /// By rank: the slots of its nodes.
+    slots: Vec<Range<usize>>,
+    merges: Vec<(usize, usize)>,
+    /// By rank: the elements it sums.
+    slices: Vec<Range<usize>>,
+}
+
+impl Plan {
+    fn new(sum: &TreeSum, ranges: &[Range<u32>], rank: u32, elements: usize) -> Self {
+        let world = ranges.len();
+        let leaves = sum.leaves();
+        assert_eq!(
+            sum.elements(),
+            elements,
+            "output and gradient sum differ in size"
+        );
+        assert!(
+            sum.is_complete(),
+            "micro-batches of {:?} are missing",
+            sum.range()
+        );
+        assert!(
+            sum.range() == ranges[rank as usize]
+                || sum.range().is_empty() && ranges[rank as usize].is_empty()
+        );
+        let mut order: Vec<usize> = (0..world).collect();
+        order.sort_by_key(|&r| (ranges[r].start, ranges[r].end));
+        let mut nodes = Vec::new();
+        let mut slots = vec![0..0; world];
+        for r in order {
+            let first = nodes.len();
+            nodes.extend(nodes_of(ranges[r].clone(), leaves));
+            slots[r] = first..nodes.len();
+        }
+        let merges = merge_plan(&nodes, leaves);
+        let bound = |r: usize| match r {
+            r if r == world => elements,
+            r => elements * r / world / SLICE_ALIGNMENT * SLICE_ALIGNMENT,
+        };
+        let slices = (0..world).map(|r| bound(r)..bound(r + 1)).collect();
+        Self {
+            nodes,
+            slots,
+            merges,
+            slices,
+        }
+    }
+
+    /// Bytes that `rank` sends to the owner of `slice`.
+    fn contribution_bytes(&self, rank: usize, slice: &Range<usize>) -> u64 {
+        (self.slots[rank].len() * slice.len() * size_of::<f32>()) as u64
+    }
+
+    fn split<'a>(&self, mut elements: &'a mut [f32]) -> Vec<&'a mut [f32]> {
+        let mut parts = Vec::with_capacity(self.slices.len());
+        for slice in &self.slices {
+            let (part, rest) = elements.split_at_mut(slice.len());
+            parts.push(part);
+            elements = rest;
+        }
+        parts
+    }
+}
+
+fn chunks(slice: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    slice
+        .clone()
+        .step_by(CHUNK)
+        .map(move |first| first..slice.end.min(first + CHUNK))
+}
+
+// Gradients travel as they lie in memory.
+const _: () = assert!(cfg!(target_endian = "little"));

@@ -1,0 +1,623 @@
+//! The sections of the job file that say what a worker does, with Hugging Face's names and
+//! defaults. Every range is checked by `validate`, before anything is computed.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::optimizer::{Hyperparameters, OptimizerKind};
+use crate::schedule::{Schedule, SchedulerType};
+use crate::{Error, Result};
+
+/// `[model]`: where the weights come from.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSection {
+    /// A directory or a hub id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pretrained: Option<String>,
+    /// The configuration of a model with fresh weights, in the keys of `config.json`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub architecture: Option<Map<String, Value>>,
+    /// A built-in tokenizer's name, a `tokenizer.json`, or a directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<String>,
+    /// Replaces the model configuration's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dropout_rate: Option<f32>,
+}
+
+impl ModelSection {
+    /// # Errors
+    /// A user error that names the key and says what to do.
+    pub fn validate(&self) -> Result<()> {
+        match (&self.pretrained, &self.architecture) {
+            (Some(_), Some(_)) => {
+                return Err(Error::config(
+                    "model",
+                    "give either pretrained or architecture, not both",
+                ));
+            }
+            (None, None) => {
+                return Err(Error::config(
+                    "model",
+                    "give pretrained (a directory or a hub id), or architecture for fresh weights",
+                ));
+            }
+            (None, Some(_)) if self.tokenizer.is_none() => {
+                return Err(Error::config(
+                    "model.tokenizer",
+                    "a model with fresh weights needs one, such as \"byt5\"",
+                ));
+            }
+            _ => {}
+        }
+        if let Some(rate) = self.dropout_rate {
+            check(
+                "model.dropout_rate",
+                (0.0..1.0).contains(&rate),
+                rate,
+                "at least 0 and below 1",
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// In which type the model computes; sums and the optimizer's state are always f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    Fp32,
+    Bf16,
+    Fp16,
+}
+
+/// When a training ends.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum TrainingLength {
+    Steps(u64),
+    Epochs(f64),
+}
+
+/// `lr_scheduler_kwargs`, of the polynomial schedule only.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SchedulerKwargs {
+    /// The last learning rate.
+    pub lr_end: f64,
+    pub power: f64,
+}
+
+impl Default for SchedulerKwargs {
+    fn default() -> Self {
+        Self {
+            lr_end: 1e-7,
+            power: 1.0,
+        }
+    }
+}
+
+/// `[training]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainingConfig {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_steps: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub num_train_epochs: Option<f64>,
+    /// Examples in one optimizer step, over all workers.
+    pub global_batch_size: u32,
+    /// Examples in one forward and backward; the default is all of the global batch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_batch_size: Option<u32>,
+    pub learning_rate: f64,
+    pub lr_scheduler_type: SchedulerType,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lr_scheduler_kwargs: Option<SchedulerKwargs>,
+    pub warmup_steps: u64,
+    pub optimizer: OptimizerKind,
+    pub weight_decay: f64,
+    pub adam_beta1: f64,
+    pub adam_beta2: f64,
+    pub adam_epsilon: f64,
+    /// 0 does not clip.
+    pub max_grad_norm: f64,
+    /// Without one: bf16 on a GPU, fp32 elsewhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub precision: Option<Precision>,
+    pub gradient_checkpointing: bool,
+    pub label_smoothing_factor: f32,
+    pub seed: u64,
+    pub logging_steps: u64,
+    /// Without one: evaluation at the end only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_steps: Option<u64>,
+    /// Without one: a checkpoint at the end only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_steps: Option<u64>,
+    /// Without one: all checkpoints stay.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_total_limit: Option<u32>,
+}
+
+impl Default for TrainingConfig {
+    fn default() -> Self {
+        Self {
+            max_steps: None,
+            num_train_epochs: None,
+            global_batch_size: 8,
+            micro_batch_size: None,
+            learning_rate: 5e-5,
+            lr_scheduler_type: SchedulerType::Linear,
+            lr_scheduler_kwargs: None,
+            warmup_steps: 0,
+            optimizer: OptimizerKind::AdamW,
+            weight_decay: 0.0,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+            max_grad_norm: 1.0,
+            precision: None,
+            gradient_checkpointing: false,
+            label_smoothing_factor: 0.0,
+            seed: 42,
+            logging_steps: 1,
+            eval_steps: None,
+            save_steps: None,
+            save_total_limit: None,
+        }
+    }
+}
+
+impl TrainingConfig {
+    /// # Errors
+    /// A user error that names the key and says what to do.
+    pub fn validate(&self) -> Result<()> {
+        self.validate_length()?;
+        self.validate_batch()?;
+        self.validate_optimizer()?;
+        self.validate_schedule()?;
+        let smoothing = self.label_smoothing_factor;
+        check(
+            "training.label_smoothing_factor",
+            (0.0..1.0).contains(&smoothing),
+            smoothing,
+            "at least 0 and below 1",
+        )?;
+        let at_least_one = "at least 1";
+        check(
+            "training.logging_steps",
+            self.logging_steps > 0,
+            self.logging_steps,
+            at_least_one,
+        )?;
+        for (key, value) in [
+            ("training.eval_steps", self.eval_steps),
+            ("training.save_steps", self.save_steps),
+            (
+                "training.save_total_limit",
+                self.save_total_limit.map(u64::from),
+            ),
+        ] {
+            if let Some(value) = value {
+                check(key, value > 0, value, "at least 1; leave it out for none")?;
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_length(&self) -> Result<()> {
+        if self.max_steps.is_some() && self.num_train_epochs.is_some() {
+            return Err(Error::config(
+                "training.max_steps",
+                "give either max_steps or num_train_epochs, not both",
+            ));
+        }
+        if let Some(steps) = self.max_steps {
+            check("training.max_steps", steps > 0, steps, "at least 1")?;
+        }
+        if let Some(epochs) = self.num_train_epochs {
+            check(
+                "training.num_train_epochs",
+                epochs > 0.0 && epochs.is_finite(),
+                epochs,
+                "above 0",
+            )?;
+        }
+        Ok(())
+    }
+
+    fn validate_batch(&self) -> Result<()> {
+        let (global, micro) = (self.global_batch_size, self.micro_batch_size());
+        check(
+            "training.global_batch_size",
+            global > 0,
+            global,
+            "at least 1",
+        )?;
+        check("training.micro_batch_size", micro > 0, micro, "at least 1")?;
+        if !global.is_multiple_of(micro) {
+            let problem =
+                format!("{micro} does not divide global_batch_size ({global}); choose a divisor");
+            return Err(Error::config("training.micro_batch_size", problem));
+        }
+        Ok(())
+    }
+
+    fn validate_optimizer(&self) -> Result<()> {
+        let rate = self.learning_rate;
+        check(
+            "training.learning_rate",
+            rate > 0.0 && rate.is_finite(),
+            rate,
+            "above 0",
+        )?;
+        for (key, beta) in [
+            ("training.adam_beta1", self.adam_beta1),
+            ("training.adam_beta2", self.adam_beta2),
+        ] {
+            check(
+                key,
+                (0.0..1.0).contains(&beta),
+                beta,
+                "at least 0 and below 1",
+            )?;
+        }
+        let epsilon = self.adam_epsilon;
+        check(
+            "training.adam_epsilon",
+            epsilon > 0.0 && epsilon.is_finite(),
+            epsilon,
+            "above 0",
+        )?;
+        for (key, value) in [
+            ("training.weight_decay", self.weight_decay),
+            ("training.max_grad_norm", self.max_grad_norm),
+        ] {
+            check(key, value >= 0.0 && value.is_finite(), value, "at least 0")?;
+        }
+        Ok(())
+    }
+
+    fn validate_schedule(&self) -> Result<()> {
+        if let Some(steps) = self.max_steps.filter(|&steps| self.warmup_steps > steps) {
+            let problem = format!(
+                "{} is more than max_steps ({steps}); the training would end inside its warm-up",
+                self.warmup_steps
+            );
+            return Err(Error::config("training.warmup_steps", problem));
+        }
+        if self.warmup_steps > 0 && self.lr_scheduler_type == SchedulerType::Constant {
+            return Err(Error::config(
+                "training.warmup_steps",
+                "the constant schedule has none; choose constant_with_warmup",
+            ));
+        }
+        let Some(SchedulerKwargs { lr_end, power }) = self.lr_scheduler_kwargs else {
+            return Ok(());
+        };
+        if self.lr_scheduler_type != SchedulerType::Polynomial {
+            return Err(Error::config(
+                "training.lr_scheduler_kwargs",
+                "only the polynomial schedule has any",
+            ));
+        }
+        let key = "training.lr_scheduler_kwargs.lr_end";
+        check(
+            key,
+            (0.0..self.learning_rate).contains(&lr_end),
+            lr_end,
+            "at least 0 and below learning_rate",
+        )?;
+        check(
+            "training.lr_scheduler_kwargs.power",
+            power > 0.0 && power.is_finite(),
+            power,
+            "above 0",
+        )
+    }
+
+    /// `max_steps` or `num_train_epochs`; three epochs without either.
+    pub fn length(&self) -> TrainingLength {
+        match (self.max_steps, self.num_train_epochs) {
+            (Some(steps), _) => TrainingLength::Steps(steps),
+            (None, epochs) => TrainingLength::Epochs(epochs.unwrap_or(3.0)),
+        }
+    }
+
+    pub fn micro_batch_size(&self) -> u32 {
+        self.micro_batch_size.unwrap_or(self.global_batch_size)
+    }
+
+    /// Micro-batches of a full step.
+    pub fn micro_batches(&self) -> u32 {
+        self.global_batch_size / self.micro_batch_size()
+    }
+
+    /// The learning-rate schedule of a training of `total_steps` steps.
+    pub fn schedule(&self, total_steps: u64) -> Schedule {
+        let SchedulerKwargs { lr_end, power } = self.lr_scheduler_kwargs.unwrap_or_default();
+        Schedule {
+            kind: self.lr_scheduler_type,
+            learning_rate: self.learning_rate,
+            warmup_steps: self.warmup_steps,
+            total_steps,
+            lr_end,
+            power,
+        }
+    }
+
+    pub fn hyperparameters(&self) -> Hyperparameters {
+        Hyperparameters {
+            beta1: self.adam_beta1,
+            beta2: self.adam_beta2,
+            epsilon: self.adam_epsilon,
+            weight_decay: self.weight_decay,
+        }
+    }
+}
+
+/// A score of an evaluation. The loss is always computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Metric {
+    Loss,
+    ExactMatch,
+    PhonemeErrorRate,
+    WordErrorRate,
+}
+
+impl Metric {
+    /// Whether texts must be generated for it.
+    pub fn needs_predictions(self) -> bool {
+        self != Self::Loss
+    }
+}
+
+/// `[evaluation]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EvaluationConfig {
+    pub metrics: Vec<Metric>,
+    /// 1 is greedy search.
+    pub num_beams: u32,
+    pub max_new_tokens: u32,
+    /// The first so many examples; all without one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_examples: Option<u64>,
+    /// Examples computed at a time; has no effect on any score.
+    pub batch_size: u32,
+}
+
+impl Default for EvaluationConfig {
+    fn default() -> Self {
+        Self {
+            metrics: vec![Metric::Loss],
+            num_beams: 1,
+            max_new_tokens: 64,
+            max_examples: None,
+            batch_size: 32,
+        }
+    }
+}
+
+impl EvaluationConfig {
+    /// # Errors
+    /// A user error that names the key and says what to do.
+    pub fn validate(&self) -> Result<()> {
+        for (key, value) in [
+            ("evaluation.max_new_tokens", self.max_new_tokens),
+            ("evaluation.batch_size", self.batch_size),
+        ] {
+            check(key, value > 0, value, "at least 1")?;
+        }
+        if let Some(examples) = self.max_examples {
+            check(
+                "evaluation.max_examples",
+                examples > 0,
+                examples,
+                "at least 1; leave it out for all",
+            )?;
+        }
+        // Beam search comes with the full set of generation options.
+        check(
+            "evaluation.num_beams",
+            self.num_beams == 1,
+            self.num_beams,
+            "1: evaluation searches greedily",
+        )
+    }
+}
+
+fn check(
+    key: &'static str,
+    holds: bool,
+    value: impl std::fmt::Display,
+    wanted: &str,
+) -> Result<()> {
+    if holds {
+        return Ok(());
+    }
+    Err(Error::config(key, format!("is {value}, must be {wanted}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn training(value: Value) -> TrainingConfig {
+        serde_json::from_value(value).unwrap()
+    }
+
+    #[test]
+    fn the_interface_example_is_understood() {
+        let config = training(json!({
+            "max_steps": 1000, "global_batch_size": 64, "micro_batch_size": 8, "learning_rate": 1e-3,
+            "lr_scheduler_type": "linear", "warmup_steps": 50, "optimizer": "adamw", "weight_decay": 0.0,
+            "max_grad_norm": 1.0, "precision": "bf16", "gradient_checkpointing": false,
+            "label_smoothing_factor": 0.0, "seed": 42, "logging_steps": 1, "eval_steps": 200,
+            "save_steps": 200, "save_total_limit": 3,
+        }));
+        config.validate().unwrap();
+        assert_eq!(config.micro_batches(), 8);
+        assert_eq!(config.length(), TrainingLength::Steps(1000));
+        assert_eq!(config.schedule(1000).learning_rate_at(50), 1e-3);
+        let again: TrainingConfig =
+            serde_json::from_value(serde_json::to_value(&config).unwrap()).unwrap();
+        assert_eq!(again, config);
+        for name in ["adamw", "adamw_scaled", "adafactor"] {
+            training(json!({ "optimizer": name })).validate().unwrap();
+        }
+        for name in [
+            "linear",
+            "constant",
+            "constant_with_warmup",
+            "cosine",
+            "inverse_sqrt",
+            "polynomial",
+        ] {
+            training(json!({ "lr_scheduler_type": name }))
+                .validate()
+                .unwrap();
+        }
+    }
+
+    #[test]
+    fn defaults_are_valid() {
+        let config = training(json!({}));
+        config.validate().unwrap();
+        assert_eq!(config.length(), TrainingLength::Epochs(3.0));
+        assert_eq!(config.micro_batch_size(), config.global_batch_size);
+        EvaluationConfig::default().validate().unwrap();
+    }
+
+    #[test]
+    fn every_bad_value_names_its_key() {
+        for (bad, key) in [
+            (json!({ "max_steps": 0 }), "training.max_steps"),
+            (
+                json!({ "max_steps": 1, "num_train_epochs": 1.0 }),
+                "training.max_steps",
+            ),
+            (
+                json!({ "num_train_epochs": 0.0 }),
+                "training.num_train_epochs",
+            ),
+            (
+                json!({ "global_batch_size": 0 }),
+                "training.global_batch_size",
+            ),
+            (
+                json!({ "micro_batch_size": 0 }),
+                "training.micro_batch_size",
+            ),
+            (
+                json!({ "global_batch_size": 8, "micro_batch_size": 3 }),
+                "training.micro_batch_size",
+            ),
+            (
+                json!({ "micro_batch_size": 16 }),
+                "training.micro_batch_size",
+            ),
+            (json!({ "learning_rate": 0.0 }), "training.learning_rate"),
+            (json!({ "learning_rate": -1e-3 }), "training.learning_rate"),
+            (json!({ "adam_beta1": 1.0 }), "training.adam_beta1"),
+            (json!({ "adam_beta2": -0.1 }), "training.adam_beta2"),
+            (json!({ "adam_epsilon": 0.0 }), "training.adam_epsilon"),
+            (json!({ "weight_decay": -1.0 }), "training.weight_decay"),
+            (json!({ "max_grad_norm": -1.0 }), "training.max_grad_norm"),
+            (
+                json!({ "label_smoothing_factor": 1.0 }),
+                "training.label_smoothing_factor",
+            ),
+            (json!({ "logging_steps": 0 }), "training.logging_steps"),
+            (json!({ "eval_steps": 0 }), "training.eval_steps"),
+            (json!({ "save_steps": 0 }), "training.save_steps"),
+            (
+                json!({ "save_total_limit": 0 }),
+                "training.save_total_limit",
+            ),
+            (
+                json!({ "max_steps": 5, "warmup_steps": 6 }),
+                "training.warmup_steps",
+            ),
+            (
+                json!({ "lr_scheduler_type": "constant", "warmup_steps": 6 }),
+                "training.warmup_steps",
+            ),
+            (
+                json!({ "lr_scheduler_kwargs": {} }),
+                "training.lr_scheduler_kwargs",
+            ),
+            (
+                json!({ "lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": { "lr_end": 1.0 } }),
+                "training.lr_scheduler_kwargs.lr_end",
+            ),
+            (
+                json!({ "lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": { "power": 0.0 } }),
+                "training.lr_scheduler_kwargs.power",
+            ),
+        ] {
+            let error = training(bad.clone())
+                .validate()
+                .expect_err(&bad.to_string());
+            assert!(error.is_user_error());
+            assert!(
+                error.to_string().starts_with(&format!("{key}: ")),
+                "{bad}: {error}"
+            );
+        }
+        for (bad, key) in [
+            (json!({ "max_new_tokens": 0 }), "evaluation.max_new_tokens"),
+            (json!({ "batch_size": 0 }), "evaluation.batch_size"),
+            (json!({ "max_examples": 0 }), "evaluation.max_examples"),
+            (json!({ "num_beams": 4 }), "evaluation.num_beams"),
+        ] {
+            let config: EvaluationConfig = serde_json::from_value(bad).unwrap();
+            assert!(config.validate().unwrap_err().to_string().starts_with(key));
+        }
+    }
+
+    #[test]
+    fn unknown_keys_are_refused() {
+        for bad in [
+            json!({ "learning_rat": 1.0 }),
+            json!({ "optimizer": "sgd" }),
+        ] {
+            assert!(serde_json::from_value::<TrainingConfig>(bad).is_err());
+        }
+        assert!(
+            serde_json::from_value::<EvaluationConfig>(json!({ "metrics": ["bleu"] })).is_err()
+        );
+        assert!(serde_json::from_value::<ModelSection>(json!({ "pretrain": "x" })).is_err());
+    }
+
+    #[test]
+    fn a_model_is_pretrained_or_described() {
+        let model = |value| serde_json::from_value::<ModelSection>(value).unwrap();
+        for good in [
+            json!({ "pretrained": "google/t5-v1_1-small" }),
+            json!({ "architecture": {}, "tokenizer": "byt5", "dropout_rate": 0.0 }),
+        ] {
+            model(good).validate().unwrap();
+        }
+        for (bad, key) in [
+            (json!({}), "model:"),
+            (json!({ "pretrained": "x", "architecture": {} }), "model:"),
+            (json!({ "architecture": {} }), "model.tokenizer:"),
+            (
+                json!({ "pretrained": "x", "dropout_rate": 1.0 }),
+                "model.dropout_rate:",
+            ),
+        ] {
+            assert!(
+                model(bad)
+                    .validate()
+                    .unwrap_err()
+                    .to_string()
+                    .starts_with(key)
+            );
+        }
+    }
+}

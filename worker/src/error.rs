@@ -1,0 +1,84 @@
+//! What can go wrong in a worker.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A value of the job file is out of range or contradicts another.
+    #[error("{key}: {problem}")]
+    Config { key: &'static str, problem: String },
+
+    /// A checkpoint is damaged, or belongs to something else.
+    #[error("checkpoint file {}: {problem}", path.display())]
+    Checkpoint { path: PathBuf, problem: String },
+
+    /// The operating system refused a file operation (no such file, no permission, disk full).
+    #[error("cannot {action} {}: {source}", path.display())]
+    File {
+        action: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+
+    #[error("cannot listen on {address}: {source}; choose another address")]
+    Listen {
+        address: SocketAddr,
+        source: io::Error,
+    },
+
+    /// The mesh of generation `generation` did not come together in time.
+    #[error(
+        "rank {rank} at {address} did not connect within {seconds:.1} s (generation {generation}); is its port reachable?"
+    )]
+    Rendezvous {
+        rank: u32,
+        address: SocketAddr,
+        generation: u64,
+        seconds: f64,
+    },
+
+    /// The connection ended: the rank died, or gave up because another one did.
+    #[error("lost the connection to rank {rank}: {source}")]
+    PeerLost { rank: u32, source: io::Error },
+
+    /// The rank is connected but has not sent or accepted a byte for too long.
+    #[error("rank {rank} was silent for {seconds:.1} s")]
+    PeerSilent { rank: u32, seconds: f64 },
+
+    /// A rank sent what the protocol does not allow here: a bug, or mixed versions.
+    #[error("rank {rank} broke the collective protocol: {problem}")]
+    Protocol { rank: u32, problem: String },
+
+    /// Membership changed; the step in flight is void and a new generation begins.
+    #[error("the collective was interrupted: the generation has changed")]
+    Interrupted,
+}
+
+impl Error {
+    /// True where the user's input must change (exit code 2); false for failures (exit code 1).
+    pub fn is_user_error(&self) -> bool {
+        matches!(self, Self::Config { .. } | Self::Checkpoint { .. })
+    }
+
+    /// For `map_err` on a file operation: `File::open(path).map_err(Error::file("open", path))`.
+    pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::File {
+            action,
+            path,
+            source,
+        }
+    }
+
+    /// For `map_err` on a configuration check.
+    pub(crate) fn config(key: &'static str, problem: impl Into<String>) -> Self {
+        Self::Config {
+            key,
+            problem: problem.into(),
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Norms and scaling. Sums run over fixed blocks of fixed lanes in f64.
+
+use rayon::prelude::*;
+
+use super::BLOCK;
+
+/// Independent partial sums of a block, so that it vectorises.
+const LANES: usize = 8;
+
+/// Σ x² in f64, with the same bits for any number of threads.
+pub(super) fn sum_of_squares(values: &[f32]) -> f64 {
+    if values.len() <= BLOCK {
+        return block_sum_of_squares(values);
+    }
+    let blocks: Vec<f64> = values.par_chunks(BLOCK).map(block_sum_of_squares).collect();
+    blocks.iter().sum()
+}
+
+fn block_sum_of_squares(block: &[f32]) -> f64 {
+    sum_by_lanes(block, |x| f64::from(x) * f64::from(x))
+}
+
+/// Σ f(x), lane by lane.
+pub(super) fn sum_by_lanes(values: &[f32], f: impl Fn(f32) -> f64) -> f64 {
+    let mut lanes = [0.0f64; LANES];
+    let (whole, rest) = values.as_chunks::<LANES>();
+    for chunk in whole {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane += f(x);
+        }
+    }
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane += f(x);
+    }
+    lanes.iter().sum()
+}
+
+/// √(Σ x² / n); 0 of nothing.
+pub(super) fn root_mean_square(values: &[f32]) -> f64 {
+    (sum_of_squares(values) / values.len().max(1) as f64).sqrt()
+}
+
+/// The Euclidean norm of the whole arena.
+pub fn global_norm(values: &[f32]) -> f64 {
+    sum_of_squares(values).sqrt()
+}
+
+/// What `torch.nn.utils.clip_grad_norm_` multiplies gradients of norm `norm` by; 1 where
+/// `max_norm` is 0, which does not clip.
+pub fn clip_coefficient(norm: f64, max_norm: f64) -> f32 {
+    if max_norm == 0.0 {
+        1.0
+    } else {
+        (max_norm / (norm + 1e-6)).min(1.0) as f32
+    }
+}
+
+/// Scales `grads` down to a norm of at most `max_norm`; returns the norm before.
+pub fn clip(grads: &mut [f32], max_norm: f64) -> f64 {
+    let norm = global_norm(grads);
+    scale(grads, clip_coefficient(norm, max_norm));
+    norm
+}
+
+/// Multiplies all `values` by `factor`.
+pub fn scale(values: &mut [f32], factor: f32) {
+    if factor != 1.0 {
+        values
+            .par_chunks_mut(BLOCK)
+            .for_each(|block| block.iter_mut().for_each(|x| *x *= factor));
+    }
+}

@@ -1,1 +1,40 @@
-fn main() {}
+//! `quintet`: trains T5 models, on one core or a cluster.
+//!
+//! The only crate that prints, reads the environment and sets exit codes; everything else is in the libraries.
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is the crate that talks to people")]
+
+mod args;
+mod commands;
+mod error;
+mod job;
+mod prepare;
+mod report;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Arguments, Command};
+use crate::error::Failure;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let outcome = match arguments.command {
+        Command::Train(arguments) => commands::train::run(arguments),
+        Command::Coordinator(arguments) => commands::coordinator::run(arguments),
+        Command::Worker(arguments) => commands::worker::run(arguments),
+        Command::Evaluate(arguments) => commands::evaluate::run(arguments),
+        Command::Generate(arguments) => commands::generate::run(arguments),
+        Command::Data(arguments) => commands::data::run(arguments),
+        Command::Bench(arguments) => commands::bench::run(arguments),
+        Command::Selftest(arguments) => commands::selftest::run(arguments),
+        Command::Doctor(arguments) => commands::doctor::run(arguments),
+    };
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        Err(Failure { message, exit_code }) => {
+            eprintln!("error: {message}");
+            ExitCode::from(exit_code)
+        }
+    }
+}

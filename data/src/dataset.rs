@@ -101,6 +101,16 @@ pub struct Splits {
 }
 
 impl Splits {
+    /// Of both parts together: equal on two machines exactly if their examples are.
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(self.train.fingerprint().as_bytes());
+        if let Some(validation) = &self.validation {
+            hasher.update(validation.fingerprint().as_bytes());
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+
     /// Reads and renders a job's examples, drops those that the length filters exclude, and holds a part out for
     /// validation if the job says so. Relative paths are relative to `base`.
     ///

@@ -107,6 +107,15 @@ fn create_file(path: &Path) -> io::Result<Box<dyn Sink>> {
     Ok(Box::new(File::create_new(path)?))
 }
 
+fn name_of(step: u64) -> String {
+    format!("{STEP_PREFIX}{step:08}")
+}
+
+/// Where the checkpoint of a step is, if there is one.
+pub fn path(directory: &Path, step: u64) -> PathBuf {
+    directory.join(name_of(step))
+}
+
 /// The digest of parameters: BLAKE3 over their little-endian bytes, in hexadecimal.
 pub fn digest(values: &[f32]) -> String {
     blake3::hash(bytemuck::cast_slice(values))
@@ -128,7 +137,7 @@ pub fn save(directory: &Path, snapshot: &Snapshot) -> Result<PathBuf> {
 
 fn save_with(directory: &Path, snapshot: &Snapshot, create: Create) -> Result<PathBuf> {
     fs::create_dir_all(directory).map_err(Error::file("create", directory))?;
-    let name = format!("{STEP_PREFIX}{:08}", snapshot.progress.step);
+    let name = name_of(snapshot.progress.step);
     let path = directory.join(&name);
     if load(&path).is_ok_and(|existing| existing.progress == snapshot.progress) {
         return Ok(path);

@@ -1,6 +1,7 @@
 //! The sections of the job file that say what a worker does, with Hugging Face's names and
 //! defaults. Every range is checked by `validate`, before anything is computed.
 
+use quintet_data::TrainingLength;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -70,13 +71,6 @@ pub enum Precision {
     Fp32,
     Bf16,
     Fp16,
-}
-
-/// When a training ends.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum TrainingLength {
-    Steps(u64),
-    Epochs(f64),
 }
 
 /// `lr_scheduler_kwargs`, of the polynomial schedule only.
@@ -317,6 +311,15 @@ impl TrainingConfig {
         )
     }
 
+    /// The steps of a training on `examples` examples.
+    ///
+    /// # Errors
+    /// A batch or length that makes no sense for them.
+    pub fn steps(&self, examples: u64) -> Result<quintet_data::Schedule> {
+        let (global, micro) = (u64::from(self.global_batch_size), u64::from(self.micro_batch_size()));
+        Ok(quintet_data::Schedule::new(examples, global, micro, self.length())?)
+    }
+
     /// `max_steps` or `num_train_epochs`; three epochs without either.
     pub fn length(&self) -> TrainingLength {
         match (self.max_steps, self.num_train_epochs) {
@@ -368,6 +371,16 @@ pub enum Metric {
 }
 
 impl Metric {
+    /// As in job files and results.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Loss => "loss",
+            Self::ExactMatch => "exact_match",
+            Self::PhonemeErrorRate => "phoneme_error_rate",
+            Self::WordErrorRate => "word_error_rate",
+        }
+    }
+
     /// Whether texts must be generated for it.
     pub fn needs_predictions(self) -> bool {
         self != Self::Loss

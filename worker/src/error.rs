@@ -53,6 +53,18 @@ pub enum Error {
     #[error("rank {rank} broke the collective protocol: {problem}")]
     Protocol { rank: u32, problem: String },
 
+    #[error(transparent)]
+    Data(#[from] quintet_data::Error),
+
+    #[error(transparent)]
+    Model(#[from] quintet_t5::Error),
+
+    #[error(transparent)]
+    Device(#[from] quintet_kernels::Error),
+
+    #[error(transparent)]
+    Session(#[from] crate::session::SessionError),
+
     /// Membership changed; the step in flight is void and a new generation begins.
     #[error("the collective was interrupted: the generation has changed")]
     Interrupted,
@@ -61,7 +73,19 @@ pub enum Error {
 impl Error {
     /// True where the user's input must change (exit code 2); false for failures (exit code 1).
     pub fn is_user_error(&self) -> bool {
-        matches!(self, Self::Config { .. } | Self::Checkpoint { .. })
+        match self {
+            Self::Config { .. } | Self::Checkpoint { .. } => true,
+            Self::Data(error) => error.is_user_error(),
+            Self::Model(error) => error.is_user_error(),
+            Self::Session(error) => error.is_user_error(),
+            _ => false,
+        }
+    }
+
+    /// Whether the work failed for want of another rank: this one is well, and can go on in a new generation.
+    pub fn is_peer_failure(&self) -> bool {
+        use Error::{Interrupted, PeerLost, PeerSilent, Rendezvous};
+        matches!(self, Rendezvous { .. } | PeerLost { .. } | PeerSilent { .. } | Interrupted)
     }
 
     /// For `map_err` on a file operation: `File::open(path).map_err(Error::file("open", path))`.

@@ -1,11 +1,21 @@
-//! Everything a rank does: collectives, optimizers, schedules, checkpoints, metrics.
+//! Everything a rank does: the step loop, the replica and its optimizer, collectives, evaluation, checkpoints.
+//!
+//! Deliberately absent: any decision about who computes what or when a step counts (the coordinator's), anything printed,
+//! the environment.
 
 pub mod checkpoint;
 pub mod collective;
 pub mod config;
 pub mod error;
+pub mod evaluation;
+pub mod memory;
 pub mod metrics;
 pub mod optimizer;
+pub mod output;
+pub mod rank;
+pub mod replica;
 pub mod schedule;
+pub mod session;
 
+pub use config::{EvaluationConfig, Metric, ModelSection, Precision, TrainingConfig};
 pub use error::{Error, Result};

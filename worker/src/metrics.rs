@@ -1,5 +1,7 @@
 //! Scores of predicted texts against their targets.
 
+use crate::config::Metric;
+
 /// Counts from which the scores of a set follow. Tallies of parts add up to that of the whole.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
@@ -52,6 +54,20 @@ impl Tally {
     pub fn word_error_rate(&self) -> f64 {
         ratio(self.wrong_sequences, self.examples)
     }
+}
+
+/// The scores asked for, by name; the loss is not among them, because texts do not tell it.
+pub fn scores(wanted: &[Metric], tally: &Tally) -> Vec<(&'static str, f64)> {
+    let score = |&metric: &Metric| {
+        let value = match metric {
+            Metric::Loss => return None,
+            Metric::ExactMatch => tally.exact_match(),
+            Metric::PhonemeErrorRate => tally.phoneme_error_rate(),
+            Metric::WordErrorRate => tally.word_error_rate(),
+        };
+        Some((metric.name(), value))
+    };
+    wanted.iter().filter_map(score).collect()
 }
 
 fn ratio(count: u64, total: u64) -> f64 {

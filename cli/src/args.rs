@@ -1,0 +1,252 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Trains T5 models, on one core or a cluster.
+#[derive(Parser)]
+#[command(name = "quintet", version)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Train on this machine: a coordinator and worker processes.
+    Train(TrainArguments),
+    /// The half of a run that schedules; prints the URL that workers join.
+    Coordinator(CoordinatorArguments),
+    /// The half of a run that computes.
+    Worker(WorkerArguments),
+    /// Loss and metrics of a model on a file, or of predictions.
+    Evaluate(EvaluateArguments),
+    /// Text out of a model.
+    Generate(GenerateArguments),
+    /// Look at a data source, or write a built-in one as JSON lines.
+    Data(DataArguments),
+    /// Measure.
+    Bench(BenchArguments),
+    /// Every kernel against a float64 oracle, then training steps against stored references.
+    Selftest(SelftestArguments),
+    /// What this machine has, and what to do about what is missing.
+    Doctor(DoctorArguments),
+}
+
+/// Where to compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DeviceChoice {
+    #[default]
+    Auto,
+    Cpu,
+}
+
+/// A job file, and what the command line changes in it.
+#[derive(Args)]
+pub(crate) struct JobArguments {
+    /// The job file.
+    pub(crate) job: PathBuf,
+    /// Write the run here instead of the job's output_dir.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) output: Option<PathBuf>,
+    /// Continue from the newest checkpoint in the output directory.
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// Override a value of the job file; may be given several times.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub(crate) overrides: Vec<String>,
+    /// Number of worker processes.
+    #[arg(long, value_name = "N")]
+    pub(crate) workers: Option<u32>,
+    #[arg(long, value_enum)]
+    pub(crate) device: Option<DeviceChoice>,
+}
+
+#[derive(Args)]
+pub(crate) struct TrainArguments {
+    #[command(flatten)]
+    pub(crate) job: JobArguments,
+    /// Print the result as one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct CoordinatorArguments {
+    #[command(flatten)]
+    pub(crate) job: JobArguments,
+    /// Where workers reach this coordinator.
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) listen: Option<SocketAddr>,
+    /// Allow plain text beyond this machine: anyone on the network can then read and join the run.
+    #[arg(long)]
+    pub(crate) insecure_plaintext: bool,
+    /// Print the result as one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct WorkerArguments {
+    /// The URL that the coordinator printed. The run's token is read from QUINTET_RUN_TOKEN.
+    #[arg(long, value_name = "URL")]
+    pub(crate) coordinator: String,
+    /// Where other workers reach this one.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
+    pub(crate) listen: SocketAddr,
+    /// Threads to compute with; all cores by default.
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
+    /// Allow plain text beyond this machine.
+    #[arg(long)]
+    pub(crate) insecure_plaintext: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct EvaluateArguments {
+    /// A model directory in Hugging Face's layout.
+    #[arg(long, value_name = "DIR", required_unless_present = "predictions")]
+    pub(crate) model: Option<PathBuf>,
+    /// The examples.
+    #[arg(long, value_name = "FILE", required_unless_present = "predictions")]
+    pub(crate) data: Option<String>,
+    /// Template of the input over a record's fields.
+    #[arg(long, value_name = "TEMPLATE", required_unless_present = "predictions")]
+    pub(crate) input: Option<String>,
+    /// Template of the target.
+    #[arg(long, value_name = "TEMPLATE", required_unless_present = "predictions")]
+    pub(crate) target: Option<String>,
+    /// Score lines of {"prediction", "target"} without a model.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "data", "input", "target"])]
+    pub(crate) predictions: Option<PathBuf>,
+    /// A tokenizer other than the model's.
+    #[arg(long)]
+    pub(crate) tokenizer: Option<String>,
+    #[arg(long, value_delimiter = ',', default_value = "loss,exact_match")]
+    pub(crate) metrics: Vec<String>,
+    #[arg(long, default_value_t = 32)]
+    pub(crate) batch_size: u32,
+    #[arg(long, default_value_t = 512)]
+    pub(crate) max_source_length: usize,
+    #[arg(long, default_value_t = 128)]
+    pub(crate) max_target_length: usize,
+    #[arg(long, default_value_t = 64)]
+    pub(crate) max_new_tokens: u32,
+    /// Only the first so many examples.
+    #[arg(long)]
+    pub(crate) max_examples: Option<u64>,
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) device: DeviceChoice,
+    /// Print the result as one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct GenerateArguments {
+    /// A model directory in Hugging Face's layout.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// A tokenizer other than the model's.
+    #[arg(long)]
+    pub(crate) tokenizer: Option<String>,
+    #[arg(long, required_unless_present = "input_file")]
+    pub(crate) input: Option<String>,
+    /// One input a line.
+    #[arg(long, value_name = "FILE", conflicts_with = "input")]
+    pub(crate) input_file: Option<PathBuf>,
+    #[arg(long, default_value_t = 64)]
+    pub(crate) max_new_tokens: u32,
+    #[arg(long, default_value_t = 512)]
+    pub(crate) max_source_length: usize,
+    /// Inputs generated at a time.
+    #[arg(long, default_value_t = 32)]
+    pub(crate) batch_size: usize,
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) device: DeviceChoice,
+    /// Print one JSON object an input.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct DataArguments {
+    #[command(subcommand)]
+    pub(crate) command: DataCommand,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum DataCommand {
+    /// The first records of a source, and its number of records.
+    Inspect {
+        /// A file, a glob, or "builtin:cmudict".
+        source: String,
+        #[arg(long, default_value_t = 3)]
+        records: usize,
+    },
+    /// Write a source as JSON lines.
+    Export {
+        /// A file, a glob, or "builtin:cmudict".
+        source: String,
+        #[arg(long, value_name = "FILE")]
+        output: PathBuf,
+    },
+}
+
+#[derive(Args)]
+pub(crate) struct BenchArguments {
+    #[command(subcommand)]
+    pub(crate) command: BenchCommand,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum BenchCommand {
+    /// A training step: forward, backward, clipping and AdamW.
+    Step(BenchStepArguments),
+}
+
+#[derive(Args)]
+pub(crate) struct BenchStepArguments {
+    /// A directory, or a preset such as t5-small, t5-v1_1-base, byt5-small.
+    #[arg(long)]
+    pub(crate) model: String,
+    #[arg(long, default_value_t = 8)]
+    pub(crate) batch_size: usize,
+    #[arg(long, default_value_t = 512)]
+    pub(crate) source_length: usize,
+    #[arg(long, default_value_t = 128)]
+    pub(crate) target_length: usize,
+    /// Timed steps, after two that are not.
+    #[arg(long, default_value_t = 5)]
+    pub(crate) steps: usize,
+    #[arg(long, default_value = "fp32")]
+    pub(crate) precision: String,
+    #[arg(long)]
+    pub(crate) gradient_checkpointing: bool,
+    /// Threads to compute with; all cores by default.
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) device: DeviceChoice,
+    /// Print the result as one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct SelftestArguments {
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) device: DeviceChoice,
+    /// Print the rows as one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct DoctorArguments {
+    /// Print the findings as one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
+}

@@ -1,0 +1,51 @@
+//! What rank 0 leaves for people: the final model, and the predictions of the last evaluation.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use quintet_data::Tokenizer;
+
+use crate::evaluation::Prediction;
+use crate::replica::Replica;
+use crate::{Error, Result};
+
+/// `model/`, in Hugging Face's layout with the tokenizer's files; replaces an older one only when it is whole.
+pub fn write_model(output_dir: &Path, replica: &Replica, tokenizer: &Tokenizer) -> Result<()> {
+    let (target, beside, old) =
+        (output_dir.join("model"), output_dir.join(".tmp-model"), output_dir.join(".tmp-model-old"));
+    for leftover in [&beside, &old] {
+        if leftover.exists() {
+            fs::remove_dir_all(leftover).map_err(Error::file("remove", leftover))?;
+        }
+    }
+    fs::create_dir_all(&beside).map_err(Error::file("create", &beside))?;
+    quintet_t5::save_pretrained(replica.model(), replica.master(), &beside)?;
+    tokenizer.save(&beside)?;
+    if target.exists() {
+        fs::rename(&target, &old).map_err(Error::file("rename", &target))?;
+    }
+    fs::rename(&beside, &target).map_err(Error::file("rename", &beside))?;
+    if old.exists() {
+        fs::remove_dir_all(&old).map_err(Error::file("remove", &old))?;
+    }
+    Ok(())
+}
+
+/// `predictions.jsonl`, replaced as a whole; none where no metric asked for texts.
+pub fn write_predictions(output_dir: &Path, predictions: &[Prediction]) -> Result<()> {
+    if predictions.is_empty() {
+        return Ok(());
+    }
+    let (target, beside) = (output_dir.join("predictions.jsonl"), output_dir.join(".tmp-predictions.jsonl"));
+    let write = || -> std::io::Result<()> {
+        let mut file = BufWriter::new(File::create(&beside)?);
+        for prediction in predictions {
+            serde_json::to_writer(&mut file, prediction)?;
+            file.write_all(b"\n")?;
+        }
+        file.into_inner()?.sync_all()?;
+        fs::rename(&beside, &target)
+    };
+    write().map_err(Error::file("write", &target))
+}

@@ -1,0 +1,457 @@
+//! The life of a rank: joins a generation, computes leases, reduces, commits, and does what the coordinator says is due.
+//!
+//! One thread computes. What can block it (a collective whose peer died) is interrupted from the session's thread when a
+//! newer generation or the end arrives.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use quintet_data::{
+    DataConfig, Dataset, Limits, Loader, Order, PackedBatch, Packer, Schedule as StepSchedule, Splits, Tokenizer, share,
+};
+use quintet_kernels::Device;
+use quintet_proto::v1::{Actions, Evaluated, Failed, Finished, Lease, MicroBatch, NotFinite, Plan};
+use quintet_proto::v1::{Ready, Saved, StepDone, StepFailed, Stop};
+
+use crate::checkpoint::{self, Progress, Snapshot};
+use crate::collective::{Collective, Interrupter, Listener, Membership, Mesh, TreeSum};
+use crate::evaluation::{self, BatchEvaluation, EvaluationTask};
+use crate::output;
+use crate::replica::{self, Replica};
+use crate::config::{EvaluationConfig, ModelSection, TrainingConfig};
+use crate::session::{Command, Report, Session};
+use crate::{Error, Result};
+
+/// What a rank is told about its job.
+#[derive(Clone, Debug)]
+pub struct RankJob {
+    pub model: ModelSection,
+    pub data: DataConfig,
+    pub training: TrainingConfig,
+    pub evaluation: EvaluationConfig,
+    pub output_dir: PathBuf,
+    /// What relative paths of the job are relative to.
+    pub base_dir: PathBuf,
+    /// The run's tokenizer, as the coordinator sent it.
+    pub tokenizer_json: String,
+    pub collective_token: [u8; 32],
+    /// Where other ranks connect to.
+    pub listen: SocketAddr,
+    /// The committed step whose checkpoint to load; 0 to start afresh.
+    pub resume_step: u64,
+    /// Of what decides the numbers of a run; a checkpoint of another is refused.
+    pub fingerprint: String,
+    /// How long a peer may be silent inside a collective: longer than the slowest step lags.
+    pub silence_limit: Duration,
+}
+
+impl RankJob {
+    fn checkpoints(&self) -> PathBuf {
+        self.output_dir.join("checkpoints")
+    }
+}
+
+/// How long the ranks of a generation may take to find each other.
+const RENDEZVOUS_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Tokenization is far cheaper than a step.
+const TOKENIZER_THREADS: usize = 1;
+
+/// Serves a run until the coordinator says stop; the exit code and reason that it gave.
+///
+/// # Errors
+/// What keeps this worker from going on; the coordinator has been told.
+pub fn run(session: &mut Session, job: RankJob) -> Result<(u8, String)> {
+    let outcome = Rank::prepare(session, job).and_then(|mut rank| rank.serve(session));
+    if let Err(error) = &outcome {
+        let exit_code = if error.is_user_error() { 2 } else { 1 };
+        // Best effort: when the stream is gone the coordinator knows already.
+        session.send(failed(exit_code, error.to_string())).ok();
+    }
+    outcome
+}
+
+struct Rank {
+    job: RankJob,
+    replica: Replica,
+    validation: Option<Arc<Dataset>>,
+    tokenizer: Arc<Tokenizer>,
+    schedule: StepSchedule,
+    loader: Loader,
+    /// The micro-batches that the loader has been asked for, in order, and not yet given.
+    requested: VecDeque<(u64, u32)>,
+    listener: Listener,
+    sum: TreeSum,
+    /// The reduced gradient of the step that waits for its commit, and its norm.
+    reduced: Vec<f32>,
+    pending: Option<Pending>,
+    /// The digest that the next report carries.
+    digest: Option<blake3::Hash>,
+}
+
+struct Pending {
+    step: u64,
+    norm: f64,
+}
+
+/// A rank's place in a generation.
+struct Place {
+    generation: u64,
+    rank: u32,
+    world_size: u32,
+    collective: Collective,
+}
+
+/// What a step's attempt came to.
+enum Attempt {
+    Done(StepDone),
+    /// Not finite: where.
+    Poisoned(String),
+}
+
+impl Rank {
+    fn prepare(session: &mut Session, job: RankJob) -> Result<Self> {
+        let tokenizer = Arc::new(Tokenizer::from_json(&job.tokenizer_json)?);
+        let splits = Splits::load(&job.data, &job.base_dir, job.training.seed)?;
+        let fingerprint = splits.fingerprint();
+        let train = Arc::new(splits.train);
+        let validation = splits.validation.map(Arc::new);
+        let schedule = job.training.steps(train.len())?;
+        let device = Device::cpu();
+        let (model, parameters) = replica::load_model(&device, &job.model, &tokenizer, job.training.seed)?;
+        let mut replica = Replica::new(model, parameters, &job.training, schedule.total_steps)?;
+        if job.resume_step > 0 {
+            restore(&job, &mut replica)?;
+        } else {
+            checkpoint::remove_leftovers(&job.checkpoints())?;
+        }
+        let listener = Listener::bind(job.listen)?;
+        session.send(Report::Ready(Ready {
+            dataset_fingerprint: fingerprint,
+            collective_address: listener.local_addr().to_string(),
+            committed_step: replica.step(),
+            weights_digest: replica.digest().as_bytes().to_vec(),
+        }))?;
+        let order = Order::new(train.len(), job.training.seed, job.data.shuffle);
+        let packer = Packer::new(train, tokenizer.clone(), order, limits(&job.data));
+        let loader = Loader::new(packer, TOKENIZER_THREADS);
+        let elements = replica.master().layout().len();
+        Ok(Rank {
+            job,
+            replica,
+            validation,
+            tokenizer,
+            schedule,
+            loader,
+            requested: VecDeque::new(),
+            listener,
+            sum: TreeSum::new(elements),
+            reduced: vec![0.0; elements],
+            pending: None,
+            digest: None,
+        })
+    }
+
+    /// Obeys commands until the last.
+    fn serve(&mut self, session: &mut Session) -> Result<(u8, String)> {
+        let mut place: Option<Place> = None;
+        loop {
+            let due = match session.recv()? {
+                Command::Stop(Stop { exit_code, reason }) => return Ok((exit_code as u8, reason)),
+                Command::Plan(plan) => {
+                    // A step that was reduced but not committed in the old generation is void.
+                    self.pending = None;
+                    self.forget_requests();
+                    assert_eq!(plan.committed_step, self.replica.step(), "replicas stand at the committed step");
+                    place = match self.join(session, &plan) {
+                        Ok(joined) => Some(joined),
+                        Err(error) if error.is_peer_failure() => {
+                            session.send(step_failed(plan.generation, plan.committed_step, &error))?;
+                            None
+                        }
+                        Err(error) => return Err(error),
+                    };
+                    (plan.actions.unwrap_or_default(), plan.next)
+                }
+                Command::Commit(commit) => {
+                    let Some(place) = &place else { continue };
+                    if commit.generation != place.generation {
+                        continue;
+                    }
+                    self.commit(commit.step)?;
+                    (commit.actions.unwrap_or_default(), commit.next)
+                }
+            };
+            let Some(joined) = &mut place else { continue };
+            let (actions, lease) = due;
+            match self.act(session, joined, actions, lease) {
+                Ok(()) => {}
+                Err(error) if error.is_peer_failure() => {
+                    session.send(step_failed(joined.generation, self.replica.step() + 1, &error))?;
+                    place = None;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn join(&mut self, session: &Session, plan: &Plan) -> Result<Place> {
+        let world_size = plan.members.len() as u32;
+        let collective = if world_size == 1 {
+            Collective::local()
+        } else {
+            let members = plan.members.iter().map(|member| Ok((member.rank, address(&member.address)?)));
+            let members = members.collect::<Result<Vec<(u32, SocketAddr)>>>()?;
+            let membership = Membership {
+                rank: plan.rank,
+                members: &members,
+                token: &self.job.collective_token,
+                generation: plan.generation,
+            };
+            let interrupter = Interrupter::new();
+            let for_session = interrupter.clone();
+            session.on_interrupt(plan.generation, Box::new(move || for_session.interrupt()));
+            Collective::tcp(Mesh::connect(
+                &self.listener,
+                membership,
+                Instant::now() + RENDEZVOUS_TIMEOUT,
+                self.job.silence_limit,
+                interrupter,
+            )?)
+        };
+        Ok(Place { generation: plan.generation, rank: plan.rank, world_size, collective })
+    }
+
+    /// Applies the update of the step that was just recorded.
+    fn commit(&mut self, step: u64) -> Result<()> {
+        let pending = self.pending.take().filter(|pending| pending.step == step);
+        let pending = pending.expect("a step is committed after this rank reported it"); // why: the coordinator waits
+        self.replica.update(step, &mut self.reduced, pending.norm)
+    }
+
+    /// What is due on the committed weights, then the next step.
+    fn act(
+        &mut self,
+        session: &Session,
+        place: &mut Place,
+        actions: Actions,
+        lease: Option<Lease>,
+    ) -> Result<()> {
+        let step = self.replica.step();
+        if let Some(lease) = &lease {
+            // Tokenization of the next step runs while the actions do.
+            self.request_ahead(place, lease);
+        }
+        self.digest = actions.digest.then(|| self.replica.digest());
+        if actions.evaluate {
+            self.evaluate(session, place, step)?;
+        }
+        if actions.save && place.rank == 0 {
+            self.save()?;
+            session.send(Report::Saved(Saved { step }))?;
+        }
+        if actions.finish {
+            if place.rank == 0 {
+                output::write_model(&self.job.output_dir, &self.replica, &self.tokenizer)?;
+            }
+            session.send(Report::Finished(Finished {
+                generation: place.generation,
+                weights_digest: self.replica.digest().as_bytes().to_vec(),
+            }))?;
+        }
+        let Some(lease) = lease else { return Ok(()) };
+        let report = match self.attempt(place, &lease)? {
+            Attempt::Done(done) => Report::StepDone(done),
+            Attempt::Poisoned(what) => Report::NotFinite(NotFinite {
+                generation: place.generation,
+                step: lease.step,
+                what,
+            }),
+        };
+        Ok(session.send(report)?)
+    }
+
+    /// Computes and reduces the gradient of a lease's step.
+    fn attempt(&mut self, place: &mut Place, lease: &Lease) -> Result<Attempt> {
+        let started = Instant::now();
+        let plan = self.schedule.step(lease.step);
+        let range = lease.first_micro_batch..lease.last_exclusive;
+        self.sum.begin(range.clone(), plan.micro_batches);
+        let mut reports = Vec::with_capacity(range.len());
+        for index in range {
+            let packed = self.next_batch(lease.step, index)?;
+            let batch = evaluation::upload(self.replica.model(), &packed)?;
+            let mut gradient = self.sum.buffer();
+            let sums = self.replica.compute(lease.step, index, &batch, &mut gradient)?;
+            self.sum.push(gradient);
+            if !sums.loss_sum.is_finite() {
+                return Ok(Attempt::Poisoned(format!("the loss of micro-batch {index}")));
+            }
+            reports.push(MicroBatch {
+                index,
+                loss_sum: sums.loss_sum,
+                target_tokens: sums.target_tokens,
+                source_tokens: batch.source_tokens() as u64,
+                examples: batch.examples() as u64,
+            });
+        }
+        if !self.sum.is_finite() {
+            return Ok(Attempt::Poisoned("a gradient".to_string()));
+        }
+        let target_tokens = self.global_target_tokens(place, lease.step, &reports)?;
+        let ranges: Vec<Range<u32>> =
+            (0..place.world_size).map(|rank| share(plan.micro_batches, rank, place.world_size)).collect();
+        place.collective.all_reduce_tree(lease.step, &self.sum, &ranges, &mut self.reduced)?;
+        let norm = self.replica.mean_gradient(&mut self.reduced, target_tokens);
+        if !norm.is_finite() {
+            return Ok(Attempt::Poisoned("the norm of the global gradient".to_string()));
+        }
+        self.pending = Some(Pending { step: lease.step, norm });
+        Ok(Attempt::Done(StepDone {
+            generation: place.generation,
+            step: lease.step,
+            grad_norm: norm,
+            learning_rate: self.replica.learning_rate(lease.step),
+            micro_batches: reports,
+            step_seconds: started.elapsed().as_secs_f64(),
+            peak_memory_bytes: crate::memory::peak_resident_bytes(),
+            weights_digest: self.digest.take().map(|digest| digest.as_bytes().to_vec()),
+        }))
+    }
+
+    /// Target tokens of the whole step, over all ranks.
+    fn global_target_tokens(
+        &self,
+        place: &mut Place,
+        step: u64,
+        reports: &[MicroBatch],
+    ) -> Result<u64> {
+        let mine: u64 = reports.iter().map(|report| report.target_tokens).sum();
+        let all = place.collective.all_gather_bytes(step, &mine.to_le_bytes())?;
+        let counts = all.iter().map(|bytes| bytes.as_slice().try_into().map_or(0, u64::from_le_bytes));
+        Ok(counts.sum())
+    }
+
+    /// Asks for this lease's micro-batches, and for those that the next step will most likely lease to this rank.
+    fn request_ahead(&mut self, place: &Place, lease: &Lease) {
+        let mut wanted: Vec<(u64, u32)> =
+            (lease.first_micro_batch..lease.last_exclusive).map(|index| (lease.step, index)).collect();
+        if lease.step < self.schedule.total_steps {
+            let next = self.schedule.step(lease.step + 1);
+            wanted.extend(share(next.micro_batches, place.rank, place.world_size).map(|index| (next.step, index)));
+        }
+        if !self.requested.iter().zip(&wanted).all(|(have, want)| have == want) {
+            self.forget_requests();
+        }
+        for &(step, index) in &wanted[self.requested.len().min(wanted.len())..] {
+            let plan = self.schedule.step(step);
+            self.loader.request(plan.epoch, plan.micro_batch(index));
+            self.requested.push_back((step, index));
+        }
+    }
+
+    fn forget_requests(&mut self) {
+        self.loader.clear();
+        self.requested.clear();
+    }
+
+    fn next_batch(&mut self, step: u64, index: u32) -> Result<PackedBatch> {
+        let requested = self.requested.pop_front();
+        assert_eq!(requested, Some((step, index)), "batches arrive in the order of their requests");
+        Ok(self.loader.next()?)
+    }
+
+    /// A checkpoint of the committed step, and as many older ones as the job keeps.
+    fn save(&self) -> Result<()> {
+        let replica = &self.replica;
+        let plan = self.schedule.step(replica.step());
+        let layout = replica.master().layout();
+        let model: Vec<checkpoint::NamedTensor> = layout
+            .tensors()
+            .iter()
+            .map(|tensor| checkpoint::NamedTensor {
+                name: tensor.name.clone(),
+                shape: tensor.shape.clone(),
+                values: &replica.master().as_slice()[tensor.range.clone()],
+            })
+            .collect();
+        let progress = Progress {
+            step: plan.step,
+            epoch: plan.epoch,
+            position: plan.positions.end,
+            seed: self.job.training.seed,
+            job_fingerprint: self.job.fingerprint.clone(),
+            weights_digest: replica.digest().to_hex().to_string(),
+        };
+        let directory = self.job.checkpoints();
+        checkpoint::save(&directory, &Snapshot { progress, model: &model, optimizer: &replica.optimizer().state() })?;
+        match self.job.training.save_total_limit {
+            Some(keep) => checkpoint::prune(&directory, keep as usize),
+            None => Ok(()),
+        }
+    }
+
+    /// Every rank evaluates its share; rank 0 puts the whole together and reports it.
+    fn evaluate(&mut self, session: &Session, place: &mut Place, step: u64) -> Result<()> {
+        let Some(validation) = &self.validation else { return Ok(()) };
+        let task = EvaluationTask::new(validation, &self.tokenizer, limits(&self.job.data), &self.job.evaluation);
+        let share = task.evaluate_share(self.replica.model(), self.replica.weights(), place.rank, place.world_size)?;
+        let bytes = serde_json::to_vec(&share).expect("an evaluation is plain data"); // why: no map keys, no custom types
+        let Some(shares) = place.collective.gather_bytes(step, 0, &bytes)? else { return Ok(()) };
+        let mut batches: Vec<BatchEvaluation> = Vec::new();
+        for (rank, bytes) in (0..).zip(shares) {
+            let share: Vec<BatchEvaluation> = serde_json::from_slice(&bytes)
+                .map_err(|error| Error::Protocol { rank, problem: format!("its evaluation does not parse: {error}") })?;
+            batches.extend(share);
+        }
+        let evaluation = task.summarize(batches);
+        output::write_predictions(&self.job.output_dir, &evaluation.predictions)?;
+        session.send(Report::Evaluated(Evaluated {
+            step,
+            loss: evaluation.loss,
+            metrics: evaluation.metrics.iter().map(|&(name, value)| (name.to_string(), value)).collect(),
+        }))?;
+        Ok(())
+    }
+}
+
+/// Takes over the checkpoint that the coordinator resumes from.
+fn restore(job: &RankJob, replica: &mut Replica) -> Result<()> {
+    let loaded = checkpoint::load(&checkpoint::path(&job.checkpoints(), job.resume_step))?;
+    if loaded.progress.job_fingerprint != job.fingerprint {
+        let problem = "belongs to a job with other data, model or training settings".to_string();
+        return Err(Error::Checkpoint { path: loaded.path, problem });
+    }
+    let step = loaded.progress.step;
+    replica.restore(
+        step,
+        step,
+        |name, shape, values| loaded.model.read(name, shape, values),
+        |name, shape, values| loaded.optimizer.read(name, shape, values),
+    )?;
+    if replica.digest().to_hex().as_str() != loaded.progress.weights_digest {
+        let problem = "holds weights that do not match their digest".to_string();
+        return Err(Error::Checkpoint { path: loaded.path, problem });
+    }
+    Ok(())
+}
+
+fn limits(data: &DataConfig) -> Limits {
+    Limits { max_source_length: data.max_source_length, max_target_length: data.max_target_length }
+}
+
+fn address(text: &str) -> Result<SocketAddr> {
+    text.parse().map_err(|_| Error::Protocol { rank: 0, problem: format!("{text:?} is no address") })
+}
+
+fn step_failed(generation: u64, step: u64, error: &Error) -> Report {
+    Report::StepFailed(StepFailed { generation, step, detail: error.to_string() })
+}
+
+fn failed(exit_code: u32, message: String) -> Report {
+    Report::Failed(Failed { exit_code, message })
+}

@@ -1,0 +1,231 @@
+//! A rank's copy of the model: weights, gradients, optimizer state, and the arithmetic of a step on them.
+
+use std::path::Path;
+
+use quintet_data::Tokenizer;
+use quintet_kernels::{DType, Device, ops};
+use quintet_t5::{Batch, Config, LossSums, Model, Parameters, TrainOptions};
+
+use crate::config::{ModelSection, Precision, TrainingConfig};
+use crate::optimizer::{self, Optimizer, TensorSlot};
+use crate::schedule::Schedule;
+use crate::{Error, Result};
+
+/// The model of a job: that of a directory, or a fresh one.
+///
+/// # Errors
+/// A user error where the files or sizes are wrong, or the tokenizer does not fit the vocabulary.
+pub fn load_model(
+    device: &Device,
+    section: &ModelSection,
+    tokenizer: &Tokenizer,
+    seed: u64,
+) -> Result<(Model, Parameters)> {
+    let (mut model, parameters) = match &section.pretrained {
+        Some(directory) => quintet_t5::load_pretrained(device, Path::new(directory))?,
+        None => fresh_model(device, section, tokenizer, seed)?,
+    };
+    check_vocabulary(model.config(), tokenizer)?;
+    if let Some(rate) = section.dropout_rate {
+        model.set_dropout_rate(rate);
+    }
+    Ok((model, parameters))
+}
+
+fn fresh_model(
+    device: &Device,
+    section: &ModelSection,
+    tokenizer: &Tokenizer,
+    seed: u64,
+) -> Result<(Model, Parameters)> {
+    let config = fresh_config(section, tokenizer)?;
+    let model = Model::new(device, config)?;
+    let mut parameters = model.zero_parameters(DType::F32)?;
+    quintet_t5::initialize(model.config(), seed, &mut parameters);
+    Ok((model, parameters))
+}
+
+/// The configuration of fresh weights: the job's keys, and the tokenizer's vocabulary where it names none.
+pub fn fresh_config(section: &ModelSection, tokenizer: &Tokenizer) -> Result<Config> {
+    let mut keys = section.architecture.clone().unwrap_or_default();
+    keys.entry("vocab_size").or_insert(tokenizer.vocab_size().into());
+    keys.entry("pad_token_id").or_insert(tokenizer.pad_id().into());
+    keys.entry("eos_token_id").or_insert(tokenizer.eos_id().into());
+    keys.entry("decoder_start_token_id").or_insert(tokenizer.pad_id().into());
+    let config: Config = serde_json::from_value(keys.into())
+        .map_err(|error| Error::config("model.architecture", error.to_string()))?;
+    if let Some(key) = config.extra.keys().next() {
+        let known = serde_json::to_value(Config::default()).unwrap_or_default();
+        let known: Vec<&String> = known.as_object().into_iter().flat_map(|known| known.keys()).collect();
+        return Err(Error::config("model.architecture", format!("unknown key {key}; known here: {known:?}")));
+    }
+    config.validate().map_err(|error| Error::config("model.architecture", error.to_string()))?;
+    check_vocabulary(&config, tokenizer)?;
+    Ok(config)
+}
+
+fn check_vocabulary(config: &Config, tokenizer: &Tokenizer) -> Result<()> {
+    if tokenizer.vocab_size() > config.vocab_size {
+        let problem = format!(
+            "has {} tokens, but the model's vocab_size is {}; use the tokenizer that the model was made with",
+            tokenizer.vocab_size(),
+            config.vocab_size
+        );
+        return Err(Error::config("model.tokenizer", problem));
+    }
+    if tokenizer.eos_id() != config.eos_token_id {
+        let problem = format!(
+            "ends texts with token {}, but the model's eos_token_id is {}",
+            tokenizer.eos_id(),
+            config.eos_token_id
+        );
+        return Err(Error::config("model.tokenizer", problem));
+    }
+    Ok(())
+}
+
+/// The weights of a rank and all that updates them.
+pub struct Replica {
+    model: Model,
+    /// f32: what the optimizer updates, digests cover and checkpoints keep.
+    master: Parameters,
+    /// The weights in the type that the model computes in, where that is not f32.
+    compute: Option<Parameters>,
+    /// Of one micro-batch.
+    gradients: Parameters,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    training: TrainingConfig,
+    /// The last step whose update is in the weights.
+    step: u64,
+}
+
+impl Replica {
+    /// # Errors
+    /// A precision that the device does not have, or memory.
+    pub fn new(model: Model, master: Parameters, training: &TrainingConfig, total_steps: u64) -> Result<Self> {
+        let compute = match training.precision.unwrap_or(Precision::Fp32) {
+            Precision::Fp32 => None,
+            Precision::Bf16 => Some(model.zero_parameters(DType::Bf16)?),
+            Precision::Fp16 => {
+                let problem = "fp16 needs a GPU; on the CPU use \"fp32\" or \"bf16\"";
+                return Err(Error::config("training.precision", problem));
+            }
+        };
+        let gradients = model.zero_parameters(DType::F32)?;
+        let slots: Vec<TensorSlot> = model.layout().tensors().iter().map(slot).collect();
+        let optimizer = Optimizer::new(training.optimizer, training.hyperparameters(), &slots);
+        let schedule = training.schedule(total_steps);
+        let training = training.clone();
+        let mut replica = Replica { model, master, compute, gradients, optimizer, schedule, training, step: 0 };
+        replica.refresh_compute()?;
+        Ok(replica)
+    }
+
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The f32 weights.
+    pub fn master(&self) -> &Parameters {
+        &self.master
+    }
+
+    /// The weights to compute with.
+    pub fn weights(&self) -> &Parameters {
+        self.compute.as_ref().unwrap_or(&self.master)
+    }
+
+    pub fn optimizer(&self) -> &Optimizer {
+        &self.optimizer
+    }
+
+    /// The last committed step; 0 before the first.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    pub fn learning_rate(&self, step: u64) -> f64 {
+        self.schedule.learning_rate_at(step - 1)
+    }
+
+    /// The loss sums of micro-batch `index` of `step`, and its gradient sum into `gradient`.
+    pub fn compute(&mut self, step: u64, index: u32, batch: &Batch, gradient: &mut [f32]) -> Result<LossSums> {
+        self.gradients.view_mut().fill_zero();
+        let options = TrainOptions {
+            seed: step_seed(self.training.seed, step),
+            micro_batch: index,
+            label_smoothing: self.training.label_smoothing_factor,
+            gradient_checkpointing: self.training.gradient_checkpointing,
+        };
+        let weights = self.compute.as_ref().unwrap_or(&self.master);
+        let sums = self.model.train(weights, batch, options, &mut self.gradients)?;
+        gradient.copy_from_slice(self.gradients.as_slice());
+        Ok(sums)
+    }
+
+    /// Turns the sum over the global batch into the mean's gradient, in place, and returns its norm before clipping.
+    pub fn mean_gradient(&self, sum: &mut [f32], target_tokens: u64) -> f64 {
+        optimizer::scale(sum, 1.0 / target_tokens as f32);
+        optimizer::global_norm(sum)
+    }
+
+    /// Applies a committed step: clips, updates, and counts it.
+    pub fn update(&mut self, step: u64, gradient: &mut [f32], norm: f64) -> Result<()> {
+        assert_eq!(step, self.step + 1, "steps are applied in order");
+        let max_norm = self.training.max_grad_norm;
+        if max_norm > 0.0 {
+            let coefficient = optimizer::clip_coefficient(norm, max_norm);
+            if coefficient < 1.0 {
+                optimizer::scale(gradient, coefficient);
+            }
+        }
+        self.optimizer.step(self.learning_rate(step), self.master.as_mut_slice(), gradient);
+        self.step = step;
+        self.refresh_compute()
+    }
+
+    /// BLAKE3 of the weights' bytes: equal on all replicas, or something is broken.
+    pub fn digest(&self) -> blake3::Hash {
+        blake3::hash(bytemuck::cast_slice(self.master.as_slice()))
+    }
+
+    /// Takes over the weights and optimizer state that `read` fills in, by name and shape.
+    pub fn restore(
+        &mut self,
+        step: u64,
+        optimizer_steps: u64,
+        mut read_weight: impl FnMut(&str, &[usize], &mut [f32]) -> Result<()>,
+        read_state: impl FnMut(&str, &[usize], &mut [f32]) -> Result<()>,
+    ) -> Result<()> {
+        let layout = self.model.layout().clone();
+        for tensor in layout.tensors() {
+            let values = &mut self.master.as_mut_slice()[tensor.range.clone()];
+            read_weight(&tensor.name, &tensor.shape, values)?;
+        }
+        self.optimizer.load_state(optimizer_steps, read_state)?;
+        self.step = step;
+        self.refresh_compute()
+    }
+
+    fn refresh_compute(&mut self) -> Result<()> {
+        if let Some(compute) = &mut self.compute {
+            ops::cast(self.master.view(), compute.view_mut())?;
+        }
+        Ok(())
+    }
+}
+
+fn slot(tensor: &quintet_t5::NamedTensor) -> TensorSlot {
+    let is_matrix = tensor.shape.len() == 2;
+    let (rows, cols) = if is_matrix { (tensor.shape[0], tensor.shape[1]) } else { (1, tensor.range.len()) };
+    TensorSlot::new(tensor.name.clone(), tensor.range.clone(), rows, cols, is_matrix)
+}
+
+/// One seed a step for dropout: the finaliser of SplitMix64.
+fn step_seed(seed: u64, step: u64) -> u64 {
+    let mut state = seed.wrapping_add(step.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    state = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    state = (state ^ (state >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    state ^ (state >> 31)
+}

@@ -1,6 +1,7 @@
 //! Sums over workers whose bits do not depend on the number of workers.
 //!
-//! [`tree`] fixes the order of additions, [`tcp`] carries the parts. A rank runs the same
+//! A binary tree over micro-batch numbers fixes the order of additions ([`TreeSum`]), a mesh
+//! of TCP connections carries the parts ([`Mesh`]). A rank runs the same
 //! sequence of operations, with the same `step`, as every other.
 
 mod rendezvous;

@@ -214,6 +214,27 @@ fn a_dead_rank_is_named() {
 }
 
 #[test]
+fn a_death_in_the_middle_of_a_reduction_frees_all_others() {
+    let (leaves, elements) = (6, 3_000_000);
+    let ranges = [0..2, 2..4, 4..6];
+    let began = Instant::now();
+    on_mesh(3, |rank, mut collective| {
+        collective.all_gather_bytes(0, b"").unwrap();
+        if rank == 2 {
+            return;
+        }
+        // More than the sockets hold, so that the senders are blocked when rank 2 is gone.
+        let sum = partial(ranges[rank as usize].clone(), leaves, elements);
+        let mut total = vec![0.0; elements];
+        let error = collective
+            .all_reduce_tree(1, &sum, &ranges, &mut total)
+            .unwrap_err();
+        assert!(matches!(error, Error::PeerLost { .. }), "{error}");
+    });
+    assert!(began.elapsed() < PATIENCE / 2, "waited for a time limit");
+}
+
+#[test]
 fn ranks_out_of_step_notice() {
     on_mesh(2, |rank, mut collective| {
         let error = collective

@@ -13,7 +13,7 @@
 
 use rayon::prelude::*;
 
-use super::norm::sum_by_lanes;
+use super::norm::{LANES, sum_by_lanes, vectorized};
 use super::{BLOCK, TensorSlot};
 
 const EPSILON: f64 = 1e-30;
@@ -126,14 +126,16 @@ impl Factors {
             .zip(self.row.par_chunks_mut(self.rows_per_block))
             .zip(self.col_sums.par_chunks_mut(cols))
             .for_each(|((g, row), col_sums)| {
-                col_sums.fill(0.0);
-                for (g, row) in g.chunks_exact(cols).zip(row) {
-                    let square = |x: f32| f64::from(x) * f64::from(x);
-                    *row = blend(*row, sum_by_lanes(g, square) / cols as f64);
-                    for (sum, &x) in col_sums.iter_mut().zip(g) {
-                        *sum += square(x);
+                vectorized(|| {
+                    col_sums.fill(0.0);
+                    for (g, row) in g.chunks_exact(cols).zip(row) {
+                        *row = blend(*row, sum_by_lanes(g, square) / cols as f64);
+                        col_sums
+                            .iter_mut()
+                            .zip(g)
+                            .for_each(|(sum, &x)| *sum += square(x));
                     }
-                }
+                });
             });
         let (totals, others) = self.col_sums.split_at_mut(cols);
         for sums in others.chunks_exact(cols) {
@@ -161,23 +163,11 @@ impl Factors {
             .par_chunks(self.block_elements())
             .zip(self.row_factor.par_chunks(self.rows_per_block))
             .map(|(g, row_factor)| {
-                let by_row = g.chunks_exact(cols).zip(row_factor).map(|(g, &r)| {
-                    let mut lanes = [0.0f64; 8];
-                    let (whole, rest) = g.as_chunks::<8>();
-                    let (whole_c, rest_c) = self.col_factor.as_chunks::<8>();
-                    for (g, c) in whole.iter().zip(whole_c) {
-                        for ((lane, g), c) in lanes.iter_mut().zip(g).zip(c) {
-                            let u = f64::from(g * (r * c));
-                            *lane += u * u;
-                        }
-                    }
-                    for ((lane, g), c) in lanes.iter_mut().zip(rest).zip(rest_c) {
-                        let u = f64::from(g * (r * c));
-                        *lane += u * u;
-                    }
-                    lanes.iter().sum::<f64>()
-                });
-                by_row.sum::<f64>()
+                vectorized(|| {
+                    let rows = g.chunks_exact(cols).zip(row_factor);
+                    rows.map(|(g, &r)| row_update_sum_of_squares(g, r, &self.col_factor))
+                        .sum()
+                })
             })
             .collect();
         blocks.iter().sum()
@@ -189,15 +179,36 @@ impl Factors {
             .zip(g.par_chunks(block))
             .zip(self.row_factor.par_chunks(self.rows_per_block))
             .for_each(|((p, g), row_factor)| {
-                for ((p, g), &r) in p
-                    .chunks_exact_mut(cols)
-                    .zip(g.chunks_exact(cols))
-                    .zip(row_factor)
-                {
-                    for ((p, &g), &c) in p.iter_mut().zip(g).zip(&self.col_factor) {
-                        *p = *p * keep - rate * (g * (r * c));
+                vectorized(|| {
+                    let rows = p.chunks_exact_mut(cols).zip(g.chunks_exact(cols));
+                    for ((p, g), &r) in rows.zip(row_factor) {
+                        for ((p, &g), &c) in p.iter_mut().zip(g).zip(&self.col_factor) {
+                            *p = *p * keep - rate * (g * (r * c));
+                        }
                     }
-                }
+                });
             });
     }
+}
+
+#[inline(always)]
+fn square(x: f32) -> f64 {
+    f64::from(x) * f64::from(x)
+}
+
+/// Σ u² of one row with the row factor `r`, lane by lane.
+#[inline(always)]
+fn row_update_sum_of_squares(g: &[f32], r: f32, col_factor: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; LANES];
+    let (g, g_rest) = g.as_chunks::<LANES>();
+    let (c, c_rest) = col_factor.as_chunks::<LANES>();
+    for (g, c) in g.iter().zip(c) {
+        for ((lane, g), c) in lanes.iter_mut().zip(g).zip(c) {
+            *lane += square(g * (r * c));
+        }
+    }
+    for ((lane, g), c) in lanes.iter_mut().zip(g_rest).zip(c_rest) {
+        *lane += square(g * (r * c));
+    }
+    lanes.iter().sum()
 }

@@ -11,6 +11,7 @@
 use rayon::prelude::*;
 
 use super::BLOCK;
+use super::norm::vectorized;
 
 /// The scalars of one step, computed in f64.
 #[derive(Clone, Copy)]
@@ -61,9 +62,11 @@ pub(super) fn step(update: Update, p: &mut [f32], g: &[f32], m: &mut [f32], v: &
 }
 
 fn block(u: Update, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
-    for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-        *m += u.one_minus_beta1 * (g - *m);
-        *v = u.beta2 * *v + u.one_minus_beta2 * (g * g);
-        *p = *p * u.keep - u.step_size * *m / (v.sqrt() * u.root_correction + u.epsilon);
-    }
+    vectorized(|| {
+        for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+            *m += u.one_minus_beta1 * (g - *m);
+            *v = u.beta2 * *v + u.one_minus_beta2 * (g * g);
+            *p = *p * u.keep - u.step_size * *m / (v.sqrt() * u.root_correction + u.epsilon);
+        }
+    })
 }

@@ -1,5 +1,6 @@
 //! Optimizers over a flat f32 arena: which rule updates which tensor, with which rate, and
-//! what of it a checkpoint keeps. The arithmetic is in [`adamw`], [`adafactor`] and [`norm`].
+//! what of it a checkpoint keeps. The arithmetic is in
+//! `adamw.rs`, `adafactor.rs` and `norm.rs`.
 //!
 //! The work is cut into blocks whose bounds depend on the tensors only, and every reduction
 //! adds its blocks in order, so the bits do not depend on the number of threads.

@@ -5,7 +5,25 @@ use rayon::prelude::*;
 use super::BLOCK;
 
 /// Independent partial sums of a block, so that it vectorises.
-const LANES: usize = 8;
+pub(super) const LANES: usize = 8;
+
+/// Runs `f` compiled for AVX2 where the processor has it. The bits are the same either way:
+/// wider registers change neither the lanes that a sum is written in nor any rounding.
+#[inline(always)]
+pub(super) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn with_avx2<R>(f: impl FnOnce() -> R) -> R {
+            f()
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has the feature that the function is compiled for.
+            return unsafe { with_avx2(f) };
+        }
+    }
+    f()
+}
 
 /// Σ x² in f64, with the same bits for any number of threads.
 pub(super) fn sum_of_squares(values: &[f32]) -> f64 {
@@ -17,10 +35,11 @@ pub(super) fn sum_of_squares(values: &[f32]) -> f64 {
 }
 
 fn block_sum_of_squares(block: &[f32]) -> f64 {
-    sum_by_lanes(block, |x| f64::from(x) * f64::from(x))
+    vectorized(|| sum_by_lanes(block, |x| f64::from(x) * f64::from(x)))
 }
 
 /// Σ f(x), lane by lane.
+#[inline(always)]
 pub(super) fn sum_by_lanes(values: &[f32], f: impl Fn(f32) -> f64) -> f64 {
     let mut lanes = [0.0f64; LANES];
     let (whole, rest) = values.as_chunks::<LANES>();

@@ -106,13 +106,13 @@ impl Oracle {
         let at = |r: usize, c: usize| slot.range.start + r * cols + c;
         let square = |r: usize, c: usize| f64::from(g[at(r, c)]).powi(2) + 1e-30;
         let (row, col) = (&mut self.row[index], &mut self.col[index]);
-        for r in 0..rows {
+        for (r, row) in row.iter_mut().enumerate() {
             let mean = (0..cols).map(|c| square(r, c)).sum::<f64>() / cols as f64;
-            row[r] = beta * row[r] + (1.0 - beta) * mean;
+            *row = beta * *row + (1.0 - beta) * mean;
         }
-        for c in 0..cols {
+        for (c, col) in col.iter_mut().enumerate() {
             let mean = (0..rows).map(|r| square(r, c)).sum::<f64>() / rows as f64;
-            col[c] = beta * col[c] + (1.0 - beta) * mean;
+            *col = beta * *col + (1.0 - beta) * mean;
         }
         let row_mean = row.iter().sum::<f64>() / rows as f64;
         let mut update = vec![0.0; slot.range.len()];

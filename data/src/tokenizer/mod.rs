@@ -22,6 +22,7 @@ const TOKENIZER_FILE: &str = "tokenizer.json";
 const CONFIG_FILE: &str = "tokenizer_config.json";
 const SPECIAL_TOKENS_FILE: &str = "special_tokens_map.json";
 const BYT5_CLASS: &str = "ByT5Tokenizer";
+const FAST_CLASS: &str = "PreTrainedTokenizerFast";
 
 /// Which tokenizer a job asks for.
 #[derive(Clone, Debug, PartialEq)]
@@ -68,7 +69,7 @@ enum Kind {
 struct Fast {
     tokenizer: tokenizers::Tokenizer,
     /// The file's content, with our end of sequence and without truncation and padding.
-    json: Value,
+    json: Map<String, Value>,
     /// tokenizer_config.json as it came with it, or as we would write it.
     config: Map<String, Value>,
     pad_id: u32,
@@ -82,7 +83,7 @@ struct Fast {
 #[serde(tag = "quintet_tokenizer", rename_all = "lowercase", deny_unknown_fields)]
 enum Portable {
     ByT5,
-    Fast { tokenizer: Value, config: Map<String, Value> },
+    Fast { tokenizer: Map<String, Value>, config: Map<String, Value> },
 }
 
 impl Tokenizer {
@@ -104,8 +105,8 @@ impl Tokenizer {
         }
     }
 
-    fn from_trained(name: &str, json: Value) -> Result<Self> {
-        Ok(Self(Kind::Fast(Box::new(Fast::new(name, json, own_config())?))))
+    fn from_trained(name: &str, json: Map<String, Value>) -> Result<Self> {
+        Ok(Self(Kind::Fast(Box::new(Fast::new(name, json, config_of_class(FAST_CLASS))?))))
     }
 
     /// Reads a tokenizer.json or a folder in Hugging Face's layout.
@@ -132,7 +133,7 @@ impl Tokenizer {
             return Err(Error::tokenizer(name, missing_tokenizer_file(path)));
         }
         let json = read_json(&file)?;
-        Ok(Self(Kind::Fast(Box::new(Fast::new(&name, json, config.unwrap_or_else(own_config))?))))
+        Ok(Self(Kind::Fast(Box::new(Fast::new(&name, json, config.unwrap_or_else(|| config_of_class(FAST_CLASS)))?))))
     }
 
     /// Reads what [`Tokenizer::to_json`] wrote.
@@ -234,10 +235,10 @@ impl Tokenizer {
     /// A file cannot be written.
     pub fn save(&self, directory: &Path) -> Result<()> {
         let config = match &self.0 {
-            Kind::ByT5 => byt5_config(),
+            Kind::ByT5 => config_of_class(BYT5_CLASS),
             Kind::Fast(fast) => {
                 write_json(&directory.join(TOKENIZER_FILE), &fast.json)?;
-                Value::Object(fast.config.clone())
+                fast.config.clone()
             }
         };
         let special_tokens: Map<String, Value> = ["pad_token", "eos_token", "unk_token"]
@@ -245,18 +246,21 @@ impl Tokenizer {
             .filter_map(|key| Some((key.to_owned(), Value::from(token_content(config.get(key)?)?))))
             .collect();
         write_json(&directory.join(CONFIG_FILE), &config)?;
-        write_json(&directory.join(SPECIAL_TOKENS_FILE), &Value::Object(special_tokens))
+        write_json(&directory.join(SPECIAL_TOKENS_FILE), &special_tokens)
     }
 }
 
 impl Fast {
     /// `name` is how messages call it.
-    fn new(name: &str, mut json: Value, config: Map<String, Value>) -> Result<Self> {
+    fn new(name: &str, mut json: Map<String, Value>, config: Map<String, Value>) -> Result<Self> {
         let broken = |error: &dyn std::fmt::Display| Error::tokenizer(name, format!("not a tokenizer.json: {error}"));
         // Length and padding are the caller's, whatever the file was saved with.
-        json["truncation"] = Value::Null;
-        json["padding"] = Value::Null;
-        let parse = |json: &Value| tokenizers::Tokenizer::from_str(&json.to_string()).map_err(|error| broken(&error));
+        json.insert("truncation".to_owned(), Value::Null);
+        json.insert("padding".to_owned(), Value::Null);
+        let parse = |json: &Map<String, Value>| {
+            let text = serde_json::to_string(json).expect("JSON values print");
+            tokenizers::Tokenizer::from_str(&text).map_err(|error| broken(&error))
+        };
         let mut tokenizer = parse(&json)?;
         let id = |key: &str, default: &str| {
             let token = config.get(key).and_then(token_content).unwrap_or(default);
@@ -270,7 +274,7 @@ impl Fast {
         let (eos_token, eos_id) = required(id("eos_token", EOS_TOKEN), "end-of-sequence")?;
         let (_, unk_id) = id("unk_token", UNK_TOKEN);
         if !ends_with(&tokenizer, eos_id) {
-            json["post_processor"] = eos_template(&eos_token, eos_id);
+            json.insert("post_processor".to_owned(), eos_template(&eos_token, eos_id));
             tokenizer = parse(&json)?;
         }
         let vocab_size = tokenizer.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
@@ -296,27 +300,19 @@ fn eos_template(token: &str, id: u32) -> Value {
     })
 }
 
-/// tokenizer_config.json of a tokenizer.json that came without. No `model_max_length`: T5's positions are relative.
-fn own_config() -> Map<String, Value> {
-    let config = json!({
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": PAD_TOKEN,
-        "eos_token": EOS_TOKEN,
-        "unk_token": UNK_TOKEN,
-        "clean_up_tokenization_spaces": false,
-    });
-    config.as_object().cloned().unwrap_or_default()
+/// tokenizer_config.json of a tokenizer that came without. No `model_max_length`: T5's positions are relative.
+fn config_of_class(class: &str) -> Map<String, Value> {
+    object([
+        ("tokenizer_class", class.into()),
+        ("pad_token", PAD_TOKEN.into()),
+        ("eos_token", EOS_TOKEN.into()),
+        ("unk_token", UNK_TOKEN.into()),
+        ("clean_up_tokenization_spaces", false.into()),
+    ])
 }
 
-fn byt5_config() -> Value {
-    json!({
-        "tokenizer_class": BYT5_CLASS,
-        "pad_token": PAD_TOKEN,
-        "eos_token": EOS_TOKEN,
-        "unk_token": UNK_TOKEN,
-        "extra_ids": byt5::SENTINELS,
-        "clean_up_tokenization_spaces": false,
-    })
+fn object<const N: usize>(entries: [(&str, Value); N]) -> Map<String, Value> {
+    entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
 }
 
 /// A special token as tokenizer_config.json writes it: a string, or an object with its `content`.
@@ -339,7 +335,7 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
         .map_err(|error| Error::tokenizer(path.display().to_string(), format!("broken JSON: {error}")))
 }
 
-fn write_json(path: &Path, value: &Value) -> Result<()> {
+fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let mut text = serde_json::to_string_pretty(value).expect("JSON values print");
     text.push('\n');
     fs::write(path, text).map_err(|error| Error::io(path, error))

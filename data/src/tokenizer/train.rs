@@ -3,10 +3,10 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokenizers::models::unigram::{Unigram, UnigramTrainer};
 
-use super::{EOS_TOKEN, PAD_TOKEN, UNK_TOKEN, eos_template};
+use super::{EOS_TOKEN, PAD_TOKEN, UNK_TOKEN, eos_template, object};
 use crate::error::{Error, Result};
 
 const SPECIAL_TOKENS: [&str; 3] = [PAD_TOKEN, EOS_TOKEN, UNK_TOKEN];
@@ -21,7 +21,10 @@ const WORD_CHARACTERS_MAX: usize = 256;
 
 /// A tokenizer.json whose tokens are the words between white space: after the special tokens the most frequent first,
 /// equally frequent ones in alphabetical order.
-pub(super) fn wordlevel<'t>(texts: impl Iterator<Item = &'t str>, vocab_size: Option<usize>) -> Result<Value> {
+pub(super) fn wordlevel<'t>(
+    texts: impl Iterator<Item = &'t str>,
+    vocab_size: Option<usize>,
+) -> Result<Map<String, Value>> {
     let room = match vocab_size {
         Some(size) if size <= SPECIAL_TOKENS.len() => {
             let message =
@@ -34,8 +37,7 @@ pub(super) fn wordlevel<'t>(texts: impl Iterator<Item = &'t str>, vocab_size: Op
     let mut words: Vec<(&str, u64)> = count_words(texts).into_iter().collect();
     words.sort_unstable_by_key(|&(word, count)| (Reverse(count), word));
     let tokens = SPECIAL_TOKENS.into_iter().chain(words.into_iter().map(|(word, _)| word).take(room));
-    let vocab: serde_json::Map<_, _> =
-        tokens.enumerate().map(|(id, token)| (token.to_owned(), Value::from(id))).collect();
+    let vocab: Map<_, _> = tokens.enumerate().map(|(id, token)| (token.to_owned(), Value::from(id))).collect();
     Ok(document(
         special_tokens(&[]),
         Value::Null,
@@ -48,7 +50,10 @@ pub(super) fn wordlevel<'t>(texts: impl Iterator<Item = &'t str>, vocab_size: Op
 
 /// A tokenizer.json with a unigram model (Kudo, 2018) as SentencePiece trains it, laid out as T5's: special tokens,
 /// pieces, sentinels. White space of any kind and length is one space to it.
-pub(super) fn unigram<'t>(texts: impl Iterator<Item = &'t str>, vocab_size: Option<usize>) -> Result<Value> {
+pub(super) fn unigram<'t>(
+    texts: impl Iterator<Item = &'t str>,
+    vocab_size: Option<usize>,
+) -> Result<Map<String, Value>> {
     let words = marked_words(texts);
     let alphabet = {
         let mut characters: Vec<char> = words.iter().flat_map(|(word, _)| word.chars()).collect();
@@ -156,16 +161,16 @@ fn special_tokens(sentinels: &[(usize, &str)]) -> Value {
         .collect()
 }
 
-fn document(added: Value, normalizer: Value, pre_tokenizer: Value, decoder: Value, model: Value) -> Value {
-    json!({
-        "version": "1.0",
-        "truncation": null,
-        "padding": null,
-        "added_tokens": added,
-        "normalizer": normalizer,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": eos_template(EOS_TOKEN, 1),
-        "decoder": decoder,
-        "model": model,
-    })
+fn document(added: Value, normalizer: Value, pre_tokenizer: Value, decoder: Value, model: Value) -> Map<String, Value> {
+    object([
+        ("version", "1.0".into()),
+        ("truncation", Value::Null),
+        ("padding", Value::Null),
+        ("added_tokens", added),
+        ("normalizer", normalizer),
+        ("pre_tokenizer", pre_tokenizer),
+        ("post_processor", eos_template(EOS_TOKEN, 1)),
+        ("decoder", decoder),
+        ("model", model),
+    ])
 }

@@ -61,16 +61,10 @@ impl ClusterConfig {
         let refuse = |key, problem: String| Err(Error::Config { key, problem });
         if let Some(workers) = self.workers {
             if !(1..=WORKERS_MAX).contains(&workers) {
-                return refuse(
-                    "workers",
-                    format!("{workers} is not between 1 and {WORKERS_MAX}"),
-                );
+                return refuse("workers", format!("{workers} is not between 1 and {WORKERS_MAX}"));
             }
             if self.min_workers > workers {
-                let problem = format!(
-                    "{} is more than cluster.workers, {workers}",
-                    self.min_workers
-                );
+                let problem = format!("{} is more than cluster.workers, {workers}", self.min_workers);
                 return refuse("min_workers", problem);
             }
         }
@@ -80,16 +74,8 @@ impl ClusterConfig {
         }
         self.listen_address()?;
         let seconds = [
-            (
-                "heartbeat_timeout_seconds",
-                self.heartbeat_timeout_seconds,
-                3.0..=3600.0,
-            ),
-            (
-                "step_timeout_seconds",
-                self.step_timeout_seconds,
-                1.0..=604_800.0,
-            ),
+            ("heartbeat_timeout_seconds", self.heartbeat_timeout_seconds, 3.0..=3600.0),
+            ("step_timeout_seconds", self.step_timeout_seconds, 1.0..=604_800.0),
         ];
         for (key, value, range) in seconds {
             if !range.contains(&value) {
@@ -107,10 +93,7 @@ impl ClusterConfig {
     pub fn listen_address(&self) -> Result<SocketAddr> {
         self.listen.parse().map_err(|_| Error::Config {
             key: "listen",
-            problem: format!(
-                "{:?} is not an IP address and a port, such as \"127.0.0.1:4700\"",
-                self.listen
-            ),
+            problem: format!("{:?} is not an IP address and a port, such as \"127.0.0.1:4700\"", self.listen),
         })
     }
 
@@ -142,10 +125,7 @@ mod tests {
         let config: ClusterConfig = serde_json::from_str("{}").unwrap();
         assert_eq!(config, ClusterConfig::default());
         config.validate().unwrap();
-        assert_eq!(
-            (config.heartbeat_timeout_ms(), config.step_timeout_ms()),
-            (10_000, 600_000)
-        );
+        assert_eq!((config.heartbeat_timeout_ms(), config.step_timeout_ms()), (10_000, 600_000));
         assert!(config.listen_address().unwrap().ip().is_loopback());
     }
 
@@ -157,29 +137,12 @@ mod tests {
 
     #[test]
     fn ranges_are_checked_and_name_the_key() {
-        assert_eq!(
-            problem(|c| c.workers = Some(0)),
-            "cluster.workers: 0 is not between 1 and 4096"
-        );
-        assert_eq!(
-            problem(|c| c.min_workers = 0),
-            "cluster.min_workers: 0 is not between 1 and 4096"
-        );
+        assert_eq!(problem(|c| c.workers = Some(0)), "cluster.workers: 0 is not between 1 and 4096");
+        assert_eq!(problem(|c| c.min_workers = 0), "cluster.min_workers: 0 is not between 1 and 4096");
         let too_many = problem(|c| (c.workers, c.min_workers) = (Some(2), 3));
-        assert_eq!(
-            too_many,
-            "cluster.min_workers: 3 is more than cluster.workers, 2"
-        );
-        assert!(
-            problem(|c| c.listen = "localhost".to_owned())
-                .starts_with("cluster.listen: \"localhost\"")
-        );
-        assert!(
-            problem(|c| c.heartbeat_timeout_seconds = f64::NAN).starts_with("cluster.heartbeat_")
-        );
-        assert!(
-            problem(|c| c.step_timeout_seconds = 0.0)
-                .starts_with("cluster.step_timeout_seconds: 0")
-        );
+        assert_eq!(too_many, "cluster.min_workers: 3 is more than cluster.workers, 2");
+        assert!(problem(|c| c.listen = "localhost".to_owned()).starts_with("cluster.listen: \"localhost\""));
+        assert!(problem(|c| c.heartbeat_timeout_seconds = f64::NAN).starts_with("cluster.heartbeat_"));
+        assert!(problem(|c| c.step_timeout_seconds = 0.0).starts_with("cluster.step_timeout_seconds: 0"));
     }
 }

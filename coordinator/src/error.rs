@@ -78,30 +78,18 @@ pub enum Error {
 impl Error {
     /// Whether input or configuration is at fault: never worth a retry.
     pub fn is_user_error(&self) -> bool {
-        matches!(
-            self,
-            Self::Config { .. }
-                | Self::RunExists { .. }
-                | Self::Damaged { .. }
-                | Self::NotLoopback(_)
-        )
+        matches!(self, Self::Config { .. } | Self::RunExists { .. } | Self::Damaged { .. } | Self::NotLoopback(_))
     }
 
     /// For `map_err` on operations with a file.
     pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::File {
-            action,
-            path: path.to_owned(),
-            source,
-        }
+        move |source| Self::File { action, path: path.to_owned(), source }
     }
 }
 
 fn hint(source: &io::Error) -> &'static str {
     match source.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "; free some space, then go on with --resume"
-        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "; free some space, then go on with --resume",
         _ => "",
     }
 }

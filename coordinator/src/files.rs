@@ -33,9 +33,7 @@ impl RunFiles {
     pub fn create(directory: &Path) -> Result<Self> {
         let ledger = directory.join(LEDGER);
         if fs::metadata(&ledger).is_ok_and(|metadata| metadata.len() > 0) {
-            return Err(Error::RunExists {
-                directory: directory.to_owned(),
-            });
+            return Err(Error::RunExists { directory: directory.to_owned() });
         }
         replace(&ledger, "")?;
         replace(&directory.join(METRICS), "")?;
@@ -52,32 +50,20 @@ impl RunFiles {
         let (ledger, metrics) = (directory.join(LEDGER), directory.join(METRICS));
         let records = read::<CommitRecord>(&ledger)?;
         let events = read::<EventStep>(&metrics)?;
-        let generation = records
-            .iter()
-            .map(|(record, _)| record.generation)
-            .max()
-            .unwrap_or(0);
+        let generation = records.iter().map(|(record, _)| record.generation).max().unwrap_or(0);
         let mut kept = String::new();
         let mut next = 1;
         for (record, line) in records.iter().take_while(|(record, _)| record.step <= step) {
             if record.step != next {
                 let problem = format!("expected step {next}, found {}", record.step);
-                return Err(Error::Damaged {
-                    path: ledger,
-                    line: next as usize,
-                    problem,
-                });
+                return Err(Error::Damaged { path: ledger, line: next as usize, problem });
             }
             next += 1;
             kept.extend([line, "\n"]);
         }
         if next != step + 1 {
             let problem = format!("the checkpoint's step {step} is not recorded");
-            return Err(Error::Damaged {
-                path: ledger,
-                line: next as usize,
-                problem,
-            });
+            return Err(Error::Damaged { path: ledger, line: next as usize, problem });
         }
         replace(&ledger, &kept)?;
         let events = events.iter().filter(|(event, _)| event.step <= step);
@@ -133,10 +119,7 @@ struct Lines {
 impl Lines {
     fn open(path: PathBuf) -> Result<Self> {
         let file = OpenOptions::new().append(true).open(&path);
-        Ok(Self {
-            file: file.map_err(Error::file("open", &path))?,
-            path,
-        })
+        Ok(Self { file: file.map_err(Error::file("open", &path))?, path })
     }
 
     fn append(&mut self, line: &impl Serialize) -> Result<()> {
@@ -146,9 +129,7 @@ impl Lines {
     }
 
     fn sync(&mut self) -> Result<()> {
-        self.file
-            .sync_data()
-            .map_err(Error::file("sync", &self.path))
+        self.file.sync_data().map_err(Error::file("sync", &self.path))
     }
 }
 
@@ -168,11 +149,7 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<Vec<(T, String)>> {
     let whole = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
     let parse = |(index, line): (usize, &str)| match serde_json::from_str(line) {
         Ok(value) => Ok((value, line.to_owned())),
-        Err(error) => Err(Error::Damaged {
-            path: path.to_owned(),
-            line: index + 1,
-            problem: error.to_string(),
-        }),
+        Err(error) => Err(Error::Damaged { path: path.to_owned(), line: index + 1, problem: error.to_string() }),
     };
     whole.lines().enumerate().map(parse).collect()
 }
@@ -244,25 +221,9 @@ mod tests {
         let mut files = run_of(directory.path(), 2);
         files.event(&Event::Saved { step: 2 }).unwrap();
         let metrics = [("exact_match".to_owned(), 0.25)].into();
-        files
-            .event(&Event::Eval(EvalMetrics {
-                step: 2,
-                eval_loss: 0.75,
-                metrics,
-            }))
-            .unwrap();
-        let lost = LostWorker {
-            worker: 1,
-            host: "h".into(),
-            pid: 9,
-            why: "gone".into(),
-        };
-        let recovery = Recovery {
-            step: 3,
-            generation: 4,
-            lost: vec![lost],
-            workers: 1,
-        };
+        files.event(&Event::Eval(EvalMetrics { step: 2, eval_loss: 0.75, metrics })).unwrap();
+        let lost = LostWorker { worker: 1, host: "h".into(), pid: 9, why: "gone".into() };
+        let recovery = Recovery { step: 3, generation: 4, lost: vec![lost], workers: 1 };
         files.event(&Event::Recovery(recovery)).unwrap();
         assert_eq!(
             text(directory.path(), LEDGER),
@@ -304,10 +265,7 @@ mod tests {
     fn resuming_before_the_first_checkpoint_starts_empty() {
         let directory = tempfile::tempdir().unwrap();
         let (_, generation) = RunFiles::resume(directory.path(), 0).unwrap();
-        assert_eq!(
-            (generation, text(directory.path(), LEDGER)),
-            (0, String::new())
-        );
+        assert_eq!((generation, text(directory.path(), LEDGER)), (0, String::new()));
     }
 
     #[test]
@@ -317,27 +275,13 @@ mod tests {
         let before = text(directory.path(), LEDGER);
         let error = RunFiles::resume(directory.path(), 9).unwrap_err();
         assert!(error.is_user_error());
-        assert!(
-            error
-                .to_string()
-                .contains("line 5: the checkpoint's step 9 is not recorded"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("line 5: the checkpoint's step 9 is not recorded"), "{error}");
         assert_eq!(text(directory.path(), LEDGER), before);
 
-        let gap: String = before
-            .lines()
-            .filter(|l| !l.contains("\"step\":2"))
-            .map(|l| format!("{l}\n"))
-            .collect();
+        let gap: String = before.lines().filter(|l| !l.contains("\"step\":2")).map(|l| format!("{l}\n")).collect();
         fs::write(directory.path().join(LEDGER), &gap).unwrap();
         let error = RunFiles::resume(directory.path(), 4).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .contains("line 2: expected step 2, found 3"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("line 2: expected step 2, found 3"), "{error}");
 
         fs::write(directory.path().join(LEDGER), "nonsense\n").unwrap();
         let error = RunFiles::resume(directory.path(), 0).unwrap_err();
@@ -361,10 +305,7 @@ mod tests {
         let error = Lines::open(path).unwrap().append(&record(1)).unwrap_err();
         assert!(!error.is_user_error());
         let text = error.to_string();
-        assert!(
-            text.starts_with("cannot append to /dev/full: No space left"),
-            "{text}"
-        );
+        assert!(text.starts_with("cannot append to /dev/full: No space left"), "{text}");
         assert!(text.ends_with("go on with --resume"), "{text}");
     }
 }

@@ -43,19 +43,12 @@ impl LocalWorkers {
     ///
     /// # Errors
     /// [`Error::Spawn`]; what was started already is killed.
-    pub fn spawn(
-        executable: &Path,
-        arguments: &[OsString],
-        run_token: &Secret,
-        count: u32,
-    ) -> Result<Self> {
+    pub fn spawn(executable: &Path, arguments: &[OsString], run_token: &Secret, count: u32) -> Result<Self> {
         let (report, deaths) = mpsc::unbounded_channel();
         let (alive, _) = watch::channel(());
         for _ in 0..count {
-            let child = spawn(executable, arguments, run_token).map_err(|source| Error::Spawn {
-                executable: executable.to_owned(),
-                source,
-            })?;
+            let child = spawn(executable, arguments, run_token)
+                .map_err(|source| Error::Spawn { executable: executable.to_owned(), source })?;
             tokio::spawn(supervise(child, alive.subscribe(), report.clone()));
         }
         Ok(Self { alive, deaths })
@@ -98,22 +91,14 @@ fn die_with_parent(command: &mut Command) {
     let in_child = move || {
         set_parent_process_death_signal(Some(Signal::KILL))?;
         // The parent may have died before the call above.
-        if getppid() == Some(parent) {
-            Ok(())
-        } else {
-            Err(rustix::io::Errno::SRCH.into())
-        }
+        if getppid() == Some(parent) { Ok(()) } else { Err(rustix::io::Errno::SRCH.into()) }
     };
     // SAFETY: between fork and exec, the closure makes two system calls and neither allocates nor
     // takes locks.
     unsafe { command.pre_exec(in_child) };
 }
 
-async fn supervise(
-    mut child: Child,
-    mut alive: watch::Receiver<()>,
-    report: mpsc::UnboundedSender<Death>,
-) {
+async fn supervise(mut child: Child, mut alive: watch::Receiver<()>, report: mpsc::UnboundedSender<Death>) {
     let Some(pid) = child.id() else { return };
     let status = tokio::select! {
         status = child.wait() => status,
@@ -124,16 +109,8 @@ async fn supervise(
         },
     };
     let death = match status {
-        Ok(status) => Death {
-            pid,
-            exit_code: exit_code(status),
-            status: status.to_string(),
-        },
-        Err(error) => Death {
-            pid,
-            exit_code: None,
-            status: format!("cannot be waited for: {error}"),
-        },
+        Ok(status) => Death { pid, exit_code: exit_code(status), status: status.to_string() },
+        Err(error) => Death { pid, exit_code: None, status: format!("cannot be waited for: {error}") },
     };
     // Nobody listens any more when the run is over.
     let _ = report.send(death);
@@ -158,10 +135,7 @@ mod tests {
         let mut workers = shell("exit 3", 2);
         for _ in 0..2 {
             let death = workers.next_death().await.unwrap();
-            assert_eq!(
-                (death.exit_code, death.status.as_str()),
-                (Some(3), "exit status: 3")
-            );
+            assert_eq!((death.exit_code, death.status.as_str()), (Some(3), "exit status: 3"));
         }
         let mut workers = shell("kill -9 $$", 1);
         let death = workers.next_death().await.unwrap();
@@ -188,11 +162,6 @@ mod tests {
     async fn an_absent_executable_is_named() {
         let token = Secret::from_bytes([1; 32]);
         let error = LocalWorkers::spawn(Path::new("/absent/quintet"), &[], &token, 1).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .starts_with("cannot start /absent/quintet: "),
-            "{error}"
-        );
+        assert!(error.to_string().starts_with("cannot start /absent/quintet: "), "{error}");
     }
 }

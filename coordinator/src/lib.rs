@@ -14,7 +14,6 @@ pub mod config;
 mod error;
 pub mod files;
 pub mod launch;
-mod quintet_data;
 pub mod secret;
 pub mod server;
 pub mod state;

@@ -9,9 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use quintet_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
-use quintet_proto::v1::{
-    self, FromWorker, Hello, ToWorker, from_worker::Report, to_worker::Command,
-};
+use quintet_proto::v1::{self, FromWorker, Hello, ToWorker, from_worker::Report, to_worker::Command};
 use quintet_proto::{FROM_WORKER_BYTES_MAX, PROTOCOL_VERSION, TO_WORKER_BYTES_MAX};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -104,15 +102,12 @@ pub async fn serve(
         .max_decoding_message_size(FROM_WORKER_BYTES_MAX)
         .max_encoding_message_size(TO_WORKER_BYTES_MAX);
     let (end, ended) = oneshot::channel::<()>();
-    let server = Server::builder()
-        .max_concurrent_streams(4)
-        .add_service(service)
-        .serve_with_incoming_shutdown(
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            async {
-                let _ = ended.await;
-            },
-        );
+    let server = Server::builder().max_concurrent_streams(4).add_service(service).serve_with_incoming_shutdown(
+        TcpIncoming::from(listener).with_nodelay(Some(true)),
+        async {
+            let _ = ended.await;
+        },
+    );
     let mut server = tokio::spawn(server);
     let shell = Shell {
         machine: Machine::new(run.settings.clone()),
@@ -132,10 +127,7 @@ pub async fn serve(
     };
     // The shell is gone and with it every stream's sender: streams end when they are flushed.
     let _ = end.send(());
-    if tokio::time::timeout(GOODBYE_TIMEOUT, &mut server)
-        .await
-        .is_err()
-    {
+    if tokio::time::timeout(GOODBYE_TIMEOUT, &mut server).await.is_err() {
         server.abort();
     }
     outcome
@@ -143,19 +135,9 @@ pub async fn serve(
 
 /// From a stream to the machine's task.
 enum Message {
-    Joined {
-        worker: WorkerId,
-        hello: Hello,
-        commands: CommandSender,
-    },
-    Report {
-        worker: WorkerId,
-        report: Report,
-    },
-    Left {
-        worker: WorkerId,
-        why: String,
-    },
+    Joined { worker: WorkerId, hello: Hello, commands: CommandSender },
+    Report { worker: WorkerId, report: Report },
+    Left { worker: WorkerId, why: String },
 }
 
 type CommandSender = mpsc::Sender<std::result::Result<ToWorker, Status>>;
@@ -178,8 +160,7 @@ impl Shell {
         mut messages: mpsc::Receiver<Message>,
         mut controls: mpsc::Receiver<Control>,
     ) -> Result<Outcome> {
-        let tick =
-            Duration::from_millis((self.run.settings.heartbeat_timeout_ms / 10).clamp(10, 1000));
+        let tick = Duration::from_millis((self.run.settings.heartbeat_timeout_ms / 10).clamp(10, 1000));
         let mut ticks = tokio::time::interval(tick);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let start = Instant::now();
@@ -207,17 +188,9 @@ impl Shell {
 
     fn input(&mut self, message: Message) -> Input {
         match message {
-            Message::Joined {
-                worker,
-                hello,
-                commands,
-            } => {
+            Message::Joined { worker, hello, commands } => {
                 self.commands.insert(worker, commands);
-                Input::Joined {
-                    worker,
-                    host: hello.host,
-                    pid: hello.pid,
-                }
+                Input::Joined { worker, host: hello.host, pid: hello.pid }
             }
             Message::Report { worker, report } => Input::Report { worker, report },
             Message::Left { worker, why } => {
@@ -235,10 +208,7 @@ impl Shell {
                 self.perform(effect)?;
             }
             let why = "it does not read its commands".to_owned();
-            next = self
-                .stuck
-                .pop_front()
-                .map(|worker| Input::Left { worker, why });
+            next = self.stuck.pop_front().map(|worker| Input::Left { worker, why });
         }
         Ok(())
     }
@@ -259,18 +229,10 @@ impl Shell {
             }
             Effect::Send { worker, command } => self.send(worker, command),
             Effect::Dismiss { worker, reason } => {
-                self.send(
-                    worker,
-                    Command::Stop(v1::Stop {
-                        exit_code: exit_code::FAILURE,
-                        reason,
-                    }),
-                );
+                self.send(worker, Command::Stop(v1::Stop { exit_code: exit_code::FAILURE, reason }));
                 self.commands.remove(&worker);
             }
-            Effect::Stop { exit_code, reason } => {
-                self.outcome = Some(Outcome { exit_code, reason })
-            }
+            Effect::Stop { exit_code, reason } => self.outcome = Some(Outcome { exit_code, reason }),
         }
         Ok(())
     }
@@ -289,9 +251,7 @@ impl Shell {
         let Some(commands) = self.commands.get(&worker) else {
             return;
         };
-        match commands.try_send(Ok(ToWorker {
-            command: Some(command),
-        })) {
+        match commands.try_send(Ok(ToWorker { command: Some(command) })) {
             Ok(()) => {}
             Err(mpsc::error::TrySendError::Full(_)) => {
                 self.commands.remove(&worker);
@@ -305,10 +265,7 @@ impl Shell {
     fn tell_all_to_stop(&mut self, error: &Error) {
         let workers: Vec<WorkerId> = self.commands.keys().copied().collect();
         for worker in workers {
-            let stop = v1::Stop {
-                exit_code: exit_code::FAILURE,
-                reason: error.to_string(),
-            };
+            let stop = v1::Stop { exit_code: exit_code::FAILURE, reason: error.to_string() };
             self.send(worker, Command::Stop(stop));
         }
     }
@@ -318,15 +275,9 @@ impl From<Control> for Input {
     fn from(control: Control) -> Self {
         match control {
             Control::Preempt => Self::Preempt,
-            Control::WorkerDied(Death {
-                pid,
-                exit_code,
-                status,
-            }) => Self::ProcessExited {
-                pid,
-                exit_code,
-                why: status,
-            },
+            Control::WorkerDied(Death { pid, exit_code, status }) => {
+                Self::ProcessExited { pid, exit_code, why: status }
+            }
         }
     }
 }
@@ -349,8 +300,7 @@ impl Coordinator for Service {
         request: Request<Streaming<FromWorker>>,
     ) -> std::result::Result<Response<Self::WorkStream>, Status> {
         let permit = self.hellos.try_acquire();
-        let permit = permit
-            .map_err(|_| Status::resource_exhausted("too many workers join at once; try again"))?;
+        let permit = permit.map_err(|_| Status::resource_exhausted("too many workers join at once; try again"))?;
         let mut reports = request.into_inner();
         let hello = tokio::time::timeout(HELLO_TIMEOUT, reports.message())
             .await
@@ -359,15 +309,8 @@ impl Coordinator for Service {
         drop(permit);
         let worker = self.workers.fetch_add(1, Ordering::Relaxed);
         let (commands, receiver) = mpsc::channel(COMMANDS_WAITING_MAX);
-        let joined = Message::Joined {
-            worker,
-            hello,
-            commands,
-        };
-        self.inbox
-            .send(joined)
-            .await
-            .map_err(|_| Status::unavailable("the run is over"))?;
+        let joined = Message::Joined { worker, hello, commands };
+        self.inbox.send(joined).await.map_err(|_| Status::unavailable("the run is over"))?;
         tokio::spawn(read(worker, reports, self.inbox.clone()));
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
@@ -375,16 +318,11 @@ impl Coordinator for Service {
 
 impl Service {
     fn admit(&self, message: Option<FromWorker>) -> std::result::Result<Hello, Status> {
-        let Some(FromWorker {
-            report: Some(Report::Hello(hello)),
-        }) = message
-        else {
+        let Some(FromWorker { report: Some(Report::Hello(hello)) }) = message else {
             return Err(Status::invalid_argument("the first message must be hello"));
         };
         if !self.run_token.matches(&hello.run_token) {
-            return Err(Status::unauthenticated(
-                "wrong run token: this worker belongs to another run",
-            ));
+            return Err(Status::unauthenticated("wrong run token: this worker belongs to another run"));
         }
         if hello.protocol_version != PROTOCOL_VERSION {
             return Err(Status::failed_precondition(format!(
@@ -401,14 +339,8 @@ impl Service {
 async fn read(worker: WorkerId, mut reports: Streaming<FromWorker>, inbox: mpsc::Sender<Message>) {
     let why = loop {
         match reports.message().await {
-            Ok(Some(FromWorker {
-                report: Some(report),
-            })) => {
-                if inbox
-                    .send(Message::Report { worker, report })
-                    .await
-                    .is_err()
-                {
+            Ok(Some(FromWorker { report: Some(report) })) => {
+                if inbox.send(Message::Report { worker, report }).await.is_err() {
                     return;
                 }
             }

@@ -14,13 +14,7 @@ pub const FROM_WORKER_BYTES_MAX: usize = 4 << 20;
 pub const TO_WORKER_BYTES_MAX: usize = 256 << 20;
 
 /// Version 1 of the contract.
-#[allow(
-    missing_docs,
-    unreachable_pub,
-    clippy::all,
-    clippy::pedantic,
-    reason = "generated code"
-)]
+#[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, reason = "generated code")]
 pub mod v1 {
     tonic::include_proto!("quintet.v1");
 }

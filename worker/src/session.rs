@@ -10,9 +10,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use quintet_proto::v1::coordinator_client::CoordinatorClient;
-use quintet_proto::v1::{
-    Commit, FromWorker, Heartbeat, Hello, Plan, Stop, ToWorker, Welcome, to_worker,
-};
+use quintet_proto::v1::{Commit, FromWorker, Heartbeat, Hello, Plan, Stop, ToWorker, Welcome, to_worker};
 use quintet_proto::{FROM_WORKER_BYTES_MAX, PROTOCOL_VERSION, TO_WORKER_BYTES_MAX, TOKEN_BYTES};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -72,10 +70,7 @@ pub enum SessionError {
 impl SessionError {
     /// Whether the way the worker was started is at fault: never worth a retry.
     pub fn is_user_error(&self) -> bool {
-        matches!(
-            self,
-            Self::Url { .. } | Self::NotLoopback(_) | Self::Refused(_)
-        )
+        matches!(self, Self::Url { .. } | Self::NotLoopback(_) | Self::Refused(_))
     }
 }
 
@@ -109,12 +104,7 @@ impl Session {
     ///
     /// # Errors
     /// See [`SessionError`].
-    pub fn connect(
-        url: &str,
-        run_token: &[u8; TOKEN_BYTES],
-        host: &str,
-        insecure: bool,
-    ) -> Result<(Self, Welcome)> {
+    pub fn connect(url: &str, run_token: &[u8; TOKEN_BYTES], host: &str, insecure: bool) -> Result<(Self, Welcome)> {
         let address = resolve(url)?;
         if !address.ip().is_loopback() && !insecure {
             return Err(SessionError::NotLoopback(address));
@@ -127,29 +117,18 @@ impl Session {
             pid: std::process::id(),
         };
         // The receiver is at hand, so that this cannot fail.
-        let _ = reports.send(FromWorker {
-            report: Some(Report::Hello(hello)),
-        });
+        let _ = reports.send(FromWorker { report: Some(Report::Hello(hello)) });
         let (incoming, commands) = mpsc::channel();
         let (admit, admitted) = mpsc::channel();
         let (goodbye, leaving) = oneshot::channel();
         let interrupt = Arc::new(Mutex::new(Interrupt::default()));
-        let line = Line {
-            incoming,
-            interrupt: Arc::clone(&interrupt),
-            heartbeats: reports.downgrade(),
-        };
+        let line = Line { incoming, interrupt: Arc::clone(&interrupt), heartbeats: reports.downgrade() };
         let thread = thread::Builder::new()
             .name("session".to_owned())
             .spawn(move || line.run(address, outgoing, &admit, leaving))
             .map_err(|error| SessionError::Thread(error.to_string()))?;
-        let session = Self {
-            reports: Some(reports),
-            commands,
-            interrupt,
-            goodbye: Some(goodbye),
-            thread: Some(thread),
-        };
+        let session =
+            Self { reports: Some(reports), commands, interrupt, goodbye: Some(goodbye), thread: Some(thread) };
         let welcome = admitted.recv().map_err(|_| ended())??;
         Ok((session, welcome))
     }
@@ -167,13 +146,8 @@ impl Session {
     /// # Errors
     /// [`SessionError::Disconnected`]; [`Session::recv`] knows more.
     pub fn send(&self, report: Report) -> Result<()> {
-        let message = FromWorker {
-            report: Some(report),
-        };
-        self.reports
-            .as_ref()
-            .and_then(|reports| reports.send(message).ok())
-            .ok_or_else(ended)
+        let message = FromWorker { report: Some(report) };
+        self.reports.as_ref().and_then(|reports| reports.send(message).ok()).ok_or_else(ended)
     }
 
     /// Has `callback` called, on another thread, as soon as the work of `generation` is void: when
@@ -250,10 +224,7 @@ impl Line {
         admit: &mpsc::Sender<Result<Welcome>>,
         leaving: oneshot::Receiver<()>,
     ) {
-        let runtime = match tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-        {
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => {
                 let _ = admit.send(Err(SessionError::Thread(error.to_string())));
@@ -295,22 +266,14 @@ impl Line {
     /// Answers whether more can come.
     fn deliver(&self, message: std::result::Result<Option<ToWorker>, Status>) -> bool {
         let command = match message {
-            Ok(Some(ToWorker {
-                command: Some(command),
-            })) => match command {
+            Ok(Some(ToWorker { command: Some(command) })) => match command {
                 to_worker::Command::Plan(plan) => Ok(Command::Plan(plan)),
                 to_worker::Command::Commit(commit) => Ok(Command::Commit(commit)),
                 to_worker::Command::Stop(stop) => Ok(Command::Stop(stop)),
-                to_worker::Command::Welcome(_) => {
-                    Err(SessionError::Protocol("it said welcome twice"))
-                }
+                to_worker::Command::Welcome(_) => Err(SessionError::Protocol("it said welcome twice")),
             },
-            Ok(Some(ToWorker { command: None })) => Err(SessionError::Protocol(
-                "it sent a command of an unknown kind",
-            )),
-            Ok(None) => Err(SessionError::Disconnected(
-                "the coordinator closed it".to_owned(),
-            )),
+            Ok(Some(ToWorker { command: None })) => Err(SessionError::Protocol("it sent a command of an unknown kind")),
+            Ok(None) => Err(SessionError::Disconnected("the coordinator closed it".to_owned())),
             Err(status) => Err(SessionError::Disconnected(status.message().to_owned())),
         };
         let void_before = match &command {
@@ -337,30 +300,18 @@ async fn join(
     let admission = async {
         let mut client = client(address).await?;
         let response = client.work(UnboundedReceiverStream::new(outgoing)).await;
-        let mut commands = response
-            .map_err(|status| refusal(address, &status))?
-            .into_inner();
-        let first = commands
-            .message()
-            .await
-            .map_err(|status| refusal(address, &status))?;
+        let mut commands = response.map_err(|status| refusal(address, &status))?.into_inner();
+        let first = commands.message().await.map_err(|status| refusal(address, &status))?;
         match first.and_then(|message| message.command) {
             Some(to_worker::Command::Welcome(welcome)) => Ok((welcome, commands)),
             Some(to_worker::Command::Stop(stop)) => Err(SessionError::Refused(stop.reason)),
             Some(_) => Err(SessionError::Protocol("its first command was not welcome")),
-            None => Err(SessionError::Disconnected(
-                "the coordinator closed it".to_owned(),
-            )),
+            None => Err(SessionError::Disconnected("the coordinator closed it".to_owned())),
         }
     };
     tokio::time::timeout(CONNECT_TIMEOUT, admission)
         .await
-        .map_err(|_| {
-            unreachable(format!(
-                "no answer within {} seconds",
-                CONNECT_TIMEOUT.as_secs()
-            ))
-        })?
+        .map_err(|_| unreachable(format!("no answer within {} seconds", CONNECT_TIMEOUT.as_secs())))?
 }
 
 async fn client(address: SocketAddr) -> Result<CoordinatorClient<Channel>> {
@@ -371,10 +322,7 @@ async fn client(address: SocketAddr) -> Result<CoordinatorClient<Channel>> {
         .connect_timeout(CONNECT_TIMEOUT)
         .http2_keep_alive_interval(KEEP_ALIVE_TIMEOUT / 4)
         .keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
-    let channel = endpoint
-        .connect()
-        .await
-        .map_err(|error| unreachable(root_cause(&error)))?;
+    let channel = endpoint.connect().await.map_err(|error| unreachable(root_cause(&error)))?;
     Ok(CoordinatorClient::new(channel)
         .max_decoding_message_size(TO_WORKER_BYTES_MAX)
         .max_encoding_message_size(FROM_WORKER_BYTES_MAX))
@@ -393,21 +341,13 @@ fn root_cause(error: &dyn std::error::Error) -> String {
 fn refusal(address: SocketAddr, status: &Status) -> SessionError {
     let message = status.message().to_owned();
     match status.code() {
-        Code::Unauthenticated | Code::FailedPrecondition | Code::InvalidArgument => {
-            SessionError::Refused(message)
-        }
-        _ => SessionError::Unreachable {
-            address,
-            problem: message,
-        },
+        Code::Unauthenticated | Code::FailedPrecondition | Code::InvalidArgument => SessionError::Refused(message),
+        _ => SessionError::Unreachable { address, problem: message },
     }
 }
 
 fn resolve(url: &str) -> Result<SocketAddr> {
-    let wrong = |problem: &str| SessionError::Url {
-        url: url.to_owned(),
-        problem: problem.to_owned(),
-    };
+    let wrong = |problem: &str| SessionError::Url { url: url.to_owned(), problem: problem.to_owned() };
     let uri: Uri = url.parse().map_err(|_| wrong("it is not a URL"))?;
     if uri.scheme_str() != Some("http") {
         return Err(wrong("it does not begin with http://"));
@@ -415,12 +355,8 @@ fn resolve(url: &str) -> Result<SocketAddr> {
     let host = uri.host().ok_or_else(|| wrong("it has no host"))?;
     let port = uri.port_u16().ok_or_else(|| wrong("it has no port"))?;
     let host = host.trim_start_matches('[').trim_end_matches(']');
-    let mut addresses = (host, port)
-        .to_socket_addrs()
-        .map_err(|error| wrong(&error.to_string()))?;
-    addresses
-        .next()
-        .ok_or_else(|| wrong("its host has no address"))
+    let mut addresses = (host, port).to_socket_addrs().map_err(|error| wrong(&error.to_string()))?;
+    addresses.next().ok_or_else(|| wrong("its host has no address"))
 }
 
 #[cfg(test)]
@@ -460,16 +396,11 @@ mod tests {
             let (commands, receiver) = async_mpsc::unbounded_channel();
             let (sender, received) = mpsc::channel();
             self.streams.send((commands.clone(), received)).unwrap();
-            commands
-                .send(Ok(command(to_worker::Command::Welcome(Welcome::default()))))
-                .unwrap();
+            commands.send(Ok(command(to_worker::Command::Welcome(Welcome::default())))).unwrap();
             tokio::spawn(async move {
                 // Keeps the answer open as long as the worker speaks.
                 let _commands = commands;
-                while let Some(Ok(FromWorker {
-                    report: Some(report),
-                })) = reports.next().await
-                {
+                while let Some(Ok(FromWorker { report: Some(report) })) = reports.next().await {
                     if !matches!(report, Report::Heartbeat(_)) {
                         let _ = sender.send(report);
                     }
@@ -480,16 +411,11 @@ mod tests {
     }
 
     fn command(command: to_worker::Command) -> ToWorker {
-        ToWorker {
-            command: Some(command),
-        }
+        ToWorker { command: Some(command) }
     }
 
     fn plan(generation: u64) -> std::result::Result<ToWorker, Status> {
-        Ok(command(to_worker::Command::Plan(Plan {
-            generation,
-            ..Plan::default()
-        })))
+        Ok(command(to_worker::Command::Plan(Plan { generation, ..Plan::default() })))
     }
 
     struct Server {
@@ -499,27 +425,14 @@ mod tests {
     }
 
     fn serve() -> Server {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all();
-        let runtime = { runtime }.build().unwrap();
-        let listener = runtime
-            .block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))
-            .unwrap();
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (streams, receiver) = mpsc::channel();
         let service = CoordinatorServer::new(Scripted { streams });
         let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
-        runtime.spawn(
-            tonic::transport::Server::builder()
-                .add_service(service)
-                .serve_with_incoming(incoming),
-        );
-        Server {
-            url,
-            streams: receiver,
-            _runtime: runtime,
-        }
+        runtime.spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
+        Server { url, streams: receiver, _runtime: runtime }
     }
 
     #[test]
@@ -529,23 +442,14 @@ mod tests {
         assert_eq!(welcome, Welcome::default());
         let (commands, reports) = server.streams.recv().unwrap();
         commands.send(plan(1)).unwrap();
-        commands
-            .send(Ok(command(to_worker::Command::Commit(Commit::default()))))
-            .unwrap();
-        commands
-            .send(Ok(command(to_worker::Command::Stop(Stop::default()))))
-            .unwrap();
+        commands.send(Ok(command(to_worker::Command::Commit(Commit::default())))).unwrap();
+        commands.send(Ok(command(to_worker::Command::Stop(Stop::default())))).unwrap();
         drop(commands);
         assert!(matches!(session.recv(), Ok(Command::Plan(plan)) if plan.generation == 1));
         assert_eq!(session.recv(), Ok(Command::Commit(Commit::default())));
         assert_eq!(session.recv(), Ok(Command::Stop(Stop::default())));
         for generation in 0..1000 {
-            session
-                .send(Report::Finished(Finished {
-                    generation,
-                    weights_digest: vec![],
-                }))
-                .unwrap();
+            session.send(Report::Finished(Finished { generation, weights_digest: vec![] })).unwrap();
         }
         drop(session);
         let generations: Vec<u64> = reports
@@ -583,17 +487,12 @@ mod tests {
         assert_eq!(calls.recv().unwrap(), "second");
         assert!(session.is_void(u64::MAX - 1));
         assert!(matches!(session.recv(), Ok(Command::Plan(plan)) if plan.generation == 2));
-        assert_eq!(
-            session.recv(),
-            Err(SessionError::Disconnected("lost".to_owned()))
-        );
+        assert_eq!(session.recv(), Err(SessionError::Disconnected("lost".to_owned())));
         drop((session, commands, reports));
     }
 
     fn refused(url: &str, token: [u8; 32]) -> SessionError {
-        Session::connect(url, &token, "here", false)
-            .map(|_| ())
-            .unwrap_err()
+        Session::connect(url, &token, "here", false).map(|_| ()).unwrap_err()
     }
 
     #[test]
@@ -602,27 +501,12 @@ mod tests {
         let error = refused(&server.url, [2; 32]);
         assert_eq!(error, SessionError::Refused("wrong run token".to_owned()));
         assert!(error.is_user_error());
-        assert!(matches!(
-            refused("coordinator", [1; 32]),
-            SessionError::Url { .. }
-        ));
-        assert!(matches!(
-            refused("https://127.0.0.1:1", [1; 32]),
-            SessionError::Url { .. }
-        ));
-        assert!(matches!(
-            refused("http://127.0.0.1", [1; 32]),
-            SessionError::Url { .. }
-        ));
-        assert!(matches!(
-            refused("http://192.0.2.1:4700", [1; 32]),
-            SessionError::NotLoopback(_)
-        ));
+        assert!(matches!(refused("coordinator", [1; 32]), SessionError::Url { .. }));
+        assert!(matches!(refused("https://127.0.0.1:1", [1; 32]), SessionError::Url { .. }));
+        assert!(matches!(refused("http://127.0.0.1", [1; 32]), SessionError::Url { .. }));
+        assert!(matches!(refused("http://192.0.2.1:4700", [1; 32]), SessionError::NotLoopback(_)));
         // A port that was free a moment ago and that nobody listens on.
-        let free = std::net::TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap();
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let error = refused(&format!("http://{free}"), [1; 32]);
         assert!(matches!(error, SessionError::Unreachable { .. }) && !error.is_user_error());
         assert!(error.to_string().contains("refused"), "{error}");

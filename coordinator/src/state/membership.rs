@@ -1,12 +1,8 @@
 //! Who takes part: joining, leaving, time running out, and the plan of a new generation.
 
-use quintet_proto::v1::{
-    self, Actions, Finished, Lease, Plan, Ready, StepFailed, to_worker::Command,
-};
+use quintet_proto::v1::{self, Actions, Finished, Lease, Plan, Ready, StepFailed, to_worker::Command};
 
-use super::{
-    ATTEMPTS_MAX, Effect, Event, LostWorker, Machine, Member, Phase, Recovery, WorkerId, hex,
-};
+use super::{ATTEMPTS_MAX, Effect, Event, LostWorker, Machine, Member, Phase, Recovery, WorkerId, hex};
 use crate::exit_code;
 
 impl Machine {
@@ -15,9 +11,7 @@ impl Machine {
         let refusal = if self.phase != Phase::Gathering {
             Some("the run has started; workers cannot join it any more".to_owned())
         } else if self.world() == expected {
-            Some(format!(
-                "the run already has its {expected} workers (cluster.workers)"
-            ))
+            Some(format!("the run already has its {expected} workers (cluster.workers)"))
         } else {
             None
         };
@@ -39,13 +33,7 @@ impl Machine {
         assert!(known.is_none(), "worker number {worker} was given twice");
         self.effects.push(Effect::Welcome { worker });
         let joined = self.world();
-        self.event(Event::Joined {
-            worker,
-            host,
-            pid,
-            joined,
-            expected,
-        });
+        self.event(Event::Joined { worker, host, pid, joined, expected });
     }
 
     pub(super) fn on_ready(&mut self, worker: WorkerId, ready: Ready) {
@@ -63,10 +51,7 @@ impl Machine {
             return self.stop(exit_code::BAD_INPUT, reason);
         }
         if ready.committed_step != self.settings.start_step {
-            let what = format!(
-                "holds the weights of step {}, not {}",
-                ready.committed_step, self.settings.start_step
-            );
+            let what = format!("holds the weights of step {}, not {}", ready.committed_step, self.settings.start_step);
             return self.stop_on_violation(worker, &what);
         }
         if let Some(member) = self.members.get_mut(&worker) {
@@ -79,22 +64,13 @@ impl Machine {
     }
 
     fn start(&mut self) {
-        let digest = |member: &Member| {
-            member
-                .ready
-                .as_ref()
-                .map(|ready| ready.weights_digest.clone())
-        };
+        let digest = |member: &Member| member.ready.as_ref().map(|ready| ready.weights_digest.clone());
         let show = |digest: &Option<Vec<u8>>| hex(digest.as_deref().unwrap_or_default());
         if !self.replicas_agree("the digest of the weights to start with", digest, show) {
             return;
         }
         let complete = self.committed_step == self.settings.schedule.total_steps;
-        self.phase = if complete {
-            Phase::Finishing
-        } else {
-            Phase::Running
-        };
+        self.phase = if complete { Phase::Finishing } else { Phase::Running };
         self.due = Actions {
             digest: !complete && self.settings.digest_steps.is_some(),
             finish: complete,
@@ -117,15 +93,8 @@ impl Machine {
             member.done = None;
             member.failed = None;
             member.finished = None;
-            let address = member
-                .ready
-                .as_ref()
-                .map(|ready| ready.collective_address.clone());
-            ranks.push(v1::Member {
-                rank,
-                worker_id,
-                address: address.unwrap_or_default(),
-            });
+            let address = member.ready.as_ref().map(|ready| ready.collective_address.clone());
+            ranks.push(v1::Member { rank, worker_id, address: address.unwrap_or_default() });
         }
         for member in ranks.clone() {
             let plan = Plan {
@@ -147,12 +116,8 @@ impl Machine {
         }
         let step = self.committed_step + 1;
         let micro_batches = self.settings.schedule.step(step).micro_batches;
-        let share = crate::quintet_data::share(micro_batches, rank, self.world());
-        Some(Lease {
-            step,
-            first_micro_batch: share.start,
-            last_exclusive: share.end,
-        })
+        let share = quintet_data::share(micro_batches, rank, self.world());
+        Some(Lease { step, first_micro_batch: share.start, last_exclusive: share.end })
     }
 
     pub(super) fn on_left(&mut self, worker: WorkerId, why: String) {
@@ -167,19 +132,13 @@ impl Machine {
         let joined = self.members.values().any(|member| member.pid == pid);
         if self.phase == Phase::Gathering && !joined {
             let code = code.filter(|&code| code != 0).unwrap_or(exit_code::FAILURE);
-            self.stop(
-                code,
-                format!("worker process {pid} ended before it joined: {why}"),
-            );
+            self.stop(code, format!("worker process {pid} ended before it joined: {why}"));
         }
     }
 
     /// Takes workers out and goes on with the others, if enough are left.
     fn lose(&mut self, workers: Vec<(WorkerId, String)>) {
-        let names: Vec<String> = workers
-            .iter()
-            .map(|(worker, why)| format!("{}: {why}", self.name(*worker)))
-            .collect();
+        let names: Vec<String> = workers.iter().map(|(worker, why)| format!("{}: {why}", self.name(*worker))).collect();
         let mut lost = Vec::with_capacity(workers.len());
         let mut all_had_finished = true;
         for (worker, why) in workers {
@@ -187,16 +146,8 @@ impl Machine {
                 continue;
             };
             all_had_finished &= member.finished.is_some();
-            self.effects.push(Effect::Dismiss {
-                worker,
-                reason: format!("taken for lost: {why}"),
-            });
-            lost.push(LostWorker {
-                worker,
-                host: member.host,
-                pid: member.pid,
-                why,
-            });
+            self.effects.push(Effect::Dismiss { worker, reason: format!("taken for lost: {why}") });
+            lost.push(LostWorker { worker, host: member.host, pid: member.pid, why });
         }
         let names = names.join("; ");
         if self.phase == Phase::Gathering {
@@ -207,11 +158,7 @@ impl Machine {
             return self.stop_when_all_finished();
         }
         // What remains after the last step, one can do.
-        let needed = if self.phase == Phase::Running {
-            self.settings.workers_min
-        } else {
-            1
-        };
+        let needed = if self.phase == Phase::Running { self.settings.workers_min } else { 1 };
         if self.world() < needed {
             let reason = format!("{} workers left, {needed} needed: {names}", self.world());
             return self.stop(exit_code::TOO_FEW_WORKERS, reason);
@@ -255,10 +202,7 @@ impl Machine {
             .members
             .iter()
             .filter_map(|(&worker, member)| {
-                member
-                    .failed
-                    .as_ref()
-                    .map(|detail| format!("{}: {detail}", self.name(worker)))
+                member.failed.as_ref().map(|detail| format!("{}: {detail}", self.name(worker)))
             })
             .collect();
         let reason = format!(
@@ -284,11 +228,7 @@ impl Machine {
     }
 
     fn stop_when_all_finished(&mut self) {
-        if !self
-            .members
-            .values()
-            .all(|member| member.finished.is_some())
-        {
+        if !self.members.values().all(|member| member.finished.is_some()) {
             return;
         }
         if self.due.evaluate || self.due.save {
@@ -306,11 +246,7 @@ impl Machine {
     }
 
     pub(super) fn on_tick(&mut self) {
-        let silent = self.late(
-            self.settings.heartbeat_timeout_ms,
-            "not heard of",
-            |member| member.heard_ms,
-        );
+        let silent = self.late(self.settings.heartbeat_timeout_ms, "not heard of", |member| member.heard_ms);
         if !silent.is_empty() {
             return self.lose(silent);
         }
@@ -318,10 +254,7 @@ impl Machine {
             return;
         }
         // By now a dead peer would have been found silent.
-        if self
-            .failed_ms
-            .is_some_and(|ms| self.now_ms - ms > self.settings.heartbeat_timeout_ms)
-        {
+        if self.failed_ms.is_some_and(|ms| self.now_ms - ms > self.settings.heartbeat_timeout_ms) {
             return self.try_again();
         }
         if self.now_ms - self.progress_ms > self.settings.step_timeout_ms {
@@ -330,16 +263,8 @@ impl Machine {
     }
 
     /// The members last heard of too long ago, with the reason.
-    fn late(
-        &self,
-        timeout_ms: u64,
-        what: &str,
-        since_ms: impl Fn(&Member) -> u64,
-    ) -> Vec<(WorkerId, String)> {
-        let late = self
-            .members
-            .iter()
-            .filter(|(_, member)| self.now_ms - since_ms(member) > timeout_ms);
+    fn late(&self, timeout_ms: u64, what: &str, since_ms: impl Fn(&Member) -> u64) -> Vec<(WorkerId, String)> {
+        let late = self.members.iter().filter(|(_, member)| self.now_ms - since_ms(member) > timeout_ms);
         late.map(|(&worker, member)| {
             let seconds = (self.now_ms - since_ms(member)) as f64 / 1000.0;
             (worker, format!("{what} for {seconds:.1} seconds"))
@@ -351,19 +276,12 @@ impl Machine {
     /// has, nobody can tell who does.
     fn on_step_timeout(&mut self) {
         let seconds = self.settings.step_timeout_ms as f64 / 1000.0;
-        let answered = |member: &Member| {
-            member.done.is_some() || member.failed.is_some() || member.finished.is_some()
-        };
+        let answered = |member: &Member| member.done.is_some() || member.failed.is_some() || member.finished.is_some();
         let hung: Vec<(WorkerId, String)> = self
             .members
             .iter()
             .filter(|(_, member)| !answered(member))
-            .map(|(&worker, _)| {
-                (
-                    worker,
-                    format!("hung: no report of the step for {seconds} seconds"),
-                )
-            })
+            .map(|(&worker, _)| (worker, format!("hung: no report of the step for {seconds} seconds")))
             .collect();
         if !hung.is_empty() && hung.len() < self.members.len() {
             return self.lose(hung);

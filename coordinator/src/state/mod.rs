@@ -29,7 +29,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 
-use crate::quintet_data::Schedule;
+use quintet_data::Schedule;
 use quintet_proto::v1::{Actions, Ready, StepDone, Stop, from_worker::Report, to_worker::Command};
 
 pub use self::record::{CommitRecord, EvalMetrics, Event, LostWorker, Recovery, TrainMetrics};
@@ -223,11 +223,7 @@ impl Machine {
     /// Takes an input at a time of a clock that never goes back, in milliseconds, and answers what
     /// must be done. After [`Effect::Stop`] every input is ignored.
     pub fn step(&mut self, now_ms: u64, input: Input) -> Vec<Effect> {
-        assert!(
-            now_ms >= self.now_ms,
-            "the clock went back from {} to {now_ms} ms",
-            self.now_ms
-        );
+        assert!(now_ms >= self.now_ms, "the clock went back from {} to {now_ms} ms", self.now_ms);
         self.forgive_own_pause(now_ms);
         self.now_ms = now_ms;
         if self.phase != Phase::Done {
@@ -236,11 +232,7 @@ impl Machine {
                 Input::Joined { worker, host, pid } => self.on_joined(worker, host, pid),
                 Input::Report { worker, report } => self.on_report(worker, report),
                 Input::Left { worker, why } => self.on_left(worker, why),
-                Input::ProcessExited {
-                    pid,
-                    exit_code,
-                    why,
-                } => {
+                Input::ProcessExited { pid, exit_code, why } => {
                     self.on_process_exited(pid, exit_code, why);
                 }
                 Input::Preempt => self.on_preempt(),
@@ -265,11 +257,7 @@ impl Machine {
             Report::Saved(report) => self.on_saved(&report),
             Report::Finished(report) => self.on_finished(worker, report),
             Report::Failed(report) => {
-                let code = if report.exit_code == 0 {
-                    exit_code::FAILURE
-                } else {
-                    report.exit_code
-                };
+                let code = if report.exit_code == 0 { exit_code::FAILURE } else { report.exit_code };
                 self.stop(code, format!("{}: {}", self.name(worker), report.message));
             }
         }
@@ -299,13 +287,7 @@ impl Machine {
         self.phase = Phase::Done;
         let workers: Vec<WorkerId> = self.members.keys().copied().collect();
         for worker in workers {
-            self.send(
-                worker,
-                Command::Stop(Stop {
-                    exit_code,
-                    reason: reason.clone(),
-                }),
-            );
+            self.send(worker, Command::Stop(Stop { exit_code, reason: reason.clone() }));
         }
         self.effects.push(Effect::Stop { exit_code, reason });
     }
@@ -334,18 +316,13 @@ impl Machine {
         value: impl Fn(&Member) -> T,
         show: impl Fn(&T) -> String,
     ) -> bool {
-        let answers: Vec<(WorkerId, T)> = self
-            .members
-            .iter()
-            .map(|(&worker, member)| (worker, value(member)))
-            .collect();
+        let answers: Vec<(WorkerId, T)> =
+            self.members.iter().map(|(&worker, member)| (worker, value(member))).collect();
         if answers.windows(2).all(|pair| pair[0].1 == pair[1].1) {
             return true;
         }
-        let list: Vec<String> = answers
-            .iter()
-            .map(|(worker, answer)| format!("{} has {}", self.name(*worker), show(answer)))
-            .collect();
+        let list: Vec<String> =
+            answers.iter().map(|(worker, answer)| format!("{} has {}", self.name(*worker), show(answer))).collect();
         let reason = format!("replicas disagree on {what}: {}", list.join(", "));
         self.stop(exit_code::FAILURE, reason);
         false

@@ -1,20 +1,15 @@
 //! The step in flight: reports of the members, the commit, and the actions after it.
 
-use quintet_proto::v1::{
-    Actions, Commit, Evaluated, NotFinite, Saved, StepDone, to_worker::Command,
-};
+use quintet_proto::v1::{Actions, Commit, Evaluated, NotFinite, Saved, StepDone, to_worker::Command};
 
 use super::tally::tally;
-use super::{
-    CommitRecord, Effect, EvalMetrics, Event, Machine, Member, Phase, TrainMetrics, WorkerId, hex,
-};
+use super::{CommitRecord, Effect, EvalMetrics, Event, Machine, Member, Phase, TrainMetrics, WorkerId, hex};
 use crate::exit_code;
 
 impl Machine {
     pub(super) fn on_step_done(&mut self, worker: WorkerId, done: StepDone) {
-        let in_flight = self.phase == Phase::Running
-            && done.generation == self.generation
-            && done.step == self.committed_step + 1;
+        let in_flight =
+            self.phase == Phase::Running && done.generation == self.generation && done.step == self.committed_step + 1;
         let member = &self.members[&worker];
         if !in_flight || member.done.is_some() {
             return; // Of an older generation, or said before.
@@ -39,30 +34,24 @@ impl Machine {
         let step = done.step;
         let lease = self.lease(member.rank)?;
         let leased = lease.first_micro_batch..lease.last_exclusive;
-        if !done
-            .micro_batches
-            .iter()
-            .map(|m| m.index)
-            .eq(leased.clone())
-        {
+        if !done.micro_batches.iter().map(|m| m.index).eq(leased.clone()) {
+            return Some(format!("reported other micro-batches of step {step} than the leased {leased:?}"));
+        }
+        let plan = self.settings.schedule.step(step);
+        let examples = |index| plan.micro_batch(index).end - plan.micro_batch(index).start;
+        if let Some(odd) = done.micro_batches.iter().find(|m| m.examples != examples(m.index)) {
+            let (reported, index) = (odd.examples, odd.index);
             return Some(format!(
-                "reported other micro-batches of step {step} than the leased {leased:?}"
+                "reported {reported} examples in micro-batch {index} of step {step}, which has {}",
+                examples(index)
             ));
         }
         if self.due.digest != done.weights_digest.is_some() {
-            let was = if self.due.digest {
-                "asked for"
-            } else {
-                "not asked for"
-            };
-            return Some(format!(
-                "treated the digest before step {step} as if it was not {was}"
-            ));
+            let was = if self.due.digest { "asked for" } else { "not asked for" };
+            return Some(format!("treated the digest before step {step} as if it was not {was}"));
         }
         if member.rank == 0 && (self.due.evaluate || self.due.save) {
-            return Some(format!(
-                "computed step {step} before it reported the evaluation or checkpoint due"
-            ));
+            return Some(format!("computed step {step} before it reported the evaluation or checkpoint due"));
         }
         None
     }
@@ -71,38 +60,19 @@ impl Machine {
     fn commit(&mut self) {
         let step = self.committed_step + 1;
         let grad_norm = |member: &Member| member.done.as_ref().map(|done| done.grad_norm.to_bits());
-        let show_norm =
-            |bits: &Option<u64>| format!("{:e}", f64::from_bits(bits.unwrap_or_default()));
-        let digest = |member: &Member| {
-            member
-                .done
-                .as_ref()
-                .and_then(|done| done.weights_digest.clone())
-        };
+        let show_norm = |bits: &Option<u64>| format!("{:e}", f64::from_bits(bits.unwrap_or_default()));
+        let digest = |member: &Member| member.done.as_ref().and_then(|done| done.weights_digest.clone());
         let show_digest = |digest: &Option<Vec<u8>>| hex(digest.as_deref().unwrap_or_default());
-        if !self.replicas_agree(
-            &format!("the gradient norm of step {step}"),
-            grad_norm,
-            show_norm,
-        ) || !self.replicas_agree(
-            &format!("the weights before step {step}"),
-            digest,
-            show_digest,
-        ) {
+        if !self.replicas_agree(&format!("the gradient norm of step {step}"), grad_norm, show_norm)
+            || !self.replicas_agree(&format!("the weights before step {step}"), digest, show_digest)
+        {
             return;
         }
-        let reports: Vec<&StepDone> = self
-            .members
-            .values()
-            .filter_map(|m| m.done.as_ref())
-            .collect();
+        let reports: Vec<&StepDone> = self.members.values().filter_map(|m| m.done.as_ref()).collect();
         let metrics = tally(&self.settings.schedule, step, &reports);
         let digest = reports[0].weights_digest.as_deref().map(hex);
         if !metrics.loss.is_finite() {
-            return self.stop(
-                exit_code::NUMERIC_GUARD,
-                format!("the loss of step {step} is not finite"),
-            );
+            return self.stop(exit_code::NUMERIC_GUARD, format!("the loss of step {step} is not finite"));
         }
         self.record(&metrics, digest);
         self.advance(metrics);
@@ -145,12 +115,7 @@ impl Machine {
             ranks.push((worker, member.rank));
         }
         for (worker, rank) in ranks {
-            let commit = Commit {
-                generation: self.generation,
-                step,
-                actions: Some(self.due),
-                next: self.lease(rank),
-            };
+            let commit = Commit { generation: self.generation, step, actions: Some(self.due), next: self.lease(rank) };
             self.send(worker, Command::Commit(commit));
         }
     }
@@ -158,8 +123,7 @@ impl Machine {
     /// What is due on the weights that a step leaves.
     fn actions_after(&self, step: u64) -> Actions {
         let last = step == self.settings.schedule.total_steps;
-        let due =
-            |every: Option<u64>| every.is_some_and(|every| last || step.is_multiple_of(every));
+        let due = |every: Option<u64>| every.is_some_and(|every| last || step.is_multiple_of(every));
         let preempted = self.preempting && !last;
         Actions {
             // Answered with the next step: not asked for where none follows.
@@ -172,8 +136,7 @@ impl Machine {
     }
 
     pub(super) fn on_not_finite(&mut self, worker: WorkerId, report: &NotFinite) {
-        let in_flight =
-            report.generation == self.generation && report.step == self.committed_step + 1;
+        let in_flight = report.generation == self.generation && report.step == self.committed_step + 1;
         if self.phase == Phase::Running && in_flight {
             self.stop_not_finite(worker, &report.what);
         }
@@ -192,11 +155,7 @@ impl Machine {
         if self.due.evaluate && report.step == self.committed_step {
             self.due.evaluate = false;
             self.progress_ms = self.now_ms;
-            self.event(Event::Eval(EvalMetrics {
-                step: report.step,
-                eval_loss: report.loss,
-                metrics: report.metrics,
-            }));
+            self.event(Event::Eval(EvalMetrics { step: report.step, eval_loss: report.loss, metrics: report.metrics }));
         }
     }
 
@@ -206,10 +165,7 @@ impl Machine {
             self.progress_ms = self.now_ms;
             self.event(Event::Saved { step: report.step });
             if self.phase == Phase::Preempted {
-                let reason = format!(
-                    "preempted; step {} is saved, --resume goes on from it",
-                    report.step
-                );
+                let reason = format!("preempted; step {} is saved, --resume goes on from it", report.step);
                 self.stop(exit_code::PREEMPTED, reason);
             }
         }

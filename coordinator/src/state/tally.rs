@@ -1,6 +1,6 @@
 //! Sums of a step over its micro-batches, in an order that no membership can change.
 
-use crate::quintet_data::Schedule;
+use quintet_data::Schedule;
 use quintet_proto::v1::{MicroBatch, StepDone};
 
 use super::record::TrainMetrics;
@@ -12,15 +12,9 @@ use super::record::TrainMetrics;
 /// once: the machine has checked each against its lease, and leases cover the step.
 pub(super) fn tally(schedule: &Schedule, step: u64, reports: &[&StepDone]) -> TrainMetrics {
     let plan = schedule.step(step);
-    let micro_batches: Vec<&MicroBatch> = reports
-        .iter()
-        .flat_map(|report| &report.micro_batches)
-        .collect();
+    let micro_batches: Vec<&MicroBatch> = reports.iter().flat_map(|report| &report.micro_batches).collect();
     assert!(
-        micro_batches
-            .iter()
-            .map(|micro_batch| micro_batch.index)
-            .eq(0..plan.micro_batches),
+        micro_batches.iter().map(|micro_batch| micro_batch.index).eq(0..plan.micro_batches),
         "step {step}: the workers' reports do not hold every micro-batch exactly once"
     );
     let examples = micro_batches.iter().map(|m| m.examples).sum::<u64>();
@@ -40,10 +34,6 @@ pub(super) fn tally(schedule: &Schedule, step: u64, reports: &[&StepDone]) -> Tr
         step_seconds,
         tokens_per_second: (source_tokens + target_tokens) as f64 / step_seconds.max(1e-9),
         workers: reports.len() as u32,
-        peak_memory_bytes: reports
-            .iter()
-            .map(|r| r.peak_memory_bytes)
-            .max()
-            .unwrap_or(0),
+        peak_memory_bytes: reports.iter().map(|r| r.peak_memory_bytes).max().unwrap_or(0),
     }
 }

@@ -18,8 +18,8 @@ and beside them `sharded/` (the first v1.1 model once more, in several files wit
 `byt5_tokenizer.json` (texts and the ids that ByT5Tokenizer gives them).
 
 All is f32, on the CPU, with dropout 0 and eager attention. loss = sum of token losses / number of
-target tokens. Optimizer trajectories are repeated in f64, and generation fails unless both agree: a
-reference that only one order of summation reproduces would be no reference.
+target tokens. Optimizer trajectories are repeated in f64, and a seed is passed over unless both agree:
+a reference that only one order of summation reproduces would be no reference.
 
 Tying. transformers 5 forces `tie_word_embeddings = True` on every T5 and decides by the key in
 config.json whether to scale the decoder's output; 4.x reads the same key as "tied and scaled". Both give
@@ -31,6 +31,7 @@ scale). The exception is UMT5 in 5.x, which scales an untied head all the same; 
 import argparse
 import json
 import math
+import sys
 import tempfile
 from pathlib import Path
 
@@ -46,7 +47,8 @@ DEFAULT_OUTPUT = Path(__file__).resolve().parent.parent / "data" / "references"
 IGNORED_LABEL = -100
 OPTIMIZER_STEPS = 20
 MAX_NEW_TOKENS = 20
-GREEDY_MARGIN_MIN = 5e-3
+GREEDY_MARGIN_MIN = 2e-3
+TRAJECTORY_SPREAD_MAX = 5e-6
 LABEL_SMOOTHING = 0.1
 ADAMW = {"lr": 3e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01, "max_grad_norm": 1.0}
 ADAFACTOR = {
@@ -160,6 +162,10 @@ BYT5_TEXTS = [
 ]
 
 
+class Untelling(Exception):
+    """What this seed gives would make a poor reference: try the next."""
+
+
 def shared_names(config):
     """Names that `state_dict` lists and files do not hold: aliases of `shared.weight`."""
     aliases = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
@@ -189,6 +195,8 @@ def random_weights(config, seed):
             fan_in = shape[1]
             value = normal * fan_in**-0.5 * (1.5 * config["d_kv"] ** -0.5 if ".q." in name else 1.0)
         weights[name] = np.ascontiguousarray(value, dtype=np.float32)
+    head = weights.get("lm_head.weight", weights["shared.weight"])
+    head[config["eos_token_id"]] *= 2.0  # so that some greedy outputs end
     return weights
 
 
@@ -266,14 +274,16 @@ def trajectory(directory, batch, make_optimizer, max_grad_norm, dtype):
 
 
 def optimizer_reference(directory, batch, make_optimizer, hyper_parameters):
-    """Hyper-parameters and losses; fails where rounding decides them or where they do not fall."""
+    """Hyper-parameters and losses. Untelling where rounding decides them or where they do not fall."""
     single, double = (
         trajectory(directory, batch, make_optimizer, hyper_parameters["max_grad_norm"], dtype)
         for dtype in (torch.float32, torch.float64)
     )
     spread = max(abs(a - b) / b for a, b in zip(single, double))
-    assert spread < 1e-5, f"{directory.name}: f32 and f64 differ by {spread:.1e}"
-    assert single[-1] < 0.9 * single[0], f"{directory.name}: {single[0]} -> {single[-1]}"
+    if spread > TRAJECTORY_SPREAD_MAX:
+        raise Untelling(f"losses of {make_optimizer.__name__} in f32 and f64 differ by {spread:.1e}")
+    if single[-1] > 0.9 * single[0]:
+        raise Untelling(f"{make_optimizer.__name__}: {single[0]} falls only to {single[-1]}")
     return {**hyper_parameters, "losses": single}
 
 
@@ -317,15 +327,22 @@ def greedy_margin(model, batch, outputs):
     return (top.values[..., 0] - top.values[..., 1])[chosen].min().item()
 
 
-def greedy_is_telling(config, outputs, margin):
-    """Some row ends by eos, some row does not, more than a repeated token comes out, and no near tie."""
+def greedy_reference(model, config, batch):
+    """Untelling unless some row ends by eos, some row does not, tokens vary and none is a near tie."""
+    outputs = greedy(model, batch)
+    margin = greedy_margin(model, batch, outputs)
     ended = [row[-1] == config["eos_token_id"] for row in outputs]
-    return any(ended) and not all(ended) and len({t for row in outputs for t in row}) >= 6 and margin > GREEDY_MARGIN_MIN
+    if all(ended) or not any(ended) or len({token for row in outputs for token in row}) < 6:
+        raise Untelling(f"greedy outputs {outputs}")
+    if margin < GREEDY_MARGIN_MIN:
+        raise Untelling(f"greedy margin {margin}")
+    return {"max_new_tokens": MAX_NEW_TOKENS, "min_margin": margin, "outputs": outputs}
 
 
-def expected(directory, batch):
+def expected(directory, config, batch):
     """Everything in expected.json, and the gradients by name."""
     model = load(directory)
+    greedy_outputs = greedy_reference(model, config, batch)
     result = {"target_tokens": sum(map(len, batch["labels"])), "loss": backward(model, batch)}
     output, labels = forward(model, batch)
     result["row_loss_sums"] = token_losses(output, labels).double().sum(dim=1).tolist()
@@ -334,9 +351,7 @@ def expected(directory, batch):
     gradients = {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
     smoothed = backward(model, batch, LABEL_SMOOTHING)
     result["label_smoothing"] = {"epsilon": LABEL_SMOOTHING, "loss": smoothed, "grad_norm": grad_norm(model)}
-    outputs = greedy(model, batch)
-    margin = greedy_margin(model, batch, outputs)
-    result["greedy"] = {"max_new_tokens": MAX_NEW_TOKENS, "min_margin": margin, "outputs": outputs}
+    result["greedy"] = greedy_outputs
     result["adamw"] = optimizer_reference(directory, batch, adamw, ADAMW)
     result["adafactor"] = optimizer_reference(directory, batch, adafactor, ADAFACTOR)
     return result, gradients
@@ -351,20 +366,22 @@ def write_model(directory, config, weights):
 
 
 def write_reference(directory, name, config):
-    """Takes the first seed whose greedy outputs tell something."""
+    """Takes the first seed that tells something. Returns the number of parameters and expected.json."""
     for seed in range(1000):
         batch = random_batch(config, TARGET_LENGTHS[name], seed)
         write_model(directory, config, random_weights(config, seed))
-        model = load(directory)
-        outputs = greedy(model, batch)
-        if greedy_is_telling(config, outputs, greedy_margin(model, batch, outputs)):
+        try:
+            result, gradients = expected(directory, config, batch)
             break
+        except Untelling as reason:
+            print(f"{name}: passing over seed {seed}: {reason}", file=sys.stderr)
     else:
-        raise RuntimeError(f"{name}: no seed gives telling greedy outputs")
+        raise RuntimeError(f"{name}: no seed gives a telling reference")
+    model = load(directory)
     check_names(directory, model)
-    result, gradients = expected(directory, batch)
+    result = {"seed": seed, **result}
     write_json(directory / "batch.json", batch)
-    write_json(directory / "expected.json", {"seed": seed, **result})
+    write_json(directory / "expected.json", result)
     save_file(gradients, directory / "gradients.safetensors", metadata={"format": "pt"})
     return sum(p.numel() for p in model.parameters()), result
 
@@ -421,7 +438,7 @@ def generate(output):
         print(
             f"{name}: {parameters} parameters, loss {result['loss']:.4f}, grad_norm {result['grad_norm']:.4f}, "
             f"20 steps to {losses[0][-1]:.4f} (AdamW), {losses[1][-1]:.4f} (Adafactor), "
-            f"greedy margin {result['greedy']['min_margin']:.4f}"
+            f"seed {result['seed']}, greedy margin {result['greedy']['min_margin']:.4f}"
         )
     write_sharded(output, SHARDED)
     write_tokenizer(output / "byt5_tokenizer.json")
@@ -454,7 +471,7 @@ def main():
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    torch.manual_seed(0)
+    torch.set_num_threads(1)  # the models are too small to share
     (check if arguments.check else generate)(arguments.output)
 
 

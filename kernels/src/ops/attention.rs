@@ -73,14 +73,14 @@ impl<'a> Attention<'a> {
         (GROUP_SCORES / (self.queries.longest() * self.keys.longest()).max(1)).max(1)
     }
 
-    /// Runs `task(task number, group number, head, sequences)` for each head and group of sequences.
-    fn for_each_group(&self, passes: usize, task: impl Fn(usize, usize, usize, Range<usize>) + Sync + Send) {
+    /// Runs `task(number, head, sequences)` for each head and group of sequences.
+    fn for_each_group(&self, passes: usize, task: impl Fn(usize, usize, Range<usize>) + Sync + Send) {
         let (sequences, group) = (self.queries.len(), self.group());
         let scores = sequences * self.heads * self.queries.longest() * self.keys.longest();
         let work = passes * scores * (2 * self.head_size() + 60) / 100;
         for_each_task(sequences.div_ceil(group) * self.heads, work, |index| {
             let (number, head) = (index / self.heads, index % self.heads);
-            task(index, number, head, number * group..sequences.min((number + 1) * group));
+            task(index, head, number * group..sequences.min((number + 1) * group));
         });
     }
 
@@ -228,7 +228,7 @@ pub fn attention_forward(inputs: Attention, out: ViewMut, logsumexp: ViewMut) ->
 
 fn forward_cpu<T: Float>(inputs: Attention, out: ViewMut, logsumexp: ViewMut) {
     let (out, logsumexp) = (SharedMut::<T>::new(out), SharedMut::<f32>::new(logsumexp));
-    inputs.for_each_group(2, |_, _, head, sequences| {
+    inputs.for_each_group(2, |_, head, sequences| {
         for sequence in sequences {
             forward_head(&inputs, &inputs.head(sequence, head), &out, &logsumexp);
         }
@@ -291,8 +291,9 @@ multiversion! {
 
 /// The gradients from `d_out[Nq, H·K]`, given the forward pass's `out` and `logsumexp`.
 ///
-/// With `f` the dropout factors and `δ = Σ d_out · out` of a query: `d_v = (f · p)ᵀ · d_out`,
-/// `d_score = p · (f · (d_out · vᵀ) − δ)`, `d_q = d_score · k`, `d_k = d_scoreᵀ · q`.
+/// With `f` the dropout factors and `d_p = f · (d_out · vᵀ)`: `d_v = (f · p)ᵀ · d_out`, `d_score = p · (d_p − δ)` where
+/// `δ = Σ p · d_p` over the keys, `d_q = d_score · k`, `d_k = d_scoreᵀ · q`. `δ` is also `d_out · out`, for a device that
+/// does not have a query's keys together; but that costs precision where `out` is bf16.
 pub fn attention_backward(
     inputs: Attention,
     out: View,
@@ -313,14 +314,13 @@ pub fn attention_backward(
     let distances = |bias: View| (bias.rows(), bias.cols());
     assert_eq!(inputs.bias.map(distances), d_bias.as_ref().map(|d_bias| distances(d_bias.view())), "shape of d_bias");
     match out.device() {
-        Device::Cpu(_) => with_float!(out.dtype(), T => backward_cpu::<T>(inputs, out, logsumexp, d_out, gradients)),
+        Device::Cpu(_) => with_float!(out.dtype(), T => backward_cpu::<T>(inputs, logsumexp, d_out, gradients)),
     }
 }
 
 /// What the backward pass of a head reads and writes.
 struct Backward<'a, T> {
     inputs: Attention<'a>,
-    out: View<'a>,
     logsumexp: View<'a>,
     d_out: View<'a>,
     d_q: SharedMut<'a, T>,
@@ -330,7 +330,6 @@ struct Backward<'a, T> {
 
 fn backward_cpu<T: Float>(
     inputs: Attention,
-    out: View,
     logsumexp: View,
     d_out: View,
     gradients: AttentionGradients,
@@ -339,11 +338,11 @@ fn backward_cpu<T: Float>(
     let groups = inputs.queries.len().div_ceil(inputs.group());
     let distances = inputs.bias.map_or(0, |bias| bias.cols());
     // A row for each task: group by group, in them the heads.
-    let mut partials = out.device().empty(DType::F32, groups * inputs.heads, distances)?;
+    let mut partials = d_out.device().empty(DType::F32, groups * inputs.heads, distances)?;
     let shared = SharedMut::<f32>::new(partials.view_mut());
     let (d_q, d_k, d_v) = (SharedMut::new(d_q), SharedMut::new(d_k), SharedMut::new(d_v));
-    let backward = Backward::<T> { inputs, out, logsumexp, d_out, d_q, d_k, d_v };
-    inputs.for_each_group(5, |task, _, head, sequences| {
+    let backward = Backward::<T> { inputs, logsumexp, d_out, d_q, d_k, d_v };
+    inputs.for_each_group(5, |task, head, sequences| {
         // SAFETY: a task has its own row of partial sums.
         let d_bias = unsafe { shared.row(task, 0..distances) };
         d_bias.fill(0.0);
@@ -397,16 +396,13 @@ impl<T: Float> Backward<'_, T> {
 
         let rows = scores.chunks_exact_mut(keys).zip(d_scores.chunks_exact_mut(keys));
         for (query, (scores, d_scores)) in queries.clone().zip(rows) {
-            let row = head.queries.start + query;
-            let (out, d_out) = (self.out.row::<T>(row), self.d_out.row::<T>(row));
-            let delta = dot(&out[head.columns.clone()], &d_out[head.columns.clone()]);
             let visible = head.visible(query);
             scores[visible..].fill(0.0);
             d_scores[visible..].fill(0.0);
             let factors = &mut factors[..visible];
             head.factors(query, factors);
-            let logsumexp = self.logsumexp.row::<f32>(row)[head.head];
-            softmax_backward(&mut scores[..visible], &mut d_scores[..visible], factors, logsumexp, delta);
+            let logsumexp = self.logsumexp.row::<f32>(head.queries.start + query)[head.head];
+            softmax_backward(&mut scores[..visible], &mut d_scores[..visible], factors, logsumexp);
             if !d_bias.is_empty() {
                 let (below, within, above) = head.distances(query, visible, d_bias.len());
                 add_bias_gradient(&d_scores[..visible], d_bias, below, within, above);
@@ -425,19 +421,18 @@ impl<T: Float> Backward<'_, T> {
 }
 
 multiversion! {
-    fn dot<T: Float>(x: &[T], y: &[T]) -> f32 {
-        let y = &y[..x.len()];
-        sum(x.len(), |index| x[index].to_f32() * y[index].to_f32())
-    }
-}
-
-multiversion! {
     /// `scores` become `f · p`, and `d_scores`, which come as `d_out · vᵀ`, the gradient of the scores.
-    fn softmax_backward(scores: &mut [f32], d_scores: &mut [f32], factors: &[f32], logsumexp: f32, delta: f32) {
-        for ((score, d_score), factor) in scores.iter_mut().zip(d_scores).zip(factors) {
-            let p = exp(*score - logsumexp);
-            *d_score = p * (*d_score * factor - delta);
-            *score = p * factor;
+    fn softmax_backward(scores: &mut [f32], d_scores: &mut [f32], factors: &[f32], logsumexp: f32) {
+        let count = scores.len();
+        let (d_scores, factors) = (&mut d_scores[..count], &factors[..count]);
+        for index in 0..count {
+            scores[index] = exp(scores[index] - logsumexp);
+            d_scores[index] *= factors[index];
+        }
+        let delta = sum(count, |index| scores[index] * d_scores[index]);
+        for index in 0..count {
+            d_scores[index] = scores[index] * (d_scores[index] - delta);
+            scores[index] *= factors[index];
         }
     }
 }

@@ -13,9 +13,15 @@
 
 mod device;
 mod error;
+mod float;
+mod gemm;
 pub mod ops;
+mod oracle;
+mod parallel;
 mod pool;
 mod random;
+pub mod selftest;
+mod simd;
 mod tensor;
 
 pub use device::Device;

@@ -3,7 +3,22 @@
 //! For a head, `p = softmax(q · kᵀ + bias[clamp(key − query)])`, not scaled by `K^-½`; `out = dropout(p) · v`. Nothing of
 //! size query × key is kept: the backward pass computes `p` again from `logsumexp`.
 
-use crate::{Dropout, Result, Segments, View, ViewMut};
+use std::ops::Range;
+
+use super::{check_dtype, check_shape};
+use crate::float::{Float, with_float};
+use crate::gemm::{Matrix, MatrixMut, gemm_serial};
+use crate::parallel::{Scratch, SharedMut, for_each_task, with_scratch};
+use crate::simd::{add_assign, convert, exp, max, multiversion, sum};
+use crate::{DType, Device, Dropout, Result, Segments, View, ViewMut};
+
+/// Queries whose scores are in memory at a time.
+const QUERY_BLOCK: usize = 64;
+/// Sequences are dealt out in groups of at least about this many scores a head.
+const GROUP_SCORES: usize = 2048;
+/// The dropout generator numbers the probabilities of a query and a head from a multiple of this on, by key: which of
+/// them are dropped depends on nothing else, such as the other sequences of the batch or how the work is cut.
+const KEYS_MAX: usize = 1 << 20;
 
 /// The inputs of an attention layer.
 #[derive(Clone, Copy)]
@@ -35,13 +50,250 @@ pub struct AttentionGradients<'a> {
     pub d_bias: Option<ViewMut<'a>>,
 }
 
+impl<'a> Attention<'a> {
+    fn check(&self) {
+        let (inner, keys) = (self.q.cols(), self.k);
+        check_shape!(keys, self.k.rows(), inner);
+        let values = self.v;
+        check_shape!(values, self.k.rows(), inner);
+        check_dtype!(self.q.dtype(), keys, values);
+        assert!(self.heads > 0 && inner.is_multiple_of(self.heads), "{inner} columns for {} heads", self.heads);
+        assert_eq!(self.queries.len(), self.keys.len(), "sequences of queries and of keys");
+        assert!(self.queries.end() <= self.q.rows() && self.keys.end() <= self.k.rows(), "segments beyond the rows");
+        assert!(self.keys.longest() <= KEYS_MAX, "a sequence of more than {KEYS_MAX} keys");
+        if let Some(bias) = self.bias {
+            check_shape!(bias, self.heads, bias.cols());
+            check_dtype!(DType::F32, bias);
+            assert!(bias.cols() % 2 == 1, "bias over an even number of distances");
+        }
+    }
+
+    /// How many sequences a task takes. It decides the order in which `d_bias` is summed, so it looks at the shapes only.
+    fn group(&self) -> usize {
+        (GROUP_SCORES / (self.queries.longest() * self.keys.longest()).max(1)).max(1)
+    }
+
+    /// Runs `task(number, head, sequences)` for each head and group of sequences.
+    fn for_each_group(&self, passes: usize, task: impl Fn(usize, usize, Range<usize>) + Sync + Send) {
+        let (sequences, group) = (self.queries.len(), self.group());
+        let scores = sequences * self.heads * self.queries.longest() * self.keys.longest();
+        let work = passes * scores * (2 * self.head_size() + 60) / 100;
+        for_each_task(sequences.div_ceil(group) * self.heads, work, |index| {
+            let (number, head) = (index / self.heads, index % self.heads);
+            task(index, head, number * group..sequences.min((number + 1) * group));
+        });
+    }
+
+    fn head_size(&self) -> usize {
+        self.q.cols() / self.heads
+    }
+
+    fn head(&self, sequence: usize, head: usize) -> Head<'a> {
+        let (queries, keys) = (self.queries.rows(sequence), self.keys.rows(sequence));
+        assert!(!keys.is_empty(), "sequence {sequence} has no keys");
+        assert!(!self.causal || queries.len() <= keys.len(), "sequence {sequence} has more queries than keys");
+        Head {
+            columns: head * self.head_size()..(head + 1) * self.head_size(),
+            first_position: keys.len() as isize - queries.len() as isize,
+            bias: self.bias.map(|bias| bias.row(head)),
+            causal: self.causal,
+            heads: self.heads,
+            mask: self.mask,
+            head,
+            queries,
+            keys,
+        }
+    }
+}
+
+/// One head of one sequence.
+struct Head<'a> {
+    /// Of the inputs and outputs.
+    columns: Range<usize>,
+    /// Rows of the inputs and outputs.
+    queries: Range<usize>,
+    keys: Range<usize>,
+    /// The first query's position among the keys.
+    first_position: isize,
+    bias: Option<&'a [f32]>,
+    causal: bool,
+    heads: usize,
+    head: usize,
+    mask: Dropout,
+}
+
+impl Head<'_> {
+    /// The queries in blocks, as ranges in the sequence.
+    fn blocks(&self) -> impl Iterator<Item = Range<usize>> {
+        let count = self.queries.len();
+        (0..count).step_by(QUERY_BLOCK).map(move |start| start..count.min(start + QUERY_BLOCK))
+    }
+
+    /// How many keys query `query` sees.
+    fn visible(&self, query: usize) -> usize {
+        if self.causal { (self.first_position + query as isize) as usize + 1 } else { self.keys.len() }
+    }
+
+    /// Rows of `view` of some of the queries, in this head's columns.
+    fn query_rows<'a, T: Float>(&self, view: View<'a>, queries: &Range<usize>) -> Matrix<'a, T> {
+        let rows = self.queries.start + queries.start..self.queries.start + queries.end;
+        Matrix::from_view(view.rows_range(rows).columns(self.columns.clone()))
+    }
+
+    /// Rows of `view` of the first `count` keys, in this head's columns.
+    fn key_rows<'a, T: Float>(&self, view: View<'a>, count: usize) -> Matrix<'a, T> {
+        let rows = self.keys.start..self.keys.start + count;
+        Matrix::from_view(view.rows_range(rows).columns(self.columns.clone()))
+    }
+
+    /// The scores of a block of queries with the first `keys` keys, bias included.
+    fn scores<T: Float>(&self, q: View, k: View, queries: &Range<usize>, keys: usize, scores: &mut [f32]) {
+        let (q, k) = (self.query_rows::<T>(q, queries), self.key_rows::<T>(k, keys).transposed());
+        gemm_serial(q, k, MatrixMut::from_slice(scores, queries.len(), keys, keys), false);
+        if let Some(bias) = self.bias {
+            for (query, scores) in queries.clone().zip(scores.chunks_exact_mut(keys)) {
+                let (below, within, above) = self.distances(query, keys, bias.len());
+                add_bias(scores, bias, below, within, above);
+            }
+        }
+    }
+
+    /// The keys of `0..keys` too far below, within the reach of the bias (with the first one's place in it), and above.
+    fn distances(&self, query: usize, keys: usize, distances: usize) -> (usize, usize, usize) {
+        let position = self.first_position + query as isize;
+        let reach = (distances / 2) as isize;
+        let below = (position - reach).clamp(0, keys as isize);
+        let above = (position + reach + 1).clamp(below, keys as isize);
+        (below as usize, (below - position + reach).max(0) as usize, above as usize)
+    }
+
+    /// The dropout factors of a query's probabilities.
+    fn factors(&self, query: usize, factors: &mut [f32]) {
+        let index = (self.queries.start + query) * self.heads + self.head;
+        self.mask.factors((index * KEYS_MAX) as u64, factors);
+    }
+}
+
+multiversion! {
+    /// Keys before `below` are at the least distance of the bias, those from `above` on at the largest; the others are
+    /// next to each other, from `within` on.
+    fn add_bias(scores: &mut [f32], bias: &[f32], below: usize, within: usize, above: usize) {
+        let (rest, far_above) = scores.split_at_mut(above);
+        let (far_below, near) = rest.split_at_mut(below);
+        for score in far_below {
+            *score += bias[0];
+        }
+        for (score, bias) in near.iter_mut().zip(&bias[within..]) {
+            *score += bias;
+        }
+        for score in far_above {
+            *score += bias[bias.len() - 1];
+        }
+    }
+}
+
+multiversion! {
+    /// The reverse of [`add_bias`].
+    fn add_bias_gradient(d_scores: &[f32], d_bias: &mut [f32], below: usize, within: usize, above: usize) {
+        let (rest, far_above) = d_scores.split_at(above);
+        let (far_below, near) = rest.split_at(below);
+        let last = d_bias.len() - 1;
+        if !far_below.is_empty() {
+            d_bias[0] += sum(far_below.len(), |index| far_below[index]);
+        }
+        for (d_bias, d_score) in d_bias[within.min(last + 1)..].iter_mut().zip(near) {
+            *d_bias += d_score;
+        }
+        if !far_above.is_empty() {
+            d_bias[last] += sum(far_above.len(), |index| far_above[index]);
+        }
+    }
+}
+
+thread_local! {
+    static SCORES: Scratch = Scratch::default();
+}
+
 /// `out[Nq, H·K]`, and `logsumexp[Nq, H]` (f32) of the scores for the backward pass.
 pub fn attention_forward(inputs: Attention, out: ViewMut, logsumexp: ViewMut) -> Result<()> {
-    let _ = (inputs, out, logsumexp);
-    todo!()
+    inputs.check();
+    check_shape!(out, inputs.q.rows(), inputs.q.cols());
+    check_shape!(logsumexp, inputs.q.rows(), inputs.heads);
+    check_dtype!(inputs.q.dtype(), out);
+    match out.device() {
+        Device::Cpu(_) => with_float!(out.dtype(), T => forward_cpu::<T>(inputs, out, logsumexp)),
+    }
+    Ok(())
+}
+
+fn forward_cpu<T: Float>(inputs: Attention, out: ViewMut, logsumexp: ViewMut) {
+    let (out, logsumexp) = (SharedMut::<T>::new(out), SharedMut::<f32>::new(logsumexp));
+    inputs.for_each_group(2, |_, head, sequences| {
+        for sequence in sequences {
+            forward_head(&inputs, &inputs.head(sequence, head), &out, &logsumexp);
+        }
+    });
+}
+
+fn forward_head<T: Float>(inputs: &Attention, head: &Head, out: &SharedMut<T>, logsumexp: &SharedMut<f32>) {
+    let longest = head.keys.len();
+    let rows = QUERY_BLOCK.min(head.queries.len());
+    with_scratch(&SCORES, (rows + 1) * longest, |scratch| {
+        let (factors, scores) = scratch.split_at_mut(longest);
+        for queries in head.blocks() {
+            let keys = head.visible(queries.end - 1);
+            let scores = &mut scores[..queries.len() * keys];
+            head.scores::<T>(inputs.q, inputs.k, &queries, keys, scores);
+            for (query, scores) in queries.clone().zip(scores.chunks_exact_mut(keys)) {
+                let (visible, hidden) = scores.split_at_mut(head.visible(query));
+                hidden.fill(0.0);
+                // SAFETY: a query and head belong to one task.
+                let logsumexp = unsafe { logsumexp.row(head.queries.start + query, head.head..head.head + 1) };
+                logsumexp[0] = softmax(visible);
+                if !head.mask.is_none() {
+                    let factors = &mut factors[..visible.len()];
+                    head.factors(query, factors);
+                    multiply(visible, factors);
+                }
+            }
+            let address = out.address(head.queries.start + queries.start, head.columns.start);
+            // SAFETY: the queries' rows in this head's columns belong to this task.
+            let out = unsafe { MatrixMut::from_raw(address, queries.len(), head.columns.len(), out.stride()) };
+            let probabilities = Matrix::from_slice(scores, queries.len(), keys, keys);
+            gemm_serial(probabilities, head.key_rows::<T>(inputs.v, keys), out, false);
+        }
+    });
+}
+
+multiversion! {
+    /// Scores become probabilities; returns their logsumexp.
+    fn softmax(scores: &mut [f32]) -> f32 {
+        let most = max(scores);
+        for score in scores.iter_mut() {
+            *score = exp(*score - most);
+        }
+        let total = sum(scores.len(), |index| scores[index]);
+        let factor = 1.0 / total;
+        for score in scores.iter_mut() {
+            *score *= factor;
+        }
+        most + total.ln()
+    }
+}
+
+multiversion! {
+    fn multiply(values: &mut [f32], factors: &[f32]) {
+        for (value, factor) in values.iter_mut().zip(factors) {
+            *value *= factor;
+        }
+    }
 }
 
 /// The gradients from `d_out[Nq, H·K]`, given the forward pass's `out` and `logsumexp`.
+///
+/// With `f` the dropout factors and `d_p = f · (d_out · vᵀ)`: `d_v = (f · p)ᵀ · d_out`, `d_score = p · (d_p − δ)` where
+/// `δ = Σ p · d_p` over the keys, `d_q = d_score · k`, `d_k = d_scoreᵀ · q`. `δ` is also `d_out · out`, for a device that
+/// does not have a query's keys together; but that costs precision where `out` is bf16.
 pub fn attention_backward(
     inputs: Attention,
     out: View,
@@ -49,6 +301,138 @@ pub fn attention_backward(
     d_out: View,
     gradients: AttentionGradients,
 ) -> Result<()> {
-    let _ = (inputs, out, logsumexp, d_out, gradients);
-    todo!()
+    inputs.check();
+    let AttentionGradients { d_q, d_k, d_v, d_bias } = &gradients;
+    for view in [out, d_out, d_q.view()] {
+        check_shape!(view, inputs.q.rows(), inputs.q.cols());
+    }
+    for view in [d_k.view(), d_v.view()] {
+        check_shape!(view, inputs.k.rows(), inputs.k.cols());
+    }
+    check_shape!(logsumexp, inputs.q.rows(), inputs.heads);
+    check_dtype!(inputs.q.dtype(), out, d_out, d_q, d_k, d_v);
+    let distances = |bias: View| (bias.rows(), bias.cols());
+    assert_eq!(inputs.bias.map(distances), d_bias.as_ref().map(|d_bias| distances(d_bias.view())), "shape of d_bias");
+    match out.device() {
+        Device::Cpu(_) => with_float!(out.dtype(), T => backward_cpu::<T>(inputs, logsumexp, d_out, gradients)),
+    }
+}
+
+/// What the backward pass of a head reads and writes.
+struct Backward<'a, T> {
+    inputs: Attention<'a>,
+    logsumexp: View<'a>,
+    d_out: View<'a>,
+    d_q: SharedMut<'a, T>,
+    d_k: SharedMut<'a, T>,
+    d_v: SharedMut<'a, T>,
+}
+
+fn backward_cpu<T: Float>(
+    inputs: Attention,
+    logsumexp: View,
+    d_out: View,
+    gradients: AttentionGradients,
+) -> Result<()> {
+    let AttentionGradients { d_q, d_k, d_v, d_bias } = gradients;
+    let groups = inputs.queries.len().div_ceil(inputs.group());
+    let distances = inputs.bias.map_or(0, |bias| bias.cols());
+    // A row for each task: group by group, in them the heads.
+    let mut partials = d_out.device().empty(DType::F32, groups * inputs.heads, distances)?;
+    let shared = SharedMut::<f32>::new(partials.view_mut());
+    let (d_q, d_k, d_v) = (SharedMut::new(d_q), SharedMut::new(d_k), SharedMut::new(d_v));
+    let backward = Backward::<T> { inputs, logsumexp, d_out, d_q, d_k, d_v };
+    inputs.for_each_group(5, |task, head, sequences| {
+        // SAFETY: a task has its own row of partial sums.
+        let d_bias = unsafe { shared.row(task, 0..distances) };
+        d_bias.fill(0.0);
+        for sequence in sequences {
+            backward.head(&inputs.head(sequence, head), d_bias);
+        }
+    });
+    if let Some(d_bias) = d_bias {
+        let d_bias = d_bias.into_slice::<f32>();
+        for partials in partials.as_slice::<f32>().chunks_exact(d_bias.len()) {
+            add_assign(d_bias, partials);
+        }
+    }
+    Ok(())
+}
+
+impl<T: Float> Backward<'_, T> {
+    fn head(&self, head: &Head, d_bias: &mut [f32]) {
+        let (keys, size) = (head.keys.len(), head.columns.len());
+        let rows = QUERY_BLOCK.min(head.queries.len());
+        with_scratch(&SCORES, keys * (1 + 2 * rows + 2 * size), |scratch| {
+            let (factors, scratch) = scratch.split_at_mut(keys);
+            let (d_k, scratch) = scratch.split_at_mut(keys * size);
+            let (d_v, scratch) = scratch.split_at_mut(keys * size);
+            let (scores, d_scores) = scratch.split_at_mut(keys * rows);
+            d_k.fill(0.0);
+            d_v.fill(0.0);
+            for queries in head.blocks() {
+                self.block(head, queries, [factors, scores, d_scores, d_k, d_v, d_bias]);
+            }
+            for (row, (d_k, d_v)) in head.keys.clone().zip(d_k.chunks_exact(size).zip(d_v.chunks_exact(size))) {
+                // SAFETY: the keys' rows in this head's columns belong to this task.
+                convert(d_k, unsafe { self.d_k.row(row, head.columns.clone()) });
+                // SAFETY: likewise.
+                convert(d_v, unsafe { self.d_v.row(row, head.columns.clone()) });
+            }
+        });
+    }
+
+    /// A block of queries: writes its rows of `d_q`, adds to `d_k`, `d_v` and `d_bias`.
+    fn block(&self, head: &Head, queries: Range<usize>, buffers: [&mut [f32]; 6]) {
+        let [factors, scores, d_scores, d_k, d_v, d_bias] = buffers;
+        let (keys, size) = (head.visible(queries.end - 1), head.columns.len());
+        let (q, k) = (head.query_rows::<T>(self.inputs.q, &queries), head.key_rows::<T>(self.inputs.k, keys));
+        let d_out = head.query_rows::<T>(self.d_out, &queries);
+        let scores = &mut scores[..queries.len() * keys];
+        let d_scores = &mut d_scores[..queries.len() * keys];
+        head.scores::<T>(self.inputs.q, self.inputs.k, &queries, keys, scores);
+        let v = head.key_rows::<T>(self.inputs.v, keys).transposed();
+        gemm_serial(d_out, v, MatrixMut::from_slice(d_scores, queries.len(), keys, keys), false);
+
+        let rows = scores.chunks_exact_mut(keys).zip(d_scores.chunks_exact_mut(keys));
+        for (query, (scores, d_scores)) in queries.clone().zip(rows) {
+            let visible = head.visible(query);
+            scores[visible..].fill(0.0);
+            d_scores[visible..].fill(0.0);
+            let factors = &mut factors[..visible];
+            head.factors(query, factors);
+            let logsumexp = self.logsumexp.row::<f32>(head.queries.start + query)[head.head];
+            softmax_backward(&mut scores[..visible], &mut d_scores[..visible], factors, logsumexp);
+            if !d_bias.is_empty() {
+                let (below, within, above) = head.distances(query, visible, d_bias.len());
+                add_bias_gradient(&d_scores[..visible], d_bias, below, within, above);
+            }
+        }
+
+        let probabilities = Matrix::from_slice(scores, queries.len(), keys, keys);
+        let d_scores = Matrix::from_slice(d_scores, queries.len(), keys, keys);
+        gemm_serial(probabilities.transposed(), d_out, MatrixMut::from_slice(d_v, keys, size, size), true);
+        gemm_serial(d_scores.transposed(), q, MatrixMut::from_slice(d_k, keys, size, size), true);
+        let address = self.d_q.address(head.queries.start + queries.start, head.columns.start);
+        // SAFETY: the queries' rows in this head's columns belong to this task.
+        let d_q = unsafe { MatrixMut::from_raw(address, queries.len(), size, self.d_q.stride()) };
+        gemm_serial(d_scores, k, d_q, false);
+    }
+}
+
+multiversion! {
+    /// `scores` become `f · p`, and `d_scores`, which come as `d_out · vᵀ`, the gradient of the scores.
+    fn softmax_backward(scores: &mut [f32], d_scores: &mut [f32], factors: &[f32], logsumexp: f32) {
+        let count = scores.len();
+        let (d_scores, factors) = (&mut d_scores[..count], &factors[..count]);
+        for index in 0..count {
+            scores[index] = exp(scores[index] - logsumexp);
+            d_scores[index] *= factors[index];
+        }
+        let delta = sum(count, |index| scores[index] * d_scores[index]);
+        for index in 0..count {
+            d_scores[index] = scores[index] * (d_scores[index] - delta);
+            scores[index] *= factors[index];
+        }
+    }
 }

@@ -1,9 +1,26 @@
 //! Copies between element types.
 
-use crate::{Result, View, ViewMut};
+use super::check_shape;
+use crate::float::{Float, with_float};
+use crate::parallel::{SharedMut, for_each_row_block, rows_per_task};
+use crate::simd::convert;
+use crate::{Device, Result, View, ViewMut};
 
 /// `y = x`, rounded to nearest even where `y` is narrower.
 pub fn cast(x: View, y: ViewMut) -> Result<()> {
-    let _ = (x, y);
-    todo!()
+    check_shape!(x, y.rows(), y.cols());
+    match y.device() {
+        Device::Cpu(_) => with_float!(x.dtype(), X => with_float!(y.dtype(), Y => cpu::<X, Y>(x, y))),
+    }
+    Ok(())
+}
+
+fn cpu<X: Float, Y: Float>(x: View, y: ViewMut) {
+    let y = SharedMut::<Y>::new(y);
+    for_each_row_block(x.rows(), rows_per_task(x.cols()), x.cols().div_ceil(4), |_, rows| {
+        for row in rows {
+            // SAFETY: a row belongs to one task.
+            convert(x.row::<X>(row), unsafe { y.row(row, 0..y.cols()) });
+        }
+    });
 }

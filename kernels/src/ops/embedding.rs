@@ -1,15 +1,71 @@
 //! Token embeddings, with the dropout that follows them.
 
-use crate::{Dropout, Result, View, ViewMut};
+use super::residual::scale;
+use super::{check_dtype, check_shape};
+use crate::float::{Float, with_float};
+use crate::parallel::{SharedMut, for_each_row_block, for_each_task, rows_per_task};
+use crate::simd::multiversion;
+use crate::{DType, Device, Dropout, Result, View, ViewMut};
+
+/// Columns of the table's gradient that a task computes; whole groups of the dropout generator.
+const COLUMNS: usize = 128;
 
 /// `y[n] = dropout(table[ids[n]])` for `ids[N,1]` (u32), `table[V,D]`, `y[N,D]`.
 pub fn embedding_forward(ids: View, table: View, mask: Dropout, y: ViewMut) -> Result<()> {
-    let _ = (ids, table, mask, y);
-    todo!()
+    check_shape!(ids, y.rows(), 1);
+    check_shape!(table, table.rows(), y.cols());
+    check_dtype!(table.dtype(), y);
+    match y.device() {
+        Device::Cpu(_) => with_float!(y.dtype(), T => forward_cpu::<T>(ids, table, mask, y)),
+    }
+    Ok(())
+}
+
+fn forward_cpu<T: Float>(ids: View, table: View, mask: Dropout, y: ViewMut) {
+    let y = SharedMut::<T>::new(y);
+    for_each_row_block(ids.rows(), rows_per_task(y.cols()), y.cols().div_ceil(2), |_, rows| {
+        for row in rows {
+            let embedding = table.row::<T>(ids.row::<u32>(row)[0] as usize);
+            mask.for_each_piece(row, y.cols(), |columns, factors| {
+                // SAFETY: a row belongs to one task.
+                scale(&embedding[columns.clone()], factors, unsafe { y.row(row, columns) });
+            });
+        }
+    });
 }
 
 /// `d_table[ids[n]] += dropout(d_y[n])`, in the order of the rows whatever the number of threads; `d_table[V,D]` is f32.
 pub fn embedding_backward(ids: View, d_y: View, mask: Dropout, d_table: ViewMut) -> Result<()> {
-    let _ = (ids, d_y, mask, d_table);
-    todo!()
+    check_shape!(ids, d_y.rows(), 1);
+    check_shape!(d_table, d_table.rows(), d_y.cols());
+    check_dtype!(DType::F32, d_table);
+    match d_table.device() {
+        Device::Cpu(_) => with_float!(d_y.dtype(), T => backward_cpu::<T>(ids, d_y, mask, d_table)),
+    }
+    Ok(())
+}
+
+/// Tasks take columns, so that each element of the table sees the rows in order.
+fn backward_cpu<T: Float>(ids: View, d_y: View, mask: Dropout, d_table: ViewMut) {
+    let cols = d_y.cols();
+    let d_table = SharedMut::<f32>::new(d_table);
+    for_each_task(cols.div_ceil(COLUMNS), d_y.rows() * cols.div_ceil(2), |task| {
+        let columns = task * COLUMNS..cols.min((task + 1) * COLUMNS);
+        let mut factors = [1.0; COLUMNS];
+        let factors = &mut factors[..columns.len()];
+        for row in 0..d_y.rows() {
+            mask.factors((row * cols + columns.start) as u64, factors);
+            // SAFETY: these columns belong to this task.
+            let sum = unsafe { d_table.row(ids.row::<u32>(row)[0] as usize, columns.clone()) };
+            accumulate(&d_y.row::<T>(row)[columns.clone()], factors, sum);
+        }
+    });
+}
+
+multiversion! {
+    fn accumulate<T: Float>(d_y: &[T], factors: &[f32], sum: &mut [f32]) {
+        for ((sum, d_y), factor) in sum.iter_mut().zip(d_y).zip(factors) {
+            *sum += d_y.to_f32() * factor;
+        }
+    }
 }

@@ -1,21 +1,49 @@
 //! Linear layers without bias: `y = x · wᵀ`.
 
-use crate::{Result, View, ViewMut};
+use super::{check_dtype, check_shape};
+use crate::float::with_float;
+use crate::gemm::{Matrix, MatrixMut, gemm};
+use crate::{DType, Device, Result, View, ViewMut};
 
 /// `y[N,O] = x[N,I] · w[O,I]ᵀ`, plus the old `y` if `accumulate`. `y` may be f32 where `x` and `w` are bf16.
 pub fn linear_forward(x: View, w: View, y: ViewMut, accumulate: bool) -> Result<()> {
-    let _ = (x, w, y, accumulate);
-    todo!()
+    check_shape!(x, y.rows(), w.cols());
+    check_shape!(y, x.rows(), w.rows());
+    check_dtype!(x.dtype(), w);
+    match y.device() {
+        Device::Cpu(_) => with_float!(x.dtype(), T => with_float!(y.dtype(), Y => {
+            let (x, w) = (Matrix::<T>::from_view(x), Matrix::<T>::from_view(w).transposed());
+            gemm(x, w, MatrixMut::<Y>::from_view(y), accumulate);
+        })),
+    }
+    Ok(())
 }
 
 /// `d_x[N,I] = d_y[N,O] · w[O,I]`, plus the old `d_x` if `accumulate`.
 pub fn linear_backward_input(d_y: View, w: View, d_x: ViewMut, accumulate: bool) -> Result<()> {
-    let _ = (d_y, w, d_x, accumulate);
-    todo!()
+    check_shape!(d_y, d_x.rows(), w.rows());
+    check_shape!(d_x, d_y.rows(), w.cols());
+    check_dtype!(d_y.dtype(), w);
+    match d_x.device() {
+        Device::Cpu(_) => with_float!(d_y.dtype(), T => with_float!(d_x.dtype(), X => {
+            let (d_y, w) = (Matrix::<T>::from_view(d_y), Matrix::<T>::from_view(w));
+            gemm(d_y, w, MatrixMut::<X>::from_view(d_x), accumulate);
+        })),
+    }
+    Ok(())
 }
 
 /// `d_w[O,I] += d_y[N,O]ᵀ · x[N,I]`; `d_w` is f32.
 pub fn linear_backward_weight(d_y: View, x: View, d_w: ViewMut) -> Result<()> {
-    let _ = (d_y, x, d_w);
-    todo!()
+    check_shape!(d_y, x.rows(), d_w.rows());
+    check_shape!(x, d_y.rows(), d_w.cols());
+    check_dtype!(d_y.dtype(), x);
+    check_dtype!(DType::F32, d_w);
+    match d_w.device() {
+        Device::Cpu(_) => with_float!(x.dtype(), T => {
+            let (d_y, x) = (Matrix::<T>::from_view(d_y).transposed(), Matrix::<T>::from_view(x));
+            gemm(d_y, x, MatrixMut::<f32>::from_view(d_w), true);
+        }),
+    }
+    Ok(())
 }

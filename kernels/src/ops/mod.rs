@@ -22,3 +22,19 @@ pub use linear::{linear_backward_input, linear_backward_weight, linear_forward};
 pub use relative_bias::{RelativeBuckets, relative_bias_backward, relative_bias_forward};
 pub use residual::{dropout, residual_forward};
 pub use rms_norm::{rms_norm_backward, rms_norm_forward};
+
+/// A wrong shape is a bug of the caller.
+macro_rules! check_shape {
+    ($view:ident, $rows:expr, $cols:expr) => {
+        assert_eq!(($view.rows(), $view.cols()), ($rows, $cols), concat!("shape of ", stringify!($view)))
+    };
+}
+use check_shape;
+
+/// So is a wrong type.
+macro_rules! check_dtype {
+    ($dtype:expr, $($view:ident),+) => {
+        $(assert_eq!($view.dtype(), $dtype, concat!("type of ", stringify!($view)));)+
+    };
+}
+use check_dtype;

@@ -1,0 +1,217 @@
+//! The innermost loops of matrix multiplication: a tile of the product in registers, for each instruction set.
+
+use crate::simd::{Level, level};
+
+/// A tile of `rows × cols` of `c = a · b` (`+ c`), `depth` products deep.
+///
+/// `b` is read in whole vectors: the columns from `cols` to the next multiple of the lanes must be readable.
+#[derive(Clone, Copy)]
+pub(super) struct Tile {
+    pub(super) depth: usize,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) a: *const f32,
+    pub(super) a_row_stride: usize,
+    pub(super) a_depth_stride: usize,
+    pub(super) b: *const f32,
+    pub(super) b_depth_stride: usize,
+    pub(super) c: *mut f32,
+    pub(super) c_stride: usize,
+    pub(super) accumulate: bool,
+}
+
+/// What computes tiles on an instruction set.
+pub(super) struct Microkernel {
+    /// The largest tile.
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    /// Floats in a vector.
+    pub(super) lanes: usize,
+    run: unsafe fn(&Tile),
+}
+
+impl Microkernel {
+    /// The one for this machine.
+    pub(super) fn detect() -> &'static Microkernel {
+        match level() {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => &avx512::MICROKERNEL,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => &avx2::MICROKERNEL,
+            _ => &portable::MICROKERNEL,
+        }
+    }
+
+    /// # Safety
+    /// The tile's pointers and strides must be valid as [`Tile`] describes, and `c` exclusive.
+    pub(super) unsafe fn run(&self, tile: &Tile) {
+        debug_assert!((1..=self.rows).contains(&tile.rows) && (1..=self.cols).contains(&tile.cols));
+        // SAFETY: `detect` returns only what the machine can run; the rest is promised by the caller.
+        unsafe { (self.run)(tile) }
+    }
+}
+
+/// A microkernel of up to `$rows` rows and three vectors of columns, from an instruction set's vector operations.
+/// An element of the product is one chain of multiply-adds in order of depth, whatever the tile: how a product is cut
+/// into tiles cannot be seen in its bits.
+macro_rules! microkernel {
+    ($features:literal, $lanes:literal, $rows:literal: [$($count:literal)+]) => {
+        const LANES: usize = $lanes;
+        const VECTORS: usize = 3;
+
+        pub(in super::super) static MICROKERNEL: Microkernel =
+            Microkernel { rows: $rows, cols: VECTORS * LANES, lanes: LANES, run };
+
+        #[target_feature(enable = $features)]
+        unsafe fn run(tile: &Tile) {
+            // SAFETY: the caller's promise is passed on.
+            unsafe {
+                match tile.cols.div_ceil(LANES) {
+                    1 => run_rows::<1>(tile),
+                    2 => run_rows::<2>(tile),
+                    _ => run_rows::<VECTORS>(tile),
+                }
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        unsafe fn run_rows<const V: usize>(tile: &Tile) {
+            match tile.rows {
+                // SAFETY: the caller's promise is passed on.
+                $($count => unsafe { kernel::<$count, V>(tile) },)+
+                rows => unreachable!("a tile of {rows} rows"),
+            }
+        }
+
+        #[target_feature(enable = $features)]
+        unsafe fn kernel<const R: usize, const V: usize>(tile: &Tile) {
+            let mut sums = [[zero(); V]; R];
+            let (mut a, mut b) = (tile.a, tile.b);
+            for _ in 0..tile.depth {
+                let mut b_vectors = [zero(); V];
+                for (index, vector) in b_vectors.iter_mut().enumerate() {
+                    // SAFETY: `b` is readable in whole vectors.
+                    *vector = unsafe { load(b.add(index * LANES)) };
+                }
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: row `row` of `a` at this depth.
+                    let factor = splat(unsafe { *a.add(row * tile.a_row_stride) });
+                    for (sum, &vector) in sums.iter_mut().zip(&b_vectors) {
+                        *sum = multiply_add(factor, vector, *sum);
+                    }
+                }
+                a = a.wrapping_add(tile.a_depth_stride);
+                b = b.wrapping_add(tile.b_depth_stride);
+            }
+            for (row, sums) in sums.iter().enumerate() {
+                for (index, &sum) in sums.iter().enumerate() {
+                    let c = tile.c.wrapping_add(row * tile.c_stride + index * LANES);
+                    let count = tile.cols - index * LANES;
+                    // SAFETY: `count` columns of row `row` of `c`, or a whole vector of them.
+                    unsafe {
+                        if count >= LANES {
+                            store(c, if tile.accumulate { add(load(c), sum) } else { sum });
+                        } else {
+                            let mut values = [0.0; LANES];
+                            store(values.as_mut_ptr(), sum);
+                            for (column, &value) in values[..count].iter().enumerate() {
+                                *c.add(column) = if tile.accumulate { *c.add(column) + value } else { value };
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::{
+        _mm512_add_ps as add, _mm512_fmadd_ps as multiply_add, _mm512_loadu_ps as load, _mm512_set1_ps as splat,
+        _mm512_setzero_ps as zero, _mm512_storeu_ps as store,
+    };
+
+    use super::{Microkernel, Tile};
+
+    // 24 sums, 3 vectors of b and a factor in 32 registers.
+    microkernel!("avx512f,avx2,fma", 16, 8: [1 2 3 4 5 6 7 8]);
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64::{
+        _mm256_add_ps as add, _mm256_fmadd_ps as multiply_add, _mm256_loadu_ps as load, _mm256_set1_ps as splat,
+        _mm256_setzero_ps as zero, _mm256_storeu_ps as store,
+    };
+
+    use super::{Microkernel, Tile};
+
+    // 12 sums, 3 vectors of b and a factor in 16 registers.
+    microkernel!("avx2,fma", 8, 4: [1 2 3 4]);
+}
+
+/// Plain arithmetic in vectors of four, which every 64-bit processor has; without fused multiply-add, which is slow
+/// where there is no instruction for it.
+mod portable {
+    use super::{Microkernel, Tile};
+
+    type Vector = [f32; 4];
+
+    #[inline(always)]
+    fn zero() -> Vector {
+        [0.0; 4]
+    }
+
+    #[inline(always)]
+    fn splat(value: f32) -> Vector {
+        [value; 4]
+    }
+
+    #[inline(always)]
+    fn add(x: Vector, y: Vector) -> Vector {
+        std::array::from_fn(|lane| x[lane] + y[lane])
+    }
+
+    #[inline(always)]
+    fn multiply_add(x: Vector, y: Vector, sum: Vector) -> Vector {
+        std::array::from_fn(|lane| x[lane] * y[lane] + sum[lane])
+    }
+
+    /// # Safety
+    /// Four floats must be readable.
+    #[inline(always)]
+    unsafe fn load(pointer: *const f32) -> Vector {
+        // SAFETY: the caller's promise.
+        unsafe { pointer.cast::<Vector>().read_unaligned() }
+    }
+
+    /// # Safety
+    /// Four floats must be writable.
+    #[inline(always)]
+    unsafe fn store(pointer: *mut f32, vector: Vector) {
+        // SAFETY: the caller's promise.
+        unsafe { pointer.cast::<Vector>().write_unaligned(vector) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    microkernel!("sse2", 4, 4: [1 2 3 4]);
+    #[cfg(target_arch = "aarch64")]
+    microkernel!("neon", 4, 4: [1 2 3 4]);
+}
+
+/// Every microkernel that this machine can run.
+#[cfg(test)]
+pub(super) fn all() -> Vec<&'static Microkernel> {
+    let mut all = vec![&portable::MICROKERNEL];
+    #[cfg(target_arch = "x86_64")]
+    {
+        if level() >= Level::Avx2 {
+            all.push(&avx2::MICROKERNEL);
+        }
+        if level() >= Level::Avx512 {
+            all.push(&avx512::MICROKERNEL);
+        }
+    }
+    all
+}

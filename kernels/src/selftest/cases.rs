@@ -1,0 +1,346 @@
+//! The cases: shapes that are no multiple of anything, sequences of very different length, and a few usual sizes.
+
+use super::{Bench, Input};
+use crate::ops::{self, Attention, AttentionGradients, CrossEntropy, IGNORED_LABEL, RelativeBuckets};
+use crate::oracle;
+use crate::{DType, Dropout, Result, Segments};
+
+const MASK: Dropout = Dropout { probability: 0.1, seed: 11, stream: 12 };
+
+pub(super) fn all(bench: &mut Bench) -> Result<()> {
+    for (rows, cols) in [(1, 1), (3, 70), (200, 96), (130, 513)] {
+        bench.shape = format!("{rows}x{cols}");
+        elementwise(bench, rows, cols)?;
+        activations(bench, rows, cols)?;
+        rms_norm(bench, rows, cols)?;
+        embedding(bench, rows, cols)?;
+    }
+    for (rows, inputs, outputs) in [(1, 5, 3), (19, 33, 65), (150, 128, 512), (300, 700, 96)] {
+        bench.shape = format!("{rows}x{inputs}->{outputs}");
+        linear(bench, rows, inputs, outputs)?;
+    }
+    for (rows, width, vocabulary) in [(5, 8, 3), (600, 24, 80), (70, 64, 5000)] {
+        bench.shape = format!("{rows}x{width}, vocabulary {vocabulary}");
+        cross_entropy(bench, rows, width, vocabulary)?;
+    }
+    relative_bias(bench)?;
+    attentions(bench)
+}
+
+fn elementwise(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
+    let (x, delta) = (bench.input(rows, cols, 1.0)?, bench.input(rows, cols, 1.0)?);
+    for other in [DType::F32, DType::Bf16] {
+        let mut y = bench.typed_output(other, rows, cols)?;
+        ops::cast(x.tensor.view(), y.view_mut())?;
+        if other == DType::F32 {
+            bench.compare("cast to f32", &y, &x.exact, 0, 0);
+        } else {
+            let rounded: Vec<f64> = x.exact.iter().map(|&x| half::bf16::from_f32(x as f32).to_f64()).collect();
+            bench.compare("cast to bf16", &y, &rounded, 0, 0);
+        }
+    }
+    for mask in [Dropout::NONE, MASK] {
+        let dropped = oracle::multiply(&delta.exact, &oracle::dropout_factors(mask, rows * cols));
+        let mut y = bench.output(rows, cols)?;
+        ops::dropout(delta.tensor.view(), mask, y.view_mut())?;
+        bench.compare("dropout", &y, &dropped, 2, 1);
+        let mut y = bench.output(rows, cols)?;
+        ops::residual_forward(x.tensor.view(), delta.tensor.view(), mask, y.view_mut())?;
+        bench.compare("residual_forward", &y, &oracle::add(&x.exact, &dropped), 2, 1);
+    }
+    Ok(())
+}
+
+fn activations(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
+    let (x, d_h) = (bench.input(rows, 2 * cols, 2.0)?, bench.input(rows, cols, 1.0)?);
+    let factors = oracle::dropout_factors(MASK, rows * cols);
+    let d_dropped = oracle::multiply(&d_h.exact, &factors);
+
+    let mut h = bench.output(rows, cols)?;
+    ops::gated_gelu_forward(x.tensor.view(), MASK, h.view_mut())?;
+    let want = oracle::multiply(&oracle::gated_gelu(&x.exact, cols), &factors);
+    bench.compare("gated_gelu_forward", &h, &want, 10, 1);
+    let mut d_x = bench.output(rows, 2 * cols)?;
+    ops::gated_gelu_backward(x.tensor.view(), d_h.tensor.view(), MASK, d_x.view_mut())?;
+    let want = oracle::gated_gelu_backward(&x.exact, &d_dropped, cols);
+    bench.compare("gated_gelu_backward", &d_x, &want, 10, 1);
+
+    let x = bench.input(rows, cols, 1.0)?;
+    let mut h = bench.output(rows, cols)?;
+    ops::relu_forward(x.tensor.view(), MASK, h.view_mut())?;
+    bench.compare("relu_forward", &h, &oracle::multiply(&oracle::relu(&x.exact), &factors), 2, 1);
+    let mut d_x = bench.output(rows, cols)?;
+    ops::relu_backward(x.tensor.view(), d_h.tensor.view(), MASK, d_x.view_mut())?;
+    bench.compare("relu_backward", &d_x, &oracle::relu_backward(&x.exact, &d_dropped), 2, 1);
+    Ok(())
+}
+
+fn rms_norm(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
+    let eps = 1e-6;
+    let (x, weight, d_y) = (bench.input(rows, cols, 3.0)?, bench.input(1, cols, 1.0)?, bench.input(rows, cols, 1.0)?);
+    let (mut y, mut rstd) = (bench.output(rows, cols)?, bench.typed_output(DType::F32, rows, 1)?);
+    ops::rms_norm_forward(x.tensor.view(), weight.tensor.view(), eps, y.view_mut(), rstd.view_mut())?;
+    let (want_y, want_rstd) = oracle::rms_norm(&x.exact, &weight.exact, f64::from(eps));
+    bench.compare("rms_norm_forward", &y, &want_y, cols, 2);
+    bench.compare("rms_norm_forward rstd", &rstd, &want_rstd, cols, 0);
+
+    let (d_x, d_weight) = (bench.input(rows, cols, 1.0)?, bench.typed_input(DType::F32, 1, cols, 1.0)?);
+    let (Input { tensor: mut got_x, exact: old_x }, Input { tensor: mut got_weight, exact: old_weight }) =
+        (d_x, d_weight);
+    ops::rms_norm_backward(
+        d_y.tensor.view(),
+        x.tensor.view(),
+        weight.tensor.view(),
+        rstd.view(),
+        got_x.view_mut(),
+        got_weight.view_mut(),
+    )?;
+    let (d_x, d_weight) = oracle::rms_norm_backward(&d_y.exact, &x.exact, &weight.exact, f64::from(eps));
+    bench.compare("rms_norm_backward d_x", &got_x, &oracle::add(&old_x, &d_x), cols, 1);
+    bench.compare("rms_norm_backward d_weight", &got_weight, &oracle::add(&old_weight, &d_weight), rows + cols, 1);
+    Ok(())
+}
+
+fn embedding(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
+    let vocabulary = 17;
+    let (ids_tensor, ids) = bench.ids(rows, vocabulary)?;
+    let (table, d_y) = (bench.input(vocabulary, cols, 1.0)?, bench.input(rows, cols, 1.0)?);
+    let factors = oracle::dropout_factors(MASK, rows * cols);
+    let mut y = bench.output(rows, cols)?;
+    ops::embedding_forward(ids_tensor.view(), table.tensor.view(), MASK, y.view_mut())?;
+    let want = oracle::multiply(&oracle::embedding(&ids, &table.exact, cols), &factors);
+    bench.compare("embedding_forward", &y, &want, 2, 1);
+    let Input { tensor: mut d_table, exact: old } = bench.typed_input(DType::F32, vocabulary, cols, 1.0)?;
+    ops::embedding_backward(ids_tensor.view(), d_y.tensor.view(), MASK, d_table.view_mut())?;
+    let dropped = oracle::multiply(&d_y.exact, &factors);
+    let want = oracle::add(&old, &oracle::embedding_backward(&ids, &dropped, vocabulary, cols));
+    bench.compare("embedding_backward", &d_table, &want, rows + 1, 0);
+    Ok(())
+}
+
+fn linear(bench: &mut Bench, rows: usize, inputs: usize, outputs: usize) -> Result<()> {
+    // Views with gaps, as the parts of a fused tensor are: left and right of the columns that are used are others.
+    let gap = 3;
+    let x = bench.input(rows, inputs, 1.0)?;
+    let w = bench.input(outputs, inputs, (inputs as f32).powf(-0.5))?;
+    let wide = bench.input(rows, outputs + 2 * gap, 1.0)?;
+    let d_y = wide.tensor.view().columns(gap..gap + outputs);
+    let d_y_exact: Vec<f64> =
+        wide.exact.chunks(outputs + 2 * gap).flat_map(|row| row[gap..gap + outputs].to_vec()).collect();
+    let w_t = oracle::transpose(&w.exact, inputs);
+
+    let product = oracle::matmul(&x.exact, &w_t, inputs);
+    for dtype in [bench.dtype, DType::F32] {
+        let mut y = bench.typed_output(dtype, rows, outputs)?;
+        ops::linear_forward(x.tensor.view(), w.tensor.view(), y.view_mut(), false)?;
+        bench.compare("linear_forward", &y, &product, inputs, usize::from(dtype != DType::F32));
+    }
+    let Input { tensor: mut y, exact: old } = bench.input(rows, outputs, 1.0)?;
+    ops::linear_forward(x.tensor.view(), w.tensor.view(), y.view_mut(), true)?;
+    bench.compare("linear_forward accumulate", &y, &oracle::add(&old, &product), inputs, 1);
+
+    let product = oracle::matmul(&d_y_exact, &w.exact, outputs);
+    let mut d_x = bench.output(rows, inputs)?;
+    ops::linear_backward_input(d_y, w.tensor.view(), d_x.view_mut(), false)?;
+    bench.compare("linear_backward_input", &d_x, &product, outputs, 1);
+    let Input { tensor: mut d_x, exact: old } = bench.input(rows, inputs, 1.0)?;
+    ops::linear_backward_input(d_y, w.tensor.view(), d_x.view_mut(), true)?;
+    bench.compare("linear_backward_input accumulate", &d_x, &oracle::add(&old, &product), outputs, 1);
+
+    let Input { tensor: mut d_w, exact: old } = bench.typed_input(DType::F32, outputs, inputs, 1.0)?;
+    ops::linear_backward_weight(d_y, x.tensor.view(), d_w.view_mut())?;
+    let want = oracle::add(&old, &oracle::matmul(&oracle::transpose(&d_y_exact, outputs), &x.exact, rows));
+    bench.compare("linear_backward_weight", &d_w, &want, rows + 1, 0);
+    Ok(())
+}
+
+fn cross_entropy(bench: &mut Bench, rows: usize, width: usize, vocabulary: usize) -> Result<()> {
+    let loss = CrossEntropy { scale: 0.5, label_smoothing: 0.1 };
+    let (h, w) = (bench.input(rows, width, 1.0)?, bench.input(vocabulary, width, 4.0 * (width as f32).powf(-0.5))?);
+    let (_, mut ids) = bench.ids(rows, vocabulary)?;
+    ids.iter_mut().step_by(5).for_each(|id| *id = IGNORED_LABEL);
+    let labels = bench.device.upload(&ids, rows, 1)?;
+    let logits = oracle::matmul(&h.exact, &oracle::transpose(&w.exact, width), width);
+    let logits: Vec<f64> = logits.into_iter().map(|logit| logit * f64::from(loss.scale)).collect();
+    let exact_labels: Vec<_> = ids.iter().map(|&id| (id != IGNORED_LABEL).then_some(id as usize)).collect();
+    let (want, gradient) = oracle::cross_entropy(&logits, &exact_labels, f64::from(loss.label_smoothing));
+    let gradient: Vec<f64> = gradient.into_iter().map(|value| value * f64::from(loss.scale)).collect();
+    let terms = width + vocabulary;
+
+    let mut losses = bench.typed_output(DType::F32, rows, 1)?;
+    ops::cross_entropy_forward(h.tensor.view(), w.tensor.view(), labels.view(), loss, losses.view_mut())?;
+    bench.compare("cross_entropy_forward", &losses, &want, terms, 0);
+
+    let mut losses = bench.typed_output(DType::F32, rows, 1)?;
+    let mut d_h = bench.output(rows, width)?;
+    let Input { tensor: mut d_w, exact: old } = bench.typed_input(DType::F32, vocabulary, width, 0.1)?;
+    ops::cross_entropy_forward_backward(
+        h.tensor.view(),
+        w.tensor.view(),
+        labels.view(),
+        loss,
+        losses.view_mut(),
+        d_h.view_mut(),
+        d_w.view_mut(),
+    )?;
+    bench.compare("cross_entropy_forward_backward losses", &losses, &want, terms, 0);
+    let d_h_exact = oracle::matmul(&gradient, &w.exact, vocabulary);
+    bench.compare("cross_entropy_forward_backward d_h", &d_h, &d_h_exact, terms, 1);
+    let d_w_exact = oracle::matmul(&oracle::transpose(&gradient, vocabulary), &h.exact, rows);
+    bench.compare("cross_entropy_forward_backward d_w", &d_w, &oracle::add(&old, &d_w_exact), terms + rows, 0);
+    Ok(())
+}
+
+fn relative_bias(bench: &mut Bench) -> Result<()> {
+    for (num_buckets, max_distance, bidirectional) in [(32, 128, true), (32, 128, false), (8, 20, true)] {
+        let buckets = RelativeBuckets { num_buckets, max_distance, bidirectional };
+        let (heads, distances) = (6, 2 * max_distance + 1);
+        bench.shape = format!("{num_buckets} buckets, distance {max_distance}, {heads} heads");
+        let table = bench.input(num_buckets, heads, 1.0)?;
+        let mut bias = bench.typed_output(DType::F32, heads, distances)?;
+        ops::relative_bias_forward(table.tensor.view(), buckets, bias.view_mut())?;
+        bench.compare("relative_bias_forward", &bias, &oracle::relative_bias(&table.exact, buckets, heads), 0, 0);
+        let d_bias = bench.typed_input(DType::F32, heads, distances, 1.0)?;
+        let Input { tensor: mut d_table, exact: old } = bench.typed_input(DType::F32, num_buckets, heads, 1.0)?;
+        ops::relative_bias_backward(d_bias.tensor.view(), buckets, d_table.view_mut())?;
+        let want = oracle::add(&old, &oracle::relative_bias_backward(&d_bias.exact, buckets, heads));
+        bench.compare("relative_bias_backward", &d_table, &want, max_distance, 0);
+    }
+    Ok(())
+}
+
+/// A shape of attention.
+struct Shape {
+    name: &'static str,
+    queries: Segments,
+    keys: Segments,
+    heads: usize,
+    size: usize,
+    /// The largest distance that the bias tells apart.
+    reach: Option<usize>,
+    causal: bool,
+    mask: Dropout,
+}
+
+fn attentions(bench: &mut Bench) -> Result<()> {
+    let ragged = Segments::from_offsets(&[0, 3, 4, 21, 87, 217]);
+    let tiny = Segments::from_offsets(&(0..=40).map(|index| index * 7 + index % 3).collect::<Vec<_>>());
+    let short = Segments::from_offsets(&[0, 9, 10, 12, 90, 95]);
+    let shape = |name, queries: &Segments, keys: &Segments| Shape {
+        name,
+        queries: queries.clone(),
+        keys: keys.clone(),
+        heads: 3,
+        size: 20,
+        reach: Some(9),
+        causal: false,
+        mask: MASK,
+    };
+    let shapes = [
+        Shape { heads: 2, size: 64, mask: Dropout::NONE, ..shape("encoder", &ragged, &ragged) },
+        Shape { reach: Some(128), ..shape("encoder with dropout", &ragged, &ragged) },
+        Shape { causal: true, ..shape("decoder", &ragged, &ragged) },
+        Shape { causal: true, size: 32, heads: 4, reach: Some(128), ..shape("tiny decoder", &tiny, &tiny) },
+        Shape { reach: None, ..shape("cross", &short, &ragged) },
+        Shape { reach: None, ..shape("cross to shorter", &ragged, &short) },
+        Shape {
+            causal: true,
+            mask: Dropout::NONE,
+            ..shape("cached", &Segments::from_offsets(&[0, 1, 2, 3]), &Segments::strided(3, 20, 15))
+        },
+        Shape {
+            causal: true,
+            mask: Dropout::NONE,
+            reach: Some(2),
+            ..shape("cached, several queries", &Segments::from_offsets(&[0, 4, 8]), &Segments::strided(2, 20, 17))
+        },
+    ];
+    shapes.iter().try_for_each(|shape| attention(bench, shape))
+}
+
+fn attention(bench: &mut Bench, shape: &Shape) -> Result<()> {
+    let Shape { heads, size, .. } = *shape;
+    bench.shape = shape.name.to_owned();
+    let inner = heads * size;
+    let (query_rows, key_rows) = (shape.queries.end(), shape.keys.end());
+    let q = bench.input(query_rows, inner, (size as f32).powf(-0.5))?;
+    // Keys and values are the columns of one tensor, as the model has them.
+    let kv = bench.input(key_rows, 2 * inner, 1.0)?;
+    let half = |half: usize| kv.exact.chunks(2 * inner).flat_map(|row| row[half * inner..][..inner].to_vec()).collect();
+    let bias = match shape.reach {
+        Some(reach) => Some(bench.typed_input(DType::F32, heads, 2 * reach + 1, 1.0)?),
+        None => None,
+    };
+    let d_out = bench.input(query_rows, inner, 1.0)?;
+    let inputs = Attention {
+        q: q.tensor.view(),
+        k: kv.tensor.view().columns(0..inner),
+        v: kv.tensor.view().columns(inner..2 * inner),
+        queries: &shape.queries,
+        keys: &shape.keys,
+        heads,
+        bias: bias.as_ref().map(|bias| bias.tensor.view()),
+        causal: shape.causal,
+        mask: shape.mask,
+    };
+    let exact = oracle::Attention {
+        q: q.exact.clone(),
+        k: half(0),
+        v: half(1),
+        bias: bias.as_ref().map(|bias| bias.exact.clone()),
+        queries: &shape.queries,
+        keys: &shape.keys,
+        heads,
+        size,
+        causal: shape.causal,
+        mask: shape.mask,
+    };
+    let terms = 4 * size + shape.keys.longest();
+
+    let (mut out, mut logsumexp) =
+        (bench.output(query_rows, inner)?, bench.typed_output(DType::F32, query_rows, heads)?);
+    ops::attention_forward(inputs, out.view_mut(), logsumexp.view_mut())?;
+    let (want_out, want_logsumexp) = exact.forward();
+    bench.compare("attention_forward", &out, &want_out, terms, 1);
+    bench.compare("attention_forward logsumexp", &logsumexp, &want_logsumexp, terms, 0);
+
+    let mut d_q = bench.output(query_rows, inner)?;
+    let mut d_kv = bench.output(key_rows, 2 * inner)?;
+    // Cached keys have gaps, which belong to nobody.
+    d_kv.view_mut().fill_zero();
+    poison_keys(&mut d_kv, &shape.keys);
+    let d_bias = match shape.reach {
+        Some(reach) => Some(bench.typed_input(DType::F32, heads, 2 * reach + 1, 0.1)?),
+        None => None,
+    };
+    let (mut d_bias, old_bias) = match d_bias {
+        Some(Input { tensor, exact }) => (Some(tensor), exact),
+        None => (None, Vec::new()),
+    };
+    let (d_k, d_v) = d_kv.view_mut().split_columns(inner);
+    let d_bias_view = d_bias.as_mut().map(|d_bias| d_bias.view_mut());
+    let gradients = AttentionGradients { d_q: d_q.view_mut(), d_k, d_v, d_bias: d_bias_view };
+    ops::attention_backward(inputs, out.view(), logsumexp.view(), d_out.tensor.view(), gradients)?;
+    let want = exact.backward(&d_out.exact);
+    let terms = 2 * terms + shape.queries.longest();
+    let d_kv_exact: Vec<f64> =
+        want.d_k.chunks(inner).zip(want.d_v.chunks(inner)).flat_map(|(d_k, d_v)| [d_k, d_v].concat()).collect();
+    bench.compare("attention_backward d_q", &d_q, &want.d_q, terms, 1);
+    bench.compare("attention_backward d_k and d_v", &d_kv, &d_kv_exact, terms, 1);
+    if let Some(d_bias) = d_bias {
+        let want = oracle::add(&old_bias, &want.d_bias);
+        bench.compare("attention_backward d_bias", &d_bias, &want, terms * shape.queries.longest(), 0);
+    }
+    Ok(())
+}
+
+fn poison_keys(d_kv: &mut crate::Tensor, keys: &Segments) {
+    let cols = d_kv.cols();
+    for sequence in 0..keys.len() {
+        let range = keys.rows(sequence).start * cols..keys.rows(sequence).end * cols;
+        match d_kv.dtype() {
+            DType::Bf16 => d_kv.as_mut_slice::<half::bf16>()[range].fill(half::bf16::NAN),
+            _ => d_kv.as_mut_slice::<f32>()[range].fill(f32::NAN),
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! Every operation against the float64 oracle, on the device at hand: "does this machine compute right?"
+//!
+//! Inputs are random (seeded) and exact in the type under test, outputs are NaN beforehand, so that what an operation
+//! forgets to write shows. The error of an element is `|got − want| / (|want| + rms(want))`, and the tolerance
+//! `8 · ε₃₂ · √terms`, where `terms` is how many rounded numbers end up in an element (errors of a sum grow like a random
+//! walk; 8 standard deviations), plus `ε` for each time that the type under test rounds on the way, if it is not f32.
+
+mod cases;
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use half::bf16;
+
+use crate::oracle::Random;
+use crate::{DType, Device, Element, Result, Tensor};
+
+/// What an operation did.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    /// The operation, and which of its results.
+    pub op: String,
+    /// Of activations and weights: `"f32"` or `"bf16"`.
+    pub dtype: &'static str,
+    pub shape: String,
+    pub max_error: f64,
+    pub tolerance: f64,
+    pub passed: bool,
+}
+
+/// Runs all cases on `device`.
+pub fn run(device: &Device) -> Result<Vec<Outcome>> {
+    run_with_digest(device).map(|(outcomes, _)| outcomes)
+}
+
+/// As [`run`], with a digest of every bit of every result.
+fn run_with_digest(device: &Device) -> Result<(Vec<Outcome>, u64)> {
+    let (random, shape) = (Random::new(20), String::new());
+    let mut bench =
+        Bench { device, dtype: DType::F32, random, shape, outcomes: Vec::new(), digest: DefaultHasher::new() };
+    for dtype in [DType::F32, DType::Bf16] {
+        bench.dtype = dtype;
+        cases::all(&mut bench)?;
+    }
+    Ok((bench.outcomes, bench.digest.finish()))
+}
+
+/// Where a case gets its tensors and leaves its results.
+struct Bench<'a> {
+    device: &'a Device,
+    dtype: DType,
+    random: Random,
+    shape: String,
+    outcomes: Vec<Outcome>,
+    digest: DefaultHasher,
+}
+
+/// A tensor and the same numbers in f64.
+struct Input {
+    tensor: Tensor,
+    exact: Vec<f64>,
+}
+
+impl Bench<'_> {
+    /// Normal numbers of standard deviation `scale`.
+    fn input(&mut self, rows: usize, cols: usize, scale: f32) -> Result<Input> {
+        self.typed_input(self.dtype, rows, cols, scale)
+    }
+
+    fn typed_input(&mut self, dtype: DType, rows: usize, cols: usize, scale: f32) -> Result<Input> {
+        let values: Vec<f32> = self.random.normals(rows * cols).into_iter().map(|value| value * scale).collect();
+        let tensor = self.upload(dtype, &values, rows, cols)?;
+        let exact = download(&tensor);
+        Ok(Input { tensor, exact })
+    }
+
+    /// A tensor that nobody has written yet.
+    fn output(&self, rows: usize, cols: usize) -> Result<Tensor> {
+        self.typed_output(self.dtype, rows, cols)
+    }
+
+    fn typed_output(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor> {
+        self.upload(dtype, &vec![f32::NAN; rows * cols], rows, cols)
+    }
+
+    fn upload(&self, dtype: DType, values: &[f32], rows: usize, cols: usize) -> Result<Tensor> {
+        match dtype {
+            DType::F32 => self.device.upload(values, rows, cols),
+            DType::Bf16 => {
+                let values: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
+                self.device.upload(&values, rows, cols)
+            }
+            DType::U32 => panic!("random integers are drawn with `ids`"),
+        }
+    }
+
+    fn ids(&mut self, rows: usize, limit: usize) -> Result<(Tensor, Vec<u32>)> {
+        let ids: Vec<u32> = (0..rows).map(|_| self.random.below(limit) as u32).collect();
+        Ok((self.device.upload(&ids, rows, 1)?, ids))
+    }
+
+    /// Compares a result; `roundings` to the type under test were made on the way to it.
+    fn compare(&mut self, op: &str, got: &Tensor, want: &[f64], terms: usize, roundings: usize) {
+        let got = download(got);
+        got.iter().for_each(|value| value.to_bits().hash(&mut self.digest));
+        assert_eq!(got.len(), want.len(), "{op}: elements of the result and of the oracle's");
+        let rms = (want.iter().map(|want| want * want).sum::<f64>() / want.len().max(1) as f64).sqrt();
+        let error = |(got, want): (&f64, &f64)| {
+            let error = (got - want).abs() / (want.abs() + rms + f64::MIN_POSITIVE);
+            if error.is_nan() { f64::INFINITY } else { error }
+        };
+        let max_error = got.iter().zip(want).map(error).fold(0.0, f64::max);
+        let (dtype, epsilon) = match self.dtype {
+            DType::F32 => ("f32", 0.0),
+            _ => ("bf16", f64::from(bf16::EPSILON)),
+        };
+        let tolerance = 8.0 * f64::from(f32::EPSILON) * (terms as f64).sqrt() + roundings as f64 * epsilon;
+        self.outcomes.push(Outcome {
+            op: op.to_owned(),
+            dtype,
+            shape: self.shape.clone(),
+            max_error,
+            tolerance,
+            passed: max_error <= tolerance,
+        });
+    }
+}
+
+fn download(tensor: &Tensor) -> Vec<f64> {
+    fn wide<T: Element + Into<f64>>(tensor: &Tensor) -> Vec<f64> {
+        tensor.as_slice::<T>().iter().map(|&value| value.into()).collect()
+    }
+    match tensor.dtype() {
+        DType::F32 => wide::<f32>(tensor),
+        DType::Bf16 => wide::<bf16>(tensor),
+        DType::U32 => wide::<u32>(tensor),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_operation_agrees_with_the_oracle() {
+        let outcomes = run(&Device::cpu()).unwrap();
+        let failures: Vec<_> = outcomes.iter().filter(|outcome| !outcome.passed).collect();
+        assert!(failures.is_empty(), "{failures:#?}");
+        assert!(outcomes.len() > 100);
+    }
+
+    #[test]
+    fn bits_do_not_depend_on_the_number_of_threads() {
+        let digest = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| run_with_digest(&Device::cpu())).unwrap().1
+        };
+        let alone = digest(1);
+        for threads in [2, 3, 5] {
+            assert_eq!(alone, digest(threads), "{threads} threads");
+        }
+    }
+}

@@ -1,11 +1,8 @@
 //! The `[data]` table of the job file.
 
-use std::path::Path;
-
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::source::{Source, resolve_sources};
 use crate::template::Template;
 
 /// One or several sources: in the job file a string or a list of strings. Each is a path, a glob such as
@@ -143,14 +140,6 @@ impl DataConfig {
     /// The template does not parse.
     pub fn target_template(&self) -> Result<Template> {
         Template::parse(&self.target).map_err(|source| Error::Template { key: "data.target", source })
-    }
-
-    /// The sources of `train`, in order; see [`resolve_sources`].
-    ///
-    /// # Errors
-    /// An entry names nothing that can be read.
-    pub fn train_sources(&self, base: &Path) -> Result<Vec<Source>> {
-        resolve_sources(self.train.entries(), base)
     }
 }
 

@@ -147,31 +147,29 @@ impl Splits {
     }
 }
 
-/// Which examples are held out, given every example's class: in every class those that come first when ordered by a
-/// hash of seed and index.
+/// Which examples are held out, given every example's class (numbered from 0 without gaps): in every class those that
+/// come first when ordered by a hash of seed and index.
 fn held_out(classes: &[usize], fraction: f64, seed: u64) -> Vec<bool> {
     let key = mix(seed ^ SPLIT_SALT);
-    let mut members = BTreeMap::<usize, Vec<usize>>::new();
+    let mut members: Vec<Vec<usize>> = vec![Vec::new(); classes.iter().max().map_or(0, |&last| last + 1)];
     for (index, &class) in classes.iter().enumerate() {
-        members.entry(class).or_default().push(index);
+        members[class].push(index);
+    }
+    for indices in &mut members {
+        indices.sort_by_cached_key(|&index| (mix(key.wrapping_add(index as u64)), index));
+    }
+    let mut counts: Vec<usize> =
+        members.iter().map(|indices| (fraction * indices.len() as f64).round() as usize).collect();
+    // Rounding may leave one side empty; then the largest class gives or keeps one.
+    let largest = (0..members.len()).max_by_key(|&class| members[class].len()).expect("there are examples to split");
+    let total: usize = counts.iter().sum();
+    if total == 0 {
+        counts[largest] += 1;
+    } else if total == classes.len() {
+        counts[largest] -= 1;
     }
     let mut held_out = vec![false; classes.len()];
-    let mut counts = Vec::new();
-    for indices in members.values_mut() {
-        indices.sort_by_key(|&index| (mix(key.wrapping_add(index as u64)), index));
-        counts.push((fraction * indices.len() as f64).round() as usize);
-    }
-    // Rounding may leave one side empty; then the largest class gives or keeps one.
-    let largest = (0..counts.len()).rev().max_by_key(|&class| members.values().nth(class).map(Vec::len));
-    let total: usize = counts.iter().sum();
-    if let Some(largest) = largest {
-        if total == 0 {
-            counts[largest] += 1;
-        } else if total == classes.len() {
-            counts[largest] -= 1;
-        }
-    }
-    for (indices, count) in members.values().zip(counts) {
+    for (indices, count) in members.iter().zip(counts) {
         for &index in &indices[..count] {
             held_out[index] = true;
         }

@@ -5,7 +5,7 @@
 ///
 /// The permutation is a Feistel network over the smallest even number of bits that holds all examples, keyed by seed and
 /// epoch; values beyond the last example walk on along their cycle until they fall inside (Black & Rogaway, "Ciphers
-/// with arbitrary finite domains", 2002), which takes fewer than four rounds trips on average.
+/// with arbitrary finite domains", 2002), which takes fewer than four walks on average, small sets apart.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Order {
     examples: u64,

@@ -61,11 +61,11 @@ impl Template {
         if !text.is_empty() {
             pieces.push(Piece::Text(text));
         }
-        let template_ = Self { pieces };
-        if template_.fields().next().is_none() {
+        let parsed = Self { pieces };
+        if parsed.fields().next().is_none() {
             return Err(error(1, "no field such as {text}"));
         }
-        Ok(template_)
+        Ok(parsed)
     }
 
     /// The names of the fields it reads, in order of appearance.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use quintet_coordinator::ClusterConfig;
+use quintet_coordinator::config::{ClusterConfig, Device};
 use quintet_data::DataConfig;
 use quintet_worker::{EvaluationConfig, ModelSection, TrainingConfig};
 use serde::{Deserialize, Serialize};
@@ -51,14 +51,12 @@ impl Job {
         }
         if let Some(device) = arguments.device {
             job.cluster.device = match device {
-                DeviceChoice::Auto => "auto".to_string(),
-                DeviceChoice::Cpu => "cpu".to_string(),
+                DeviceChoice::Auto => Device::Auto,
+                DeviceChoice::Cpu => Device::Cpu,
             };
         }
-        job.validate().map_err(|failure| Failure {
-            message: format!("{}: {}", path.display(), failure.message),
-            ..failure
-        })?;
+        job.validate()
+            .map_err(|failure| Failure { message: format!("{}: {}", path.display(), failure.message), ..failure })?;
         Ok(job)
     }
 
@@ -75,6 +73,11 @@ impl Job {
     pub(crate) fn conflict(&self, other: &Job) -> Option<String> {
         let (mine, theirs) = (numerics(self), numerics(other));
         difference("", &mine, &theirs)
+    }
+
+    /// Of all that decides the numbers, for checkpoints to carry.
+    pub(crate) fn fingerprint(&self) -> String {
+        blake3::hash(numerics(self).to_string().as_bytes()).to_hex().to_string()
     }
 }
 
@@ -120,9 +123,7 @@ fn describe(path: &Path, text: &str, error: &toml::de::Error) -> Failure {
 fn with_nearest_key(message: &str) -> String {
     let message = message.trim().replace('\n', " ");
     let Some((unknown, expected)) = message.split_once(", expected") else { return message };
-    let quoted = |text: &str| -> Vec<String> {
-        text.split('`').skip(1).step_by(2).map(str::to_string).collect()
-    };
+    let quoted = |text: &str| -> Vec<String> { text.split('`').skip(1).step_by(2).map(str::to_string).collect() };
     let (unknown_names, candidates) = (quoted(unknown), quoted(expected));
     let nearest = unknown_names.first().and_then(|name| {
         let score = |candidate: &String| strsim::jaro_winkler(name, candidate);

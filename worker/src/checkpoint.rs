@@ -118,9 +118,7 @@ pub fn path(directory: &Path, step: u64) -> PathBuf {
 
 /// The digest of parameters: BLAKE3 over their little-endian bytes, in hexadecimal.
 pub fn digest(values: &[f32]) -> String {
-    blake3::hash(bytemuck::cast_slice(values))
-        .to_hex()
-        .to_string()
+    blake3::hash(bytemuck::cast_slice(values)).to_hex().to_string()
 }
 
 /// Writes the checkpoint of a step into `directory` (which is created) and returns its path.
@@ -160,24 +158,15 @@ fn save_with(directory: &Path, snapshot: &Snapshot, create: Create) -> Result<Pa
 fn write_files(path: &Path, snapshot: &Snapshot, create: Create) -> Result<()> {
     fs::create_dir(path).map_err(Error::file("create", path))?;
     let mut files = BTreeMap::new();
-    for (name, tensors) in [
-        (MODEL_FILE, snapshot.model),
-        (OPTIMIZER_FILE, snapshot.optimizer),
-    ] {
-        let record = write_file(&path.join(name), create, |sink| {
-            tensors::write(sink, tensors)
-        })?;
+    for (name, tensors) in [(MODEL_FILE, snapshot.model), (OPTIMIZER_FILE, snapshot.optimizer)] {
+        let record = write_file(&path.join(name), create, |sink| tensors::write(sink, tensors))?;
         files.insert(name.to_owned(), record);
     }
     let progress = snapshot.progress.clone();
-    let state = State {
-        format_version: FORMAT_VERSION,
-        progress,
-        files,
-    };
+    let state = State { format_version: FORMAT_VERSION, progress, files };
     let blake3 = seal(&state);
-    let json = serde_json::to_vec_pretty(&SealedState { state, blake3 })
-        .expect("strings and numbers always have a JSON form");
+    let json =
+        serde_json::to_vec_pretty(&SealedState { state, blake3 }).expect("strings and numbers always have a JSON form");
     write_file(&path.join(STATE_FILE), create, |sink| sink.write_all(&json))?;
     sync_directory(path)
 }
@@ -189,16 +178,9 @@ fn write_file(
 ) -> Result<FileRecord> {
     let write = || {
         let mut sink = create(path)?;
-        let mut hashing = Hashing {
-            sink: &mut *sink,
-            hasher: blake3::Hasher::new(),
-            bytes: 0,
-        };
+        let mut hashing = Hashing { sink: &mut *sink, hasher: blake3::Hasher::new(), bytes: 0 };
         content(&mut hashing)?;
-        let record = FileRecord {
-            bytes: hashing.bytes,
-            blake3: hashing.hasher.finalize().to_hex().to_string(),
-        };
+        let record = FileRecord { bytes: hashing.bytes, blake3: hashing.hasher.finalize().to_hex().to_string() };
         sink.sync()?;
         Ok(record)
     };
@@ -246,12 +228,7 @@ pub fn load(path: &Path) -> Result<Loaded> {
         Ok(file)
     };
     let (model, optimizer) = (open(MODEL_FILE)?, open(OPTIMIZER_FILE)?);
-    Ok(Loaded {
-        path: path.to_owned(),
-        progress: state.progress,
-        model,
-        optimizer,
-    })
+    Ok(Loaded { path: path.to_owned(), progress: state.progress, model, optimizer })
 }
 
 fn load_state(path: &Path) -> Result<State> {
@@ -270,10 +247,7 @@ fn load_state(path: &Path) -> Result<State> {
 }
 
 fn damaged(path: &Path, problem: String) -> Error {
-    Error::Checkpoint {
-        path: path.to_owned(),
-        problem,
-    }
+    Error::Checkpoint { path: path.to_owned(), problem }
 }
 
 /// Opens the newest intact checkpoint in `directory`, which need not exist.
@@ -285,19 +259,13 @@ pub fn latest(directory: &Path) -> Result<Latest> {
     for path in list(directory)?.iter().rev() {
         match load(path) {
             Ok(checkpoint) => {
-                return Ok(Latest {
-                    checkpoint: Some(checkpoint),
-                    skipped,
-                });
+                return Ok(Latest { checkpoint: Some(checkpoint), skipped });
             }
             Err(error) => skipped.push(error),
         }
     }
     if skipped.is_empty() {
-        return Ok(Latest {
-            checkpoint: None,
-            skipped,
-        });
+        return Ok(Latest { checkpoint: None, skipped });
     }
     Err(skipped.swap_remove(0))
 }
@@ -310,9 +278,7 @@ pub fn prune(directory: &Path, keep: usize) -> Result<()> {
     assert!(keep > 0, "the newest checkpoint always stays");
     let checkpoints = list(directory)?;
     let excess = checkpoints.len().saturating_sub(keep);
-    checkpoints[..excess]
-        .iter()
-        .try_for_each(|path| retire(path))
+    checkpoints[..excess].iter().try_for_each(|path| retire(path))
 }
 
 /// Removes what interrupted saves left. To be called before the first save of a process, by
@@ -352,10 +318,7 @@ fn entries(directory: &Path) -> Result<Vec<(String, PathBuf)>> {
 
 /// Removes a checkpoint so that its name is gone before the first of its files is.
 fn retire(path: &Path) -> Result<()> {
-    let name = path
-        .file_name()
-        .expect("a checkpoint has a name")
-        .to_string_lossy();
+    let name = path.file_name().expect("a checkpoint has a name").to_string_lossy();
     let retired = path.with_file_name(format!("{TEMPORARY_PREFIX}retired-{name}"));
     remove_tree(&retired)?;
     fs::rename(path, &retired).map_err(Error::file("rename", path))?;
@@ -371,7 +334,5 @@ fn remove_tree(path: &Path) -> Result<()> {
 
 /// Makes the names in a directory durable.
 fn sync_directory(path: &Path) -> Result<()> {
-    File::open(path)
-        .and_then(|directory| directory.sync_all())
-        .map_err(Error::file("sync", path))
+    File::open(path).and_then(|directory| directory.sync_all()).map_err(Error::file("sync", path))
 }

@@ -33,10 +33,7 @@ impl ModelSection {
     pub fn validate(&self) -> Result<()> {
         match (&self.pretrained, &self.architecture) {
             (Some(_), Some(_)) => {
-                return Err(Error::config(
-                    "model",
-                    "give either pretrained or architecture, not both",
-                ));
+                return Err(Error::config("model", "give either pretrained or architecture, not both"));
             }
             (None, None) => {
                 return Err(Error::config(
@@ -45,20 +42,12 @@ impl ModelSection {
                 ));
             }
             (None, Some(_)) if self.tokenizer.is_none() => {
-                return Err(Error::config(
-                    "model.tokenizer",
-                    "a model with fresh weights needs one, such as \"byt5\"",
-                ));
+                return Err(Error::config("model.tokenizer", "a model with fresh weights needs one, such as \"byt5\""));
             }
             _ => {}
         }
         if let Some(rate) = self.dropout_rate {
-            check(
-                "model.dropout_rate",
-                (0.0..1.0).contains(&rate),
-                rate,
-                "at least 0 and below 1",
-            )?;
+            check("model.dropout_rate", (0.0..1.0).contains(&rate), rate, "at least 0 and below 1")?;
         }
         Ok(())
     }
@@ -84,10 +73,7 @@ pub struct SchedulerKwargs {
 
 impl Default for SchedulerKwargs {
     fn default() -> Self {
-        Self {
-            lr_end: 1e-7,
-            power: 1.0,
-        }
+        Self { lr_end: 1e-7, power: 1.0 }
     }
 }
 
@@ -172,26 +158,13 @@ impl TrainingConfig {
         self.validate_optimizer()?;
         self.validate_schedule()?;
         let smoothing = self.label_smoothing_factor;
-        check(
-            "training.label_smoothing_factor",
-            (0.0..1.0).contains(&smoothing),
-            smoothing,
-            "at least 0 and below 1",
-        )?;
+        check("training.label_smoothing_factor", (0.0..1.0).contains(&smoothing), smoothing, "at least 0 and below 1")?;
         let at_least_one = "at least 1";
-        check(
-            "training.logging_steps",
-            self.logging_steps > 0,
-            self.logging_steps,
-            at_least_one,
-        )?;
+        check("training.logging_steps", self.logging_steps > 0, self.logging_steps, at_least_one)?;
         for (key, value) in [
             ("training.eval_steps", self.eval_steps),
             ("training.save_steps", self.save_steps),
-            (
-                "training.save_total_limit",
-                self.save_total_limit.map(u64::from),
-            ),
+            ("training.save_total_limit", self.save_total_limit.map(u64::from)),
         ] {
             if let Some(value) = value {
                 check(key, value > 0, value, "at least 1; leave it out for none")?;
@@ -202,37 +175,23 @@ impl TrainingConfig {
 
     fn validate_length(&self) -> Result<()> {
         if self.max_steps.is_some() && self.num_train_epochs.is_some() {
-            return Err(Error::config(
-                "training.max_steps",
-                "give either max_steps or num_train_epochs, not both",
-            ));
+            return Err(Error::config("training.max_steps", "give either max_steps or num_train_epochs, not both"));
         }
         if let Some(steps) = self.max_steps {
             check("training.max_steps", steps > 0, steps, "at least 1")?;
         }
         if let Some(epochs) = self.num_train_epochs {
-            check(
-                "training.num_train_epochs",
-                epochs > 0.0 && epochs.is_finite(),
-                epochs,
-                "above 0",
-            )?;
+            check("training.num_train_epochs", epochs > 0.0 && epochs.is_finite(), epochs, "above 0")?;
         }
         Ok(())
     }
 
     fn validate_batch(&self) -> Result<()> {
         let (global, micro) = (self.global_batch_size, self.micro_batch_size());
-        check(
-            "training.global_batch_size",
-            global > 0,
-            global,
-            "at least 1",
-        )?;
+        check("training.global_batch_size", global > 0, global, "at least 1")?;
         check("training.micro_batch_size", micro > 0, micro, "at least 1")?;
         if !global.is_multiple_of(micro) {
-            let problem =
-                format!("{micro} does not divide global_batch_size ({global}); choose a divisor");
+            let problem = format!("{micro} does not divide global_batch_size ({global}); choose a divisor");
             return Err(Error::config("training.micro_batch_size", problem));
         }
         Ok(())
@@ -240,34 +199,15 @@ impl TrainingConfig {
 
     fn validate_optimizer(&self) -> Result<()> {
         let rate = self.learning_rate;
-        check(
-            "training.learning_rate",
-            rate > 0.0 && rate.is_finite(),
-            rate,
-            "above 0",
-        )?;
-        for (key, beta) in [
-            ("training.adam_beta1", self.adam_beta1),
-            ("training.adam_beta2", self.adam_beta2),
-        ] {
-            check(
-                key,
-                (0.0..1.0).contains(&beta),
-                beta,
-                "at least 0 and below 1",
-            )?;
+        check("training.learning_rate", rate > 0.0 && rate.is_finite(), rate, "above 0")?;
+        for (key, beta) in [("training.adam_beta1", self.adam_beta1), ("training.adam_beta2", self.adam_beta2)] {
+            check(key, (0.0..1.0).contains(&beta), beta, "at least 0 and below 1")?;
         }
         let epsilon = self.adam_epsilon;
-        check(
-            "training.adam_epsilon",
-            epsilon > 0.0 && epsilon.is_finite(),
-            epsilon,
-            "above 0",
-        )?;
-        for (key, value) in [
-            ("training.weight_decay", self.weight_decay),
-            ("training.max_grad_norm", self.max_grad_norm),
-        ] {
+        check("training.adam_epsilon", epsilon > 0.0 && epsilon.is_finite(), epsilon, "above 0")?;
+        for (key, value) in
+            [("training.weight_decay", self.weight_decay), ("training.max_grad_norm", self.max_grad_norm)]
+        {
             check(key, value >= 0.0 && value.is_finite(), value, "at least 0")?;
         }
         Ok(())
@@ -291,24 +231,11 @@ impl TrainingConfig {
             return Ok(());
         };
         if self.lr_scheduler_type != SchedulerType::Polynomial {
-            return Err(Error::config(
-                "training.lr_scheduler_kwargs",
-                "only the polynomial schedule has any",
-            ));
+            return Err(Error::config("training.lr_scheduler_kwargs", "only the polynomial schedule has any"));
         }
         let key = "training.lr_scheduler_kwargs.lr_end";
-        check(
-            key,
-            (0.0..self.learning_rate).contains(&lr_end),
-            lr_end,
-            "at least 0 and below learning_rate",
-        )?;
-        check(
-            "training.lr_scheduler_kwargs.power",
-            power > 0.0 && power.is_finite(),
-            power,
-            "above 0",
-        )
+        check(key, (0.0..self.learning_rate).contains(&lr_end), lr_end, "at least 0 and below learning_rate")?;
+        check("training.lr_scheduler_kwargs.power", power > 0.0 && power.is_finite(), power, "above 0")
     }
 
     /// The steps of a training on `examples` examples.
@@ -404,13 +331,7 @@ pub struct EvaluationConfig {
 
 impl Default for EvaluationConfig {
     fn default() -> Self {
-        Self {
-            metrics: vec![Metric::Loss],
-            num_beams: 1,
-            max_new_tokens: 64,
-            max_examples: None,
-            batch_size: 32,
-        }
+        Self { metrics: vec![Metric::Loss], num_beams: 1, max_new_tokens: 64, max_examples: None, batch_size: 32 }
     }
 }
 
@@ -418,36 +339,20 @@ impl EvaluationConfig {
     /// # Errors
     /// A user error that names the key and says what to do.
     pub fn validate(&self) -> Result<()> {
-        for (key, value) in [
-            ("evaluation.max_new_tokens", self.max_new_tokens),
-            ("evaluation.batch_size", self.batch_size),
-        ] {
+        for (key, value) in
+            [("evaluation.max_new_tokens", self.max_new_tokens), ("evaluation.batch_size", self.batch_size)]
+        {
             check(key, value > 0, value, "at least 1")?;
         }
         if let Some(examples) = self.max_examples {
-            check(
-                "evaluation.max_examples",
-                examples > 0,
-                examples,
-                "at least 1; leave it out for all",
-            )?;
+            check("evaluation.max_examples", examples > 0, examples, "at least 1; leave it out for all")?;
         }
         // Beam search comes with the full set of generation options.
-        check(
-            "evaluation.num_beams",
-            self.num_beams == 1,
-            self.num_beams,
-            "1: evaluation searches greedily",
-        )
+        check("evaluation.num_beams", self.num_beams == 1, self.num_beams, "1: evaluation searches greedily")
     }
 }
 
-fn check(
-    key: &'static str,
-    holds: bool,
-    value: impl std::fmt::Display,
-    wanted: &str,
-) -> Result<()> {
+fn check(key: &'static str, holds: bool, value: impl std::fmt::Display, wanted: &str) -> Result<()> {
     if holds {
         return Ok(());
     }
@@ -476,23 +381,13 @@ mod tests {
         assert_eq!(config.micro_batches(), 8);
         assert_eq!(config.length(), TrainingLength::Steps(1000));
         assert_eq!(config.schedule(1000).learning_rate_at(50), 1e-3);
-        let again: TrainingConfig =
-            serde_json::from_value(serde_json::to_value(&config).unwrap()).unwrap();
+        let again: TrainingConfig = serde_json::from_value(serde_json::to_value(&config).unwrap()).unwrap();
         assert_eq!(again, config);
         for name in ["adamw", "adamw_scaled", "adafactor"] {
             training(json!({ "optimizer": name })).validate().unwrap();
         }
-        for name in [
-            "linear",
-            "constant",
-            "constant_with_warmup",
-            "cosine",
-            "inverse_sqrt",
-            "polynomial",
-        ] {
-            training(json!({ "lr_scheduler_type": name }))
-                .validate()
-                .unwrap();
+        for name in ["linear", "constant", "constant_with_warmup", "cosine", "inverse_sqrt", "polynomial"] {
+            training(json!({ "lr_scheduler_type": name })).validate().unwrap();
         }
     }
 
@@ -509,30 +404,12 @@ mod tests {
     fn every_bad_value_names_its_key() {
         for (bad, key) in [
             (json!({ "max_steps": 0 }), "training.max_steps"),
-            (
-                json!({ "max_steps": 1, "num_train_epochs": 1.0 }),
-                "training.max_steps",
-            ),
-            (
-                json!({ "num_train_epochs": 0.0 }),
-                "training.num_train_epochs",
-            ),
-            (
-                json!({ "global_batch_size": 0 }),
-                "training.global_batch_size",
-            ),
-            (
-                json!({ "micro_batch_size": 0 }),
-                "training.micro_batch_size",
-            ),
-            (
-                json!({ "global_batch_size": 8, "micro_batch_size": 3 }),
-                "training.micro_batch_size",
-            ),
-            (
-                json!({ "micro_batch_size": 16 }),
-                "training.micro_batch_size",
-            ),
+            (json!({ "max_steps": 1, "num_train_epochs": 1.0 }), "training.max_steps"),
+            (json!({ "num_train_epochs": 0.0 }), "training.num_train_epochs"),
+            (json!({ "global_batch_size": 0 }), "training.global_batch_size"),
+            (json!({ "micro_batch_size": 0 }), "training.micro_batch_size"),
+            (json!({ "global_batch_size": 8, "micro_batch_size": 3 }), "training.micro_batch_size"),
+            (json!({ "micro_batch_size": 16 }), "training.micro_batch_size"),
             (json!({ "learning_rate": 0.0 }), "training.learning_rate"),
             (json!({ "learning_rate": -1e-3 }), "training.learning_rate"),
             (json!({ "adam_beta1": 1.0 }), "training.adam_beta1"),
@@ -540,29 +417,14 @@ mod tests {
             (json!({ "adam_epsilon": 0.0 }), "training.adam_epsilon"),
             (json!({ "weight_decay": -1.0 }), "training.weight_decay"),
             (json!({ "max_grad_norm": -1.0 }), "training.max_grad_norm"),
-            (
-                json!({ "label_smoothing_factor": 1.0 }),
-                "training.label_smoothing_factor",
-            ),
+            (json!({ "label_smoothing_factor": 1.0 }), "training.label_smoothing_factor"),
             (json!({ "logging_steps": 0 }), "training.logging_steps"),
             (json!({ "eval_steps": 0 }), "training.eval_steps"),
             (json!({ "save_steps": 0 }), "training.save_steps"),
-            (
-                json!({ "save_total_limit": 0 }),
-                "training.save_total_limit",
-            ),
-            (
-                json!({ "max_steps": 5, "warmup_steps": 6 }),
-                "training.warmup_steps",
-            ),
-            (
-                json!({ "lr_scheduler_type": "constant", "warmup_steps": 6 }),
-                "training.warmup_steps",
-            ),
-            (
-                json!({ "lr_scheduler_kwargs": {} }),
-                "training.lr_scheduler_kwargs",
-            ),
+            (json!({ "save_total_limit": 0 }), "training.save_total_limit"),
+            (json!({ "max_steps": 5, "warmup_steps": 6 }), "training.warmup_steps"),
+            (json!({ "lr_scheduler_type": "constant", "warmup_steps": 6 }), "training.warmup_steps"),
+            (json!({ "lr_scheduler_kwargs": {} }), "training.lr_scheduler_kwargs"),
             (
                 json!({ "lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": { "lr_end": 1.0 } }),
                 "training.lr_scheduler_kwargs.lr_end",
@@ -572,14 +434,9 @@ mod tests {
                 "training.lr_scheduler_kwargs.power",
             ),
         ] {
-            let error = training(bad.clone())
-                .validate()
-                .expect_err(&bad.to_string());
+            let error = training(bad.clone()).validate().expect_err(&bad.to_string());
             assert!(error.is_user_error());
-            assert!(
-                error.to_string().starts_with(&format!("{key}: ")),
-                "{bad}: {error}"
-            );
+            assert!(error.to_string().starts_with(&format!("{key}: ")), "{bad}: {error}");
         }
         for (bad, key) in [
             (json!({ "max_new_tokens": 0 }), "evaluation.max_new_tokens"),
@@ -594,15 +451,10 @@ mod tests {
 
     #[test]
     fn unknown_keys_are_refused() {
-        for bad in [
-            json!({ "learning_rat": 1.0 }),
-            json!({ "optimizer": "sgd" }),
-        ] {
+        for bad in [json!({ "learning_rat": 1.0 }), json!({ "optimizer": "sgd" })] {
             assert!(serde_json::from_value::<TrainingConfig>(bad).is_err());
         }
-        assert!(
-            serde_json::from_value::<EvaluationConfig>(json!({ "metrics": ["bleu"] })).is_err()
-        );
+        assert!(serde_json::from_value::<EvaluationConfig>(json!({ "metrics": ["bleu"] })).is_err());
         assert!(serde_json::from_value::<ModelSection>(json!({ "pretrain": "x" })).is_err());
     }
 
@@ -619,18 +471,9 @@ mod tests {
             (json!({}), "model:"),
             (json!({ "pretrained": "x", "architecture": {} }), "model:"),
             (json!({ "architecture": {} }), "model.tokenizer:"),
-            (
-                json!({ "pretrained": "x", "dropout_rate": 1.0 }),
-                "model.dropout_rate:",
-            ),
+            (json!({ "pretrained": "x", "dropout_rate": 1.0 }), "model.dropout_rate:"),
         ] {
-            assert!(
-                model(bad)
-                    .validate()
-                    .unwrap_err()
-                    .to_string()
-                    .starts_with(key)
-            );
+            assert!(model(bad).validate().unwrap_err().to_string().starts_with(key));
         }
     }
 }

@@ -18,28 +18,16 @@ pub enum Error {
 
     /// The operating system refused a file operation (no such file, no permission, disk full).
     #[error("cannot {action} {}: {source}", path.display())]
-    File {
-        action: &'static str,
-        path: PathBuf,
-        source: io::Error,
-    },
+    File { action: &'static str, path: PathBuf, source: io::Error },
 
     #[error("cannot listen on {address}: {source}; choose another address")]
-    Listen {
-        address: SocketAddr,
-        source: io::Error,
-    },
+    Listen { address: SocketAddr, source: io::Error },
 
     /// The mesh of generation `generation` did not come together in time.
     #[error(
         "rank {rank} at {address} did not connect within {seconds:.1} s (generation {generation}); is its port reachable?"
     )]
-    Rendezvous {
-        rank: u32,
-        address: SocketAddr,
-        generation: u64,
-        seconds: f64,
-    },
+    Rendezvous { rank: u32, address: SocketAddr, generation: u64, seconds: f64 },
 
     /// The connection ended: the rank died, or gave up because another one did.
     #[error("lost the connection to rank {rank}: {source}")]
@@ -91,18 +79,11 @@ impl Error {
     /// For `map_err` on a file operation: `File::open(path).map_err(Error::file("open", path))`.
     pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
-        move |source| Self::File {
-            action,
-            path,
-            source,
-        }
+        move |source| Self::File { action, path, source }
     }
 
     /// For `map_err` on a configuration check.
     pub(crate) fn config(key: &'static str, problem: impl Into<String>) -> Self {
-        Self::Config {
-            key,
-            problem: problem.into(),
-        }
+        Self::Config { key, problem: problem.into() }
     }
 }

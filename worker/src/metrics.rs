@@ -95,9 +95,7 @@ mod tests {
 
     fn tally(pairs: &[(&str, &str)]) -> Tally {
         let mut tally = Tally::default();
-        pairs
-            .iter()
-            .for_each(|(prediction, target)| tally.add(prediction, target));
+        pairs.iter().for_each(|(prediction, target)| tally.add(prediction, target));
         tally
     }
 
@@ -119,12 +117,8 @@ mod tests {
 
     #[test]
     fn rates() {
-        let pairs = [
-            ("HH AH L OW", "HH AH L OW"),
-            ("W ER L", "W ER L D"),
-            ("K AE T S", "K AE T"),
-            (" D AO G", "D AO G"),
-        ];
+        let pairs =
+            [("HH AH L OW", "HH AH L OW"), ("W ER L", "W ER L D"), ("K AE T S", "K AE T"), (" D AO G", "D AO G")];
         let whole = tally(&pairs);
         assert_eq!(whole.exact_match(), 0.25);
         assert_eq!(whole.phoneme_error_rate(), 2.0 / 14.0);
@@ -137,13 +131,6 @@ mod tests {
     #[test]
     fn nothing_to_score_is_not_a_nan() {
         let none = Tally::default();
-        assert_eq!(
-            (
-                none.exact_match(),
-                none.phoneme_error_rate(),
-                none.word_error_rate()
-            ),
-            (0.0, 0.0, 0.0)
-        );
+        assert_eq!((none.exact_match(), none.phoneme_error_rate(), none.word_error_rate()), (0.0, 0.0, 0.0));
     }
 }

@@ -19,10 +19,10 @@ use quintet_proto::v1::{Ready, Saved, StepDone, StepFailed, Stop};
 
 use crate::checkpoint::{self, Progress, Snapshot};
 use crate::collective::{Collective, Interrupter, Listener, Membership, Mesh, TreeSum};
+use crate::config::{EvaluationConfig, ModelSection, TrainingConfig};
 use crate::evaluation::{self, BatchEvaluation, EvaluationTask};
 use crate::output;
 use crate::replica::{self, Replica};
-use crate::config::{EvaluationConfig, ModelSection, TrainingConfig};
 use crate::session::{Command, Report, Session};
 use crate::{Error, Result};
 
@@ -65,7 +65,7 @@ const TOKENIZER_THREADS: usize = 1;
 ///
 /// # Errors
 /// What keeps this worker from going on; the coordinator has been told.
-pub fn run(session: &mut Session, job: RankJob) -> Result<(u8, String)> {
+pub fn run(session: &Session, job: RankJob) -> Result<(u8, String)> {
     let outcome = Rank::prepare(session, job).and_then(|mut rank| rank.serve(session));
     if let Err(error) = &outcome {
         let exit_code = if error.is_user_error() { 2 } else { 1 };
@@ -114,7 +114,7 @@ enum Attempt {
 }
 
 impl Rank {
-    fn prepare(session: &mut Session, job: RankJob) -> Result<Self> {
+    fn prepare(session: &Session, job: RankJob) -> Result<Self> {
         let tokenizer = Arc::new(Tokenizer::from_json(&job.tokenizer_json)?);
         let splits = Splits::load(&job.data, &job.base_dir, job.training.seed)?;
         let fingerprint = splits.fingerprint();
@@ -157,7 +157,7 @@ impl Rank {
     }
 
     /// Obeys commands until the last.
-    fn serve(&mut self, session: &mut Session) -> Result<(u8, String)> {
+    fn serve(&mut self, session: &Session) -> Result<(u8, String)> {
         let mut place: Option<Place> = None;
         loop {
             let due = match session.recv()? {
@@ -234,13 +234,7 @@ impl Rank {
     }
 
     /// What is due on the committed weights, then the next step.
-    fn act(
-        &mut self,
-        session: &Session,
-        place: &mut Place,
-        actions: Actions,
-        lease: Option<Lease>,
-    ) -> Result<()> {
+    fn act(&mut self, session: &Session, place: &mut Place, actions: Actions, lease: Option<Lease>) -> Result<()> {
         let step = self.replica.step();
         if let Some(lease) = &lease {
             // Tokenization of the next step runs while the actions do.
@@ -266,11 +260,9 @@ impl Rank {
         let Some(lease) = lease else { return Ok(()) };
         let report = match self.attempt(place, &lease)? {
             Attempt::Done(done) => Report::StepDone(done),
-            Attempt::Poisoned(what) => Report::NotFinite(NotFinite {
-                generation: place.generation,
-                step: lease.step,
-                what,
-            }),
+            Attempt::Poisoned(what) => {
+                Report::NotFinite(NotFinite { generation: place.generation, step: lease.step, what })
+            }
         };
         Ok(session.send(report)?)
     }
@@ -324,12 +316,7 @@ impl Rank {
     }
 
     /// Target tokens of the whole step, over all ranks.
-    fn global_target_tokens(
-        &self,
-        place: &mut Place,
-        step: u64,
-        reports: &[MicroBatch],
-    ) -> Result<u64> {
+    fn global_target_tokens(&self, place: &mut Place, step: u64, reports: &[MicroBatch]) -> Result<u64> {
         let mine: u64 = reports.iter().map(|report| report.target_tokens).sum();
         let all = place.collective.all_gather_bytes(step, &mine.to_le_bytes())?;
         let counts = all.iter().map(|bytes| bytes.as_slice().try_into().map_or(0, u64::from_le_bytes));
@@ -404,8 +391,10 @@ impl Rank {
         let Some(shares) = place.collective.gather_bytes(step, 0, &bytes)? else { return Ok(()) };
         let mut batches: Vec<BatchEvaluation> = Vec::new();
         for (rank, bytes) in (0..).zip(shares) {
-            let share: Vec<BatchEvaluation> = serde_json::from_slice(&bytes)
-                .map_err(|error| Error::Protocol { rank, problem: format!("its evaluation does not parse: {error}") })?;
+            let share: Vec<BatchEvaluation> = serde_json::from_slice(&bytes).map_err(|error| Error::Protocol {
+                rank,
+                problem: format!("its evaluation does not parse: {error}"),
+            })?;
             batches.extend(share);
         }
         let evaluation = task.summarize(batches);

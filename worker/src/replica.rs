@@ -52,8 +52,8 @@ pub fn fresh_config(section: &ModelSection, tokenizer: &Tokenizer) -> Result<Con
     keys.entry("pad_token_id").or_insert(tokenizer.pad_id().into());
     keys.entry("eos_token_id").or_insert(tokenizer.eos_id().into());
     keys.entry("decoder_start_token_id").or_insert(tokenizer.pad_id().into());
-    let config: Config = serde_json::from_value(keys.into())
-        .map_err(|error| Error::config("model.architecture", error.to_string()))?;
+    let config: Config =
+        serde_json::from_value(keys.into()).map_err(|error| Error::config("model.architecture", error.to_string()))?;
     if let Some(key) = config.extra.keys().next() {
         let known = serde_json::to_value(Config::default()).unwrap_or_default();
         let known: Vec<&String> = known.as_object().into_iter().flat_map(|known| known.keys()).collect();

@@ -64,8 +64,7 @@ impl Schedule {
             Polynomial if step > self.total_steps => self.lr_end / self.learning_rate,
             Polynomial => {
                 let remaining = 1.0 - (step - warmup) as f64 / decay_steps;
-                let rate =
-                    (self.learning_rate - self.lr_end) * remaining.powf(self.power) + self.lr_end;
+                let rate = (self.learning_rate - self.lr_end) * remaining.powf(self.power) + self.lr_end;
                 rate / self.learning_rate
             }
         }
@@ -77,25 +76,14 @@ mod tests {
     use super::*;
 
     fn schedule(kind: SchedulerType, warmup_steps: u64, total_steps: u64) -> Schedule {
-        Schedule {
-            kind,
-            learning_rate: 1e-3,
-            warmup_steps,
-            total_steps,
-            lr_end: 1e-7,
-            power: 1.0,
-        }
+        Schedule { kind, learning_rate: 1e-3, warmup_steps, total_steps, lr_end: 1e-7, power: 1.0 }
     }
 
     #[track_caller]
     fn check(schedule: Schedule, expected: &[(u64, f64)]) {
         for &(step, value) in expected {
             let got = schedule.multiplier(step);
-            assert!(
-                (got - value).abs() < 1e-12,
-                "{:?} at {step}: {got}, not {value}",
-                schedule.kind
-            );
+            assert!((got - value).abs() < 1e-12, "{:?} at {step}: {got}, not {value}", schedule.kind);
         }
     }
 
@@ -104,86 +92,39 @@ mod tests {
         use SchedulerType::*;
         check(
             schedule(Linear, 4, 12),
-            &[
-                (0, 0.0),
-                (1, 0.25),
-                (3, 0.75),
-                (4, 1.0),
-                (6, 0.75),
-                (11, 0.125),
-                (12, 0.0),
-                (99, 0.0),
-            ],
+            &[(0, 0.0), (1, 0.25), (3, 0.75), (4, 1.0), (6, 0.75), (11, 0.125), (12, 0.0), (99, 0.0)],
         );
         check(schedule(Linear, 0, 4), &[(0, 1.0), (1, 0.75), (3, 0.25)]);
         check(schedule(Constant, 4, 12), &[(0, 1.0), (50, 1.0)]);
-        check(
-            schedule(ConstantWithWarmup, 4, 12),
-            &[(0, 0.0), (2, 0.5), (4, 1.0), (50, 1.0)],
-        );
+        check(schedule(ConstantWithWarmup, 4, 12), &[(0, 0.0), (2, 0.5), (4, 1.0), (50, 1.0)]);
         let half_sqrt3 = 0.866_025_403_784_438_6;
         check(
             schedule(Cosine, 2, 14),
-            &[
-                (0, 0.0),
-                (1, 0.5),
-                (2, 1.0),
-                (4, 0.5 + 0.5 * half_sqrt3),
-                (8, 0.5),
-                (10, 0.25),
-                (14, 0.0),
-            ],
+            &[(0, 0.0), (1, 0.5), (2, 1.0), (4, 0.5 + 0.5 * half_sqrt3), (8, 0.5), (10, 0.25), (14, 0.0)],
         );
-        check(
-            schedule(InverseSqrt, 4, 99),
-            &[(0, 0.0), (3, 0.75), (4, 1.0), (16, 0.5), (64, 0.25)],
-        );
+        check(schedule(InverseSqrt, 4, 99), &[(0, 0.0), (3, 0.75), (4, 1.0), (16, 0.5), (64, 0.25)]);
         check(schedule(InverseSqrt, 0, 99), &[(0, 1.0), (30_000, 0.5)]);
         let end = 1e-4;
         check(
             schedule(Polynomial, 2, 10),
-            &[
-                (0, 0.0),
-                (1, 0.5),
-                (2, 1.0),
-                (6, 0.5 * (1.0 - end) + end),
-                (10, end),
-                (11, end),
-            ],
+            &[(0, 0.0), (1, 0.5), (2, 1.0), (6, 0.5 * (1.0 - end) + end), (10, end), (11, end)],
         );
-        let squared = Schedule {
-            power: 2.0,
-            lr_end: 0.0,
-            ..schedule(Polynomial, 0, 4)
-        };
+        let squared = Schedule { power: 2.0, lr_end: 0.0, ..schedule(Polynomial, 0, 4) };
         check(squared, &[(0, 1.0), (1, 0.5625), (2, 0.25), (4, 0.0)]);
     }
 
     #[test]
     fn a_training_shorter_than_its_warmup_stays_finite() {
         use SchedulerType::*;
-        for kind in [
-            Linear,
-            Constant,
-            ConstantWithWarmup,
-            Cosine,
-            InverseSqrt,
-            Polynomial,
-        ] {
+        for kind in [Linear, Constant, ConstantWithWarmup, Cosine, InverseSqrt, Polynomial] {
             for step in 0..20 {
-                assert!(
-                    schedule(kind, 10, 5).multiplier(step).is_finite(),
-                    "{kind:?} at {step}"
-                );
+                assert!(schedule(kind, 10, 5).multiplier(step).is_finite(), "{kind:?} at {step}");
             }
         }
     }
 
     #[test]
     fn the_rate_is_the_multiple_of_the_peak() {
-        assert_eq!(
-            schedule(SchedulerType::Linear, 4, 12).learning_rate_at(8),
-            0.5e-3
-        );
+        assert_eq!(schedule(SchedulerType::Linear, 4, 12).learning_rate_at(8), 0.5e-3);
     }
 }

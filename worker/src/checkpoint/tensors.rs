@@ -25,33 +25,19 @@ pub(super) fn write(sink: &mut dyn Write, tensors: &[NamedTensor]) -> io::Result
     let mut header = Map::new();
     header.insert("__metadata__".to_owned(), json!({ "format": "pt" }));
     let mut end = 0;
-    for NamedTensor {
-        name,
-        shape,
-        values,
-    } in tensors
-    {
-        assert_eq!(
-            shape.iter().product::<usize>(),
-            values.len(),
-            "{name}'s shape"
-        );
+    for NamedTensor { name, shape, values } in tensors {
+        assert_eq!(shape.iter().product::<usize>(), values.len(), "{name}'s shape");
         let begin = end;
         end += size_of_val(*values);
         let entry = json!({ "dtype": "F32", "shape": shape, "data_offsets": [begin, end] });
-        assert!(
-            header.insert(name.clone(), entry).is_none(),
-            "two tensors are called {name}"
-        );
+        assert!(header.insert(name.clone(), entry).is_none(), "two tensors are called {name}");
     }
     let mut header = Value::Object(header).to_string();
     // Data that begins at a multiple of 8 can be mapped and used in place.
     header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
     sink.write_all(&(header.len() as u64).to_le_bytes())?;
     sink.write_all(header.as_bytes())?;
-    tensors
-        .iter()
-        .try_for_each(|tensor| sink.write_all(bytemuck::cast_slice(tensor.values)))
+    tensors.iter().try_for_each(|tensor| sink.write_all(bytemuck::cast_slice(tensor.values)))
 }
 
 /// An open safetensors file of a checkpoint.
@@ -74,24 +60,16 @@ impl TensorFile {
             unsafe { Mmap::map(&file) }
         };
         let map = open().map_err(|e| damaged(path, format!("cannot be read: {e}")))?;
-        let (header_bytes, metadata) = SafeTensors::read_metadata(&map)
-            .map_err(|e| damaged(path, format!("is no safetensors file: {e}")))?;
-        Ok(Self {
-            path: path.to_owned(),
-            map,
-            metadata,
-            data_start: 8 + header_bytes,
-        })
+        let (header_bytes, metadata) =
+            SafeTensors::read_metadata(&map).map_err(|e| damaged(path, format!("is no safetensors file: {e}")))?;
+        Ok(Self { path: path.to_owned(), map, metadata, data_start: 8 + header_bytes })
     }
 
     /// Checks length and BLAKE3 digest of the whole file.
     pub(super) fn verify(&self, bytes: u64, blake3: &str) -> Result<()> {
         let length = self.map.len() as u64;
         if length != bytes {
-            return Err(damaged(
-                &self.path,
-                format!("has {length} bytes instead of {bytes}"),
-            ));
+            return Err(damaged(&self.path, format!("has {length} bytes instead of {bytes}")));
         }
         if blake3::hash(&self.map).to_hex().as_str() != blake3 {
             return Err(damaged(&self.path, "does not match its digest".to_owned()));
@@ -109,19 +87,12 @@ impl TensorFile {
     /// # Errors
     /// [`Error::Checkpoint`](crate::Error::Checkpoint) names file and tensor.
     pub fn read(&self, name: &str, shape: &[usize], values: &mut [f32]) -> Result<()> {
-        assert_eq!(
-            shape.iter().product::<usize>(),
-            values.len(),
-            "{name}'s shape"
-        );
+        assert_eq!(shape.iter().product::<usize>(), values.len(), "{name}'s shape");
         let Some(info) = self.metadata.info(name) else {
             return Err(damaged(&self.path, format!("has no tensor {name}")));
         };
         if info.dtype != Dtype::F32 || info.shape != shape {
-            let problem = format!(
-                "tensor {name} is {:?} {:?} instead of F32 {shape:?}",
-                info.dtype, info.shape
-            );
+            let problem = format!("tensor {name} is {:?} {:?} instead of F32 {shape:?}", info.dtype, info.shape);
             return Err(damaged(&self.path, problem));
         }
         let (begin, end) = info.data_offsets;

@@ -19,49 +19,24 @@ fn progress(step: u64) -> Progress {
 /// Calls `body` with a snapshot of `step`, whose second moments are `moments`.
 fn with_snapshot<T>(step: u64, moments: &[f32], body: impl FnOnce(&Snapshot) -> T) -> T {
     let model = [
-        NamedTensor {
-            name: "shared.weight".to_owned(),
-            shape: vec![2, 2],
-            values: &MODEL[..4],
-        },
-        NamedTensor {
-            name: "norm.weight".to_owned(),
-            shape: vec![2],
-            values: &MODEL[4..],
-        },
+        NamedTensor { name: "shared.weight".to_owned(), shape: vec![2, 2], values: &MODEL[..4] },
+        NamedTensor { name: "norm.weight".to_owned(), shape: vec![2], values: &MODEL[4..] },
     ];
-    let optimizer = [NamedTensor {
-        name: "shared.weight.exp_avg_sq".to_owned(),
-        shape: vec![moments.len()],
-        values: moments,
-    }];
-    body(&Snapshot {
-        progress: progress(step),
-        model: &model,
-        optimizer: &optimizer,
-    })
+    let optimizer =
+        [NamedTensor { name: "shared.weight.exp_avg_sq".to_owned(), shape: vec![moments.len()], values: moments }];
+    body(&Snapshot { progress: progress(step), model: &model, optimizer: &optimizer })
 }
 
 fn save_step(directory: &Path, step: u64) -> PathBuf {
-    with_snapshot(step, &[step as f32; 1000], |snapshot| {
-        save(directory, snapshot)
-    })
-    .unwrap()
+    with_snapshot(step, &[step as f32; 1000], |snapshot| save(directory, snapshot)).unwrap()
 }
 
 fn latest_step(directory: &Path) -> Option<u64> {
-    latest(directory)
-        .unwrap()
-        .checkpoint
-        .map(|c| c.progress.step)
+    latest(directory).unwrap().checkpoint.map(|c| c.progress.step)
 }
 
 fn names(directory: &Path) -> Vec<String> {
-    let mut names: Vec<String> = entries(directory)
-        .unwrap()
-        .into_iter()
-        .map(|e| e.0)
-        .collect();
+    let mut names: Vec<String> = entries(directory).unwrap().into_iter().map(|e| e.0).collect();
     names.sort();
     names
 }
@@ -96,12 +71,7 @@ impl Sink for Limited {
 
 fn limited(bytes: usize) -> impl Fn(&Path) -> io::Result<Box<dyn Sink>> {
     let left = Rc::new(Cell::new(bytes));
-    move |path| {
-        Ok(Box::new(Limited {
-            file: File::create_new(path)?,
-            left: left.clone(),
-        }))
-    }
+    move |path| Ok(Box::new(Limited { file: File::create_new(path)?, left: left.clone() }))
 }
 
 #[test]
@@ -114,45 +84,25 @@ fn what_is_saved_is_loaded() {
     assert_eq!(loaded.progress, progress(200));
     assert_eq!(loaded.model.names(), ["shared.weight", "norm.weight"]);
     let mut shared = [0.0; 4];
-    loaded
-        .model
-        .read("shared.weight", &[2, 2], &mut shared)
-        .unwrap();
+    loaded.model.read("shared.weight", &[2, 2], &mut shared).unwrap();
     assert_eq!(shared, MODEL[..4]);
     let mut norm = [1.0; 2];
     loaded.model.read("norm.weight", &[2], &mut norm).unwrap();
     assert_eq!(norm.map(f32::to_bits), [0, 1 << 31]);
     let mut moments = [0.0; 1000];
-    loaded
-        .optimizer
-        .read("shared.weight.exp_avg_sq", &[1000], &mut moments)
-        .unwrap();
+    loaded.optimizer.read("shared.weight.exp_avg_sq", &[1000], &mut moments).unwrap();
     assert_eq!(moments, [200.0; 1000]);
 
-    let wrong_shape = loaded
-        .model
-        .read("shared.weight", &[4], &mut shared)
-        .unwrap_err()
-        .to_string();
-    assert!(
-        wrong_shape.contains("model.safetensors") && wrong_shape.contains("shared.weight"),
-        "{wrong_shape}"
-    );
-    let missing = loaded
-        .model
-        .read("lm_head.weight", &[4], &mut shared)
-        .unwrap_err();
+    let wrong_shape = loaded.model.read("shared.weight", &[4], &mut shared).unwrap_err().to_string();
+    assert!(wrong_shape.contains("model.safetensors") && wrong_shape.contains("shared.weight"), "{wrong_shape}");
+    let missing = loaded.model.read("lm_head.weight", &[4], &mut shared).unwrap_err();
     assert!(missing.is_user_error() && missing.to_string().contains("lm_head.weight"));
 }
 
 #[test]
 fn the_tensors_are_a_safetensors_file() {
     let mut bytes = Vec::new();
-    let tensor = NamedTensor {
-        name: "a".to_owned(),
-        shape: vec![3, 2],
-        values: &MODEL,
-    };
+    let tensor = NamedTensor { name: "a".to_owned(), shape: vec![3, 2], values: &MODEL };
     tensors::write(&mut bytes, &[tensor]).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let a = file.tensor("a").unwrap();
@@ -180,20 +130,14 @@ fn a_save_that_stops_anywhere_loses_nothing() {
         }
         bytes
     });
-    for bytes in [0, 1, 7, 8, 100, whole / 2, whole - 1]
-        .into_iter()
-        .chain((200..whole).step_by(397))
-    {
+    for bytes in [0, 1, 7, 8, 100, whole / 2, whole - 1].into_iter().chain((200..whole).step_by(397)) {
         let directory = tempfile::tempdir().unwrap();
         let directory = directory.path();
         save_step(directory, 1);
         with_snapshot(2, &[0.5; 1000], |snapshot| {
             // A full disk: an error that says so, and nothing left behind.
             let error = save_with(directory, snapshot, &limited(bytes)).unwrap_err();
-            assert!(
-                matches!(error, Error::File { .. }) && !error.is_user_error(),
-                "{error}"
-            );
+            assert!(matches!(error, Error::File { .. }) && !error.is_user_error(), "{error}");
             assert_eq!(names(directory), ["step-00000001"]);
             // A kill: the partial directory stays, and is in nobody's way.
             let partial = directory.join(".tmp-step-00000002");
@@ -213,11 +157,7 @@ fn a_save_succeeds_over_leftovers() {
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
     fs::create_dir(directory.join(".tmp-step-00000003")).unwrap();
-    fs::write(
-        directory.join(".tmp-step-00000003/model.safetensors"),
-        "half",
-    )
-    .unwrap();
+    fs::write(directory.join(".tmp-step-00000003/model.safetensors"), "half").unwrap();
     save_step(directory, 3);
     assert_eq!(names(directory), ["step-00000003"]);
 }
@@ -240,14 +180,8 @@ fn every_flipped_byte_is_noticed() {
             flipped[at] ^= 1;
             fs::write(&path, &flipped).unwrap();
             let found = latest(directory).unwrap();
-            assert_eq!(
-                found.checkpoint.unwrap().progress.step,
-                1,
-                "{file} byte {at}"
-            );
-            let [warning] = &found.skipped[..] else {
-                panic!("one warning")
-            };
+            assert_eq!(found.checkpoint.unwrap().progress.step, 1, "{file} byte {at}");
+            let [warning] = &found.skipped[..] else { panic!("one warning") };
             assert!(warning.to_string().contains(file), "{warning}");
         }
         for length in [0, 5, intact.len() - 1] {
@@ -267,28 +201,16 @@ fn only_damaged_checkpoints_are_an_error() {
     let path = save_step(directory.path(), 2);
     fs::remove_file(path.join(STATE_FILE)).unwrap();
     let error = latest(directory.path()).unwrap_err();
-    assert!(
-        error.is_user_error() && error.to_string().contains(STATE_FILE),
-        "{error}"
-    );
+    assert!(error.is_user_error() && error.to_string().contains(STATE_FILE), "{error}");
 }
 
 #[test]
 fn saving_a_step_again_repairs_it_and_keeps_an_intact_one() {
     let directory = tempfile::tempdir().unwrap();
     let path = save_step(directory.path(), 2);
-    let written = fs::metadata(path.join(MODEL_FILE))
-        .unwrap()
-        .modified()
-        .unwrap();
+    let written = fs::metadata(path.join(MODEL_FILE)).unwrap().modified().unwrap();
     save_step(directory.path(), 2);
-    assert_eq!(
-        fs::metadata(path.join(MODEL_FILE))
-            .unwrap()
-            .modified()
-            .unwrap(),
-        written
-    );
+    assert_eq!(fs::metadata(path.join(MODEL_FILE)).unwrap().modified().unwrap(), written);
     fs::write(path.join(MODEL_FILE), "damaged").unwrap();
     save_step(directory.path(), 2);
     assert_eq!(latest_step(directory.path()), Some(2));
@@ -304,10 +226,7 @@ fn pruning_keeps_the_newest() {
     }
     fs::write(directory.join("notes.txt"), "not ours").unwrap();
     prune(directory, 2).unwrap();
-    assert_eq!(
-        names(directory),
-        ["notes.txt", "step-00000200", "step-100000000"]
-    );
+    assert_eq!(names(directory), ["notes.txt", "step-00000200", "step-100000000"]);
     prune(directory, 2).unwrap();
     assert_eq!(latest_step(directory), Some(100_000_000));
 }

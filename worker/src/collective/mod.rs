@@ -68,21 +68,11 @@ impl Collective {
         assert_eq!(ranges.len(), self.world_size() as usize, "one range a rank");
         match self {
             Self::Local => {
-                assert!(
-                    sum.is_complete(),
-                    "micro-batches of {:?} are missing",
-                    sum.range()
-                );
-                let whole = Node {
-                    first: 0,
-                    end: sum.leaves(),
-                };
+                assert!(sum.is_complete(), "micro-batches of {:?} are missing", sum.range());
+                let whole = Node { first: 0, end: sum.leaves() };
                 let mut nodes = sum.nodes();
                 let (node, total) = nodes.next().expect("a step has micro-batches");
-                assert!(
-                    node == whole && nodes.len() == 0,
-                    "one rank computes the whole step"
-                );
+                assert!(node == whole && nodes.len() == 0, "one rank computes the whole step");
                 output.copy_from_slice(total);
                 Ok(())
             }
@@ -92,17 +82,8 @@ impl Collective {
 
     /// Brings every rank's `bytes` (at most [`GATHER_BYTES_MAX`]) to `root`, by rank; the
     /// others get `None` and do not wait for it.
-    pub fn gather_bytes(
-        &mut self,
-        step: u64,
-        root: u32,
-        bytes: &[u8],
-    ) -> Result<Option<Vec<Vec<u8>>>> {
-        assert!(
-            root < self.world_size(),
-            "root {root} of {}",
-            self.world_size()
-        );
+    pub fn gather_bytes(&mut self, step: u64, root: u32, bytes: &[u8]) -> Result<Option<Vec<Vec<u8>>>> {
+        assert!(root < self.world_size(), "root {root} of {}", self.world_size());
         match self {
             Self::Local => Ok(Some(vec![bytes.to_vec()])),
             Self::Tcp(mesh) => mesh.gather_bytes(step, root, bytes),

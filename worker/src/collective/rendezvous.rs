@@ -89,24 +89,14 @@ impl Interrupter {
 
     /// Shuts every connection, which releases the threads blocked on them.
     pub(super) fn shut_sockets(&self) {
-        for socket in self
-            .state
-            .sockets
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .iter()
-        {
+        for socket in self.state.sockets.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             // An error means that the connection is already gone, which is what is wanted.
             let _ = socket.shutdown(std::net::Shutdown::Both);
         }
     }
 
     fn watch(&self, sockets: Vec<TcpStream>) {
-        *self
-            .state
-            .sockets
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = sockets;
+        *self.state.sockets.lock().unwrap_or_else(PoisonError::into_inner) = sockets;
         // An interrupt between its flag and this registration found no sockets to shut.
         if self.is_interrupted() {
             self.shut_sockets();
@@ -126,19 +116,10 @@ pub(super) fn connect(
     silence_limit: Duration,
     interrupter: Interrupter,
 ) -> Result<Mesh> {
-    let Membership {
-        rank,
-        members,
-        generation,
-        ..
-    } = membership;
+    let Membership { rank, members, generation, .. } = membership;
     let world = members.len();
     for peer in 0..world as u32 {
-        assert_eq!(
-            members.iter().filter(|m| m.0 == peer).count(),
-            1,
-            "rank {peer} in {members:?}"
-        );
+        assert_eq!(members.iter().filter(|m| m.0 == peer).count(), 1, "rank {peer} in {members:?}");
     }
     assert!((rank as usize) < world, "rank {rank} of {world}");
 
@@ -160,12 +141,7 @@ pub(super) fn connect(
             None => {
                 let address = address_of(peer, members);
                 let seconds = began.elapsed().as_secs_f64();
-                return Err(Error::Rendezvous {
-                    rank: peer,
-                    address,
-                    generation,
-                    seconds,
-                });
+                return Err(Error::Rendezvous { rank: peer, address, generation, seconds });
             }
         }
     }
@@ -174,11 +150,7 @@ pub(super) fn connect(
 }
 
 fn address_of(rank: u32, members: &[(u32, SocketAddr)]) -> SocketAddr {
-    members
-        .iter()
-        .find(|m| m.0 == rank)
-        .expect("checked on entry: every rank is a member")
-        .1
+    members.iter().find(|m| m.0 == rank).expect("checked on entry: every rank is a member").1
 }
 
 /// Dials the lower ranks and accepts the higher ones until all are there, the deadline
@@ -328,9 +300,7 @@ fn read_before(
             Err(e)
                 if matches!(
                     e.kind(),
-                    io::ErrorKind::WouldBlock
-                        | io::ErrorKind::TimedOut
-                        | io::ErrorKind::Interrupted
+                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted
                 ) => {}
             Err(e) => return Err(e),
         }

@@ -46,32 +46,12 @@ impl Link {
     pub(super) fn new(peer: u32, stream: TcpStream, silence_limit: Duration) -> io::Result<Self> {
         stream.set_read_timeout(Some(silence_limit))?;
         stream.set_write_timeout(Some(silence_limit))?;
-        Ok(Self {
-            peer,
-            reader: stream.try_clone()?,
-            writer: stream,
-            silence_limit,
-        })
+        Ok(Self { peer, reader: stream.try_clone()?, writer: stream, silence_limit })
     }
 
     fn halves(&mut self) -> (Half<'_>, Half<'_>) {
-        let Self {
-            peer,
-            silence_limit,
-            ..
-        } = *self;
-        (
-            Half {
-                peer,
-                silence_limit,
-                stream: &mut self.reader,
-            },
-            Half {
-                peer,
-                silence_limit,
-                stream: &mut self.writer,
-            },
-        )
+        let Self { peer, silence_limit, .. } = *self;
+        (Half { peer, silence_limit, stream: &mut self.reader }, Half { peer, silence_limit, stream: &mut self.writer })
     }
 }
 
@@ -84,27 +64,19 @@ struct Half<'a> {
 
 impl Half<'_> {
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.stream
-            .write_all(bytes)
-            .map_err(|source| self.error(source))
+        self.stream.write_all(bytes).map_err(|source| self.error(source))
     }
 
     fn read(&mut self, bytes: &mut [u8]) -> Result<()> {
-        self.stream
-            .read_exact(bytes)
-            .map_err(|source| self.error(source))
+        self.stream.read_exact(bytes).map_err(|source| self.error(source))
     }
 
     fn error(&self, source: io::Error) -> Error {
         match source.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Error::PeerSilent {
-                rank: self.peer,
-                seconds: self.silence_limit.as_secs_f64(),
-            },
-            _ => Error::PeerLost {
-                rank: self.peer,
-                source,
-            },
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                Error::PeerSilent { rank: self.peer, seconds: self.silence_limit.as_secs_f64() }
+            }
+            _ => Error::PeerLost { rank: self.peer, source },
         }
     }
 
@@ -119,15 +91,8 @@ impl Half<'_> {
         self.read(&mut bytes)?;
         let (wanted, split) = (expected.encode(), HEADER_BYTES - 8);
         if bytes[..split] != wanted[..split] {
-            let problem = format!(
-                "frame header {:02x?} where {:02x?} was due",
-                &bytes[..split],
-                &wanted[..split]
-            );
-            return Err(Error::Protocol {
-                rank: self.peer,
-                problem,
-            });
+            let problem = format!("frame header {:02x?} where {:02x?} was due", &bytes[..split], &wanted[..split]);
+            return Err(Error::Protocol { rank: self.peer, problem });
         }
         let mut length = [0; 8];
         length.copy_from_slice(&bytes[split..]);
@@ -138,14 +103,8 @@ impl Half<'_> {
     fn expect_header(&mut self, expected: Header) -> Result<()> {
         let length = self.read_header(expected)?;
         if length != expected.length {
-            let problem = format!(
-                "a frame of {length} bytes where {} were due",
-                expected.length
-            );
-            return Err(Error::Protocol {
-                rank: self.peer,
-                problem,
-            });
+            let problem = format!("a frame of {length} bytes where {} were due", expected.length);
+            return Err(Error::Protocol { rank: self.peer, problem });
         }
         Ok(())
     }
@@ -154,10 +113,7 @@ impl Half<'_> {
         let length = self.read_header(expected)?;
         if length > GATHER_BYTES_MAX {
             let problem = format!("a message of {length} bytes, the limit is {GATHER_BYTES_MAX}");
-            return Err(Error::Protocol {
-                rank: self.peer,
-                problem,
-            });
+            return Err(Error::Protocol { rank: self.peer, problem });
         }
         let mut message = vec![0; length as usize];
         self.read(&mut message)?;
@@ -217,19 +173,8 @@ impl Mesh {
         rendezvous::connect(listener, membership, deadline, silence_limit, interrupter)
     }
 
-    pub(super) fn new(
-        rank: u32,
-        generation: u64,
-        links: Vec<Option<Link>>,
-        interrupter: Interrupter,
-    ) -> Self {
-        Self {
-            rank,
-            generation,
-            links,
-            interrupter,
-            scratch: Vec::new(),
-        }
+    pub(super) fn new(rank: u32, generation: u64, links: Vec<Option<Link>>, interrupter: Interrupter) -> Self {
+        Self { rank, generation, links, interrupter, scratch: Vec::new() }
     }
 
     pub fn rank(&self) -> u32 {
@@ -262,20 +207,9 @@ impl Mesh {
     }
 
     /// Leaves the total of this rank's slice in `output`.
-    fn reduce_scatter(
-        &mut self,
-        step: u64,
-        sum: &TreeSum,
-        plan: &Plan,
-        output: &mut [f32],
-    ) -> Result<()> {
+    fn reduce_scatter(&mut self, step: u64, sum: &TreeSum, plan: &Plan, output: &mut [f32]) -> Result<()> {
         let (rank, generation) = (self.rank as usize, self.generation);
-        let header = move |length| Header {
-            tag: Tag::Contribution,
-            generation,
-            step,
-            length,
-        };
+        let header = move |length| Header { tag: Tag::Contribution, generation, step, length };
         let own_slice = plan.slices[rank].clone();
         let mut scratch = std::mem::take(&mut self.scratch);
         scratch.resize(plan.nodes.len() * CHUNK.min(own_slice.len()), 0.0);
@@ -296,11 +230,8 @@ impl Mesh {
                     reader.expect_header(header(bytes))?;
                 }
                 for chunk in chunks(own_slice.clone()) {
-                    let mut slots: Vec<&mut [f32]> =
-                        scratch.chunks_exact_mut(chunk.len()).collect();
-                    for (slot, (_, partial)) in
-                        slots[plan.slots[rank].clone()].iter_mut().zip(sum.nodes())
-                    {
+                    let mut slots: Vec<&mut [f32]> = scratch.chunks_exact_mut(chunk.len()).collect();
+                    for (slot, (_, partial)) in slots[plan.slots[rank].clone()].iter_mut().zip(sum.nodes()) {
                         slot.copy_from_slice(&partial[chunk.clone()]);
                     }
                     for reader in readers.iter_mut() {
@@ -324,12 +255,8 @@ impl Mesh {
     /// Sends this rank's slice of `output` to all, and fills in theirs.
     fn all_gather(&mut self, step: u64, plan: &Plan, output: &mut [f32]) -> Result<()> {
         let (rank, generation) = (self.rank as usize, self.generation);
-        let header = move |slice: &[f32]| Header {
-            tag: Tag::Total,
-            generation,
-            step,
-            length: size_of_val(slice) as u64,
-        };
+        let header =
+            move |slice: &[f32]| Header { tag: Tag::Total, generation, step, length: size_of_val(slice) as u64 };
         let mut slices = plan.split(output);
         let own_slice = std::mem::take(&mut slices[rank]);
         let own_slice: &[f32] = own_slice;
@@ -350,12 +277,7 @@ impl Mesh {
     }
 
     /// See [`super::Collective::gather_bytes`].
-    pub(super) fn gather_bytes(
-        &mut self,
-        step: u64,
-        root: u32,
-        bytes: &[u8],
-    ) -> Result<Option<Vec<Vec<u8>>>> {
+    pub(super) fn gather_bytes(&mut self, step: u64, root: u32, bytes: &[u8]) -> Result<Option<Vec<Vec<u8>>>> {
         let header = self.message_header(Tag::Gather, step, bytes);
         let is_root = self.rank == root;
         let mut messages = vec![Vec::new(); self.links.len()];
@@ -400,16 +322,8 @@ impl Mesh {
 
     fn message_header(&self, tag: Tag, step: u64, bytes: &[u8]) -> Header {
         let length = bytes.len() as u64;
-        assert!(
-            length <= GATHER_BYTES_MAX,
-            "a message of {length} bytes to gather"
-        );
-        Header {
-            tag,
-            generation: self.generation,
-            step,
-            length,
-        }
+        assert!(length <= GATHER_BYTES_MAX, "a message of {length} bytes to gather");
+        Header { tag, generation: self.generation, step, length }
     }
 
     /// Runs `send` for every peer on a thread of its own and `receive` on this one. The
@@ -426,10 +340,7 @@ impl Mesh {
         let interrupter = &self.interrupter;
         let note = |result: Result<()>| {
             if let Err(error) = result {
-                failure
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .get_or_insert(error);
+                failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
                 interrupter.shut_sockets();
             }
         };
@@ -472,20 +383,9 @@ impl Plan {
     fn new(sum: &TreeSum, ranges: &[Range<u32>], rank: u32, elements: usize) -> Self {
         let world = ranges.len();
         let leaves = sum.leaves();
-        assert_eq!(
-            sum.elements(),
-            elements,
-            "output and gradient sum differ in size"
-        );
-        assert!(
-            sum.is_complete(),
-            "micro-batches of {:?} are missing",
-            sum.range()
-        );
-        assert!(
-            sum.range() == ranges[rank as usize]
-                || sum.range().is_empty() && ranges[rank as usize].is_empty()
-        );
+        assert_eq!(sum.elements(), elements, "output and gradient sum differ in size");
+        assert!(sum.is_complete(), "micro-batches of {:?} are missing", sum.range());
+        assert!(sum.range() == ranges[rank as usize] || sum.range().is_empty() && ranges[rank as usize].is_empty());
         let mut order: Vec<usize> = (0..world).collect();
         order.sort_by_key(|&r| (ranges[r].start, ranges[r].end));
         let mut nodes = Vec::new();
@@ -501,12 +401,7 @@ impl Plan {
             r => elements * r / world / SLICE_ALIGNMENT * SLICE_ALIGNMENT,
         };
         let slices = (0..world).map(|r| bound(r)..bound(r + 1)).collect();
-        Self {
-            nodes,
-            slots,
-            merges,
-            slices,
-        }
+        Self { nodes, slots, merges, slices }
     }
 
     /// Bytes that `rank` sends to the owner of `slice`.
@@ -526,10 +421,7 @@ impl Plan {
 }
 
 fn chunks(slice: Range<usize>) -> impl Iterator<Item = Range<usize>> {
-    slice
-        .clone()
-        .step_by(CHUNK)
-        .map(move |first| first..slice.end.min(first + CHUNK))
+    slice.clone().step_by(CHUNK).map(move |first| first..slice.end.min(first + CHUNK))
 }
 
 // Gradients travel as they lie in memory.

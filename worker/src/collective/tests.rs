@@ -13,45 +13,21 @@ fn loopback() -> Listener {
     Listener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap()
 }
 
-fn connect(
-    listener: &Listener,
-    rank: u32,
-    members: &[(u32, SocketAddr)],
-    generation: u64,
-) -> Result<Mesh> {
-    let membership = Membership {
-        rank,
-        members,
-        token: &TOKEN,
-        generation,
-    };
-    Mesh::connect(
-        listener,
-        membership,
-        Instant::now() + PATIENCE,
-        PATIENCE,
-        Interrupter::new(),
-    )
+fn connect(listener: &Listener, rank: u32, members: &[(u32, SocketAddr)], generation: u64) -> Result<Mesh> {
+    let membership = Membership { rank, members, token: &TOKEN, generation };
+    Mesh::connect(listener, membership, Instant::now() + PATIENCE, PATIENCE, Interrupter::new())
 }
 
 /// Runs `body` as every rank of a mesh, each on its own thread.
 fn on_mesh<T: Send>(world: u32, body: impl Fn(u32, Collective) -> T + Sync) -> Vec<T> {
     let listeners: Vec<Listener> = (0..world).map(|_| loopback()).collect();
-    let members: Vec<(u32, SocketAddr)> = (0..world)
-        .zip(&listeners)
-        .map(|(rank, l)| (rank, l.local_addr()))
-        .collect();
+    let members: Vec<(u32, SocketAddr)> = (0..world).zip(&listeners).map(|(rank, l)| (rank, l.local_addr())).collect();
     std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..world)
             .zip(&listeners)
             .map(|(rank, listener)| {
                 let (members, body) = (&members, &body);
-                scope.spawn(move || {
-                    body(
-                        rank,
-                        Collective::tcp(connect(listener, rank, members, 1).unwrap()),
-                    )
-                })
+                scope.spawn(move || body(rank, Collective::tcp(connect(listener, rank, members, 1).unwrap())))
             })
             .collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
@@ -69,10 +45,7 @@ fn partial(range: Range<u32>, leaves: u32, elements: usize) -> TreeSum {
     sum.begin(range.clone(), leaves);
     for leaf in range {
         let mut buffer = sum.buffer();
-        buffer
-            .iter_mut()
-            .enumerate()
-            .for_each(|(i, x)| *x += gradient(leaf, i));
+        buffer.iter_mut().enumerate().for_each(|(i, x)| *x += gradient(leaf, i));
         sum.push(buffer);
     }
     sum
@@ -80,9 +53,8 @@ fn partial(range: Range<u32>, leaves: u32, elements: usize) -> TreeSum {
 
 /// An uneven contiguous partition, different for every step.
 fn ranges(world: u32, leaves: u32, step: u64) -> Vec<Range<u32>> {
-    let mut bounds: Vec<u32> = (1..world)
-        .map(|r| (u64::from(r) * (step * 5 + 3) % u64::from(leaves + 1)) as u32)
-        .collect();
+    let mut bounds: Vec<u32> =
+        (1..world).map(|r| (u64::from(r) * (step * 5 + 3) % u64::from(leaves + 1)) as u32).collect();
     bounds.sort_unstable();
     bounds.insert(0, 0);
     bounds.push(leaves);
@@ -91,15 +63,7 @@ fn ranges(world: u32, leaves: u32, step: u64) -> Vec<Range<u32>> {
 
 #[test]
 fn any_number_of_ranks_gives_the_bits_of_one() {
-    let cases: Vec<(u32, usize)> = vec![
-        (1, 1),
-        (2, 5),
-        (3, 37),
-        (4, 1000),
-        (5, 16_384),
-        (7, 70_001),
-        (13, 150_003),
-    ];
+    let cases: Vec<(u32, usize)> = vec![(1, 1), (2, 5), (3, 37), (4, 1000), (5, 16_384), (7, 70_001), (13, 150_003)];
     let expected: Vec<Vec<u32>> = cases
         .iter()
         .map(|&(leaves, elements)| {
@@ -107,27 +71,19 @@ fn any_number_of_ranks_gives_the_bits_of_one() {
             let sum = partial(0..leaves, leaves, elements);
             let whole = 0..leaves;
             let mut local = Collective::local();
-            local
-                .all_reduce_tree(0, &sum, std::slice::from_ref(&whole), &mut total)
-                .unwrap();
+            local.all_reduce_tree(0, &sum, std::slice::from_ref(&whole), &mut total).unwrap();
             total.iter().map(|x| x.to_bits()).collect()
         })
         .collect();
     for world in 2..=4 {
         on_mesh(world, |rank, mut collective| {
-            for (step, (&(leaves, elements), expected)) in (0u64..).zip(cases.iter().zip(&expected))
-            {
+            for (step, (&(leaves, elements), expected)) in (0u64..).zip(cases.iter().zip(&expected)) {
                 let ranges = ranges(world, leaves, step);
                 let sum = partial(ranges[rank as usize].clone(), leaves, elements);
                 let mut total = vec![f32::NAN; elements];
-                collective
-                    .all_reduce_tree(step, &sum, &ranges, &mut total)
-                    .unwrap();
+                collective.all_reduce_tree(step, &sum, &ranges, &mut total).unwrap();
                 let bits: Vec<u32> = total.iter().map(|x| x.to_bits()).collect();
-                assert!(
-                    bits == *expected,
-                    "world {world} rank {rank} {ranges:?} × {elements}"
-                );
+                assert!(bits == *expected, "world {world} rank {rank} {ranges:?} × {elements}");
             }
         });
     }
@@ -156,9 +112,7 @@ fn an_interrupt_releases_a_blocked_rank() {
             barrier.wait();
             return;
         }
-        let Collective::Tcp(mesh) = &collective else {
-            unreachable!()
-        };
+        let Collective::Tcp(mesh) = &collective else { unreachable!() };
         let interrupter = mesh.interrupter();
         let began = Instant::now();
         std::thread::scope(|scope| {
@@ -166,10 +120,7 @@ fn an_interrupt_releases_a_blocked_rank() {
             let error = collective.all_gather_bytes(0, b"hello").unwrap_err();
             assert!(matches!(error, Error::Interrupted), "{error}");
         });
-        assert!(matches!(
-            collective.all_gather_bytes(0, b""),
-            Err(Error::Interrupted)
-        ));
+        assert!(matches!(collective.all_gather_bytes(0, b""), Err(Error::Interrupted)));
         assert!(began.elapsed() < PATIENCE / 2);
         barrier.wait();
     });
@@ -182,20 +133,9 @@ fn an_interrupt_ends_a_rendezvous() {
     let interrupter = Interrupter::new();
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| {
-            let membership = Membership {
-                rank: 0,
-                members: &members,
-                token: &TOKEN,
-                generation: 1,
-            };
+            let membership = Membership { rank: 0, members: &members, token: &TOKEN, generation: 1 };
             let deadline = Instant::now() + PATIENCE;
-            Mesh::connect(
-                &listener,
-                membership,
-                deadline,
-                PATIENCE,
-                interrupter.clone(),
-            )
+            Mesh::connect(&listener, membership, deadline, PATIENCE, interrupter.clone())
         });
         interrupter.interrupt();
         assert!(matches!(waiting.join().unwrap(), Err(Error::Interrupted)));
@@ -226,9 +166,7 @@ fn a_death_in_the_middle_of_a_reduction_frees_all_others() {
         // More than the sockets hold, so that the senders are blocked when rank 2 is gone.
         let sum = partial(ranges[rank as usize].clone(), leaves, elements);
         let mut total = vec![0.0; elements];
-        let error = collective
-            .all_reduce_tree(1, &sum, &ranges, &mut total)
-            .unwrap_err();
+        let error = collective.all_reduce_tree(1, &sum, &ranges, &mut total).unwrap_err();
         assert!(matches!(error, Error::PeerLost { .. }), "{error}");
     });
     assert!(began.elapsed() < PATIENCE / 2, "waited for a time limit");
@@ -237,9 +175,7 @@ fn a_death_in_the_middle_of_a_reduction_frees_all_others() {
 #[test]
 fn ranks_out_of_step_notice() {
     on_mesh(2, |rank, mut collective| {
-        let error = collective
-            .all_gather_bytes(u64::from(rank), b"")
-            .unwrap_err();
+        let error = collective.all_gather_bytes(u64::from(rank), b"").unwrap_err();
         let expected = matches!(error, Error::Protocol { .. } | Error::PeerLost { .. });
         assert!(expected, "{error}");
     });
@@ -248,28 +184,13 @@ fn ranks_out_of_step_notice() {
 #[test]
 fn a_silent_rank_is_named() {
     let listeners = [loopback(), loopback()];
-    let members = [
-        (0, listeners[0].local_addr()),
-        (1, listeners[1].local_addr()),
-    ];
+    let members = [(0, listeners[0].local_addr()), (1, listeners[1].local_addr())];
     let barrier = Barrier::new(2);
     let rank = |rank: u32, silence_limit| {
-        let membership = Membership {
-            rank,
-            members: &members,
-            token: &TOKEN,
-            generation: 1,
-        };
+        let membership = Membership { rank, members: &members, token: &TOKEN, generation: 1 };
         let deadline = Instant::now() + PATIENCE;
         let listener = &listeners[rank as usize];
-        Mesh::connect(
-            listener,
-            membership,
-            deadline,
-            silence_limit,
-            Interrupter::new(),
-        )
-        .unwrap()
+        Mesh::connect(listener, membership, deadline, silence_limit, Interrupter::new()).unwrap()
     };
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -278,10 +199,7 @@ fn a_silent_rank_is_named() {
         });
         let mut mesh = rank(0, Duration::from_millis(20));
         let error = mesh.all_gather_bytes(0, b"").unwrap_err();
-        assert!(
-            matches!(error, Error::PeerSilent { rank: 1, .. }),
-            "{error}"
-        );
+        assert!(matches!(error, Error::PeerSilent { rank: 1, .. }), "{error}");
         barrier.wait();
     });
 }
@@ -289,10 +207,7 @@ fn a_silent_rank_is_named() {
 #[test]
 fn strangers_do_not_keep_the_mesh_from_forming() {
     let listeners = [loopback(), loopback()];
-    let members = [
-        (0, listeners[0].local_addr()),
-        (1, listeners[1].local_addr()),
-    ];
+    let members = [(0, listeners[0].local_addr()), (1, listeners[1].local_addr())];
     // In the backlog before the honest rank: silent, garbage, gone, another job, an older generation.
     let dial = || TcpStream::connect(members[0].1).unwrap();
     let silent = dial();
@@ -301,16 +216,9 @@ fn strangers_do_not_keep_the_mesh_from_forming() {
     drop(dial());
     let other_token = [8; 32];
     let hello = |token, generation| {
-        let membership = Membership {
-            rank: 1,
-            members: &members,
-            token,
-            generation,
-        };
+        let membership = Membership { rank: 1, members: &members, token, generation };
         let mut stream = dial();
-        stream
-            .write_all(&super::rendezvous::hello(membership, 1, 0))
-            .unwrap();
+        stream.write_all(&super::rendezvous::hello(membership, 1, 0)).unwrap();
         stream
     };
     let refused = [hello(&other_token, 5), hello(&TOKEN, 4)];
@@ -340,10 +248,7 @@ fn strangers_do_not_keep_the_mesh_from_forming() {
 #[test]
 fn the_listener_serves_one_generation_after_another() {
     let listeners = [loopback(), loopback()];
-    let members = [
-        (0, listeners[0].local_addr()),
-        (1, listeners[1].local_addr()),
-    ];
+    let members = [(0, listeners[0].local_addr()), (1, listeners[1].local_addr())];
     std::thread::scope(|scope| {
         for rank in [0, 1] {
             let (listeners, members) = (&listeners, &members);
@@ -362,30 +267,8 @@ fn the_listener_serves_one_generation_after_another() {
 fn a_missing_rank_is_named_at_the_deadline() {
     let (listener, absent) = (loopback(), loopback());
     let members = [(0, listener.local_addr()), (1, absent.local_addr())];
-    let membership = Membership {
-        rank: 0,
-        members: &members,
-        token: &TOKEN,
-        generation: 9,
-    };
+    let membership = Membership { rank: 0, members: &members, token: &TOKEN, generation: 9 };
     let deadline = Instant::now() + Duration::from_millis(30);
-    let error = Mesh::connect(
-        &listener,
-        membership,
-        deadline,
-        PATIENCE,
-        Interrupter::new(),
-    )
-    .err();
-    assert!(
-        matches!(
-            error,
-            Some(Error::Rendezvous {
-                rank: 1,
-                generation: 9,
-                ..
-            })
-        ),
-        "{error:?}"
-    );
+    let error = Mesh::connect(&listener, membership, deadline, PATIENCE, Interrupter::new()).err();
+    assert!(matches!(error, Some(Error::Rendezvous { rank: 1, generation: 9, .. })), "{error:?}");
 }

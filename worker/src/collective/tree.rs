@@ -32,10 +32,7 @@ impl Node {
     pub fn join(self, right: Node, leaves: u32) -> Option<Node> {
         let half = self.end - self.first;
         let is_left_child = half.is_power_of_two() && self.first.is_multiple_of(2 * half);
-        let parent = Node {
-            first: self.first,
-            end: leaves.min(self.first + 2 * half),
-        };
+        let parent = Node { first: self.first, end: leaves.min(self.first + 2 * half) };
         (is_left_child && self.end == right.first && parent.end == right.end).then_some(parent)
     }
 }
@@ -43,18 +40,12 @@ impl Node {
 /// The maximal tree nodes inside `range`, left to right: what a worker that computed
 /// `range` holds. A pure function, so every rank knows what every other will send.
 pub fn nodes_of(range: Range<u32>, leaves: u32) -> Vec<Node> {
-    assert!(
-        leaves <= LEAVES_MAX && range.end <= leaves,
-        "range {range:?} of {leaves} leaves"
-    );
+    assert!(leaves <= LEAVES_MAX && range.end <= leaves, "range {range:?} of {leaves} leaves");
     let mut nodes = Vec::new();
     let mut first = range.start;
     while first < range.end {
         let mut size = 1;
-        while first.is_multiple_of(2 * size)
-            && first + size < range.end
-            && leaves.min(first + 2 * size) <= range.end
-        {
+        while first.is_multiple_of(2 * size) && first + size < range.end && leaves.min(first + 2 * size) <= range.end {
             size *= 2;
         }
         let end = leaves.min(first + size);
@@ -81,17 +72,8 @@ pub(super) fn merge_plan(nodes: &[Node], leaves: u32) -> Vec<(usize, usize)> {
         }
         stack.push(right);
     }
-    let root = [(
-        Node {
-            first: 0,
-            end: leaves,
-        },
-        0,
-    )];
-    assert!(
-        stack == root,
-        "the ranks' nodes do not cover 0..{leaves}: {nodes:?}"
-    );
+    let root = [(Node { first: 0, end: leaves }, 0)];
+    assert!(stack == root, "the ranks' nodes do not cover 0..{leaves}: {nodes:?}");
     plan
 }
 
@@ -110,13 +92,7 @@ pub struct TreeSum {
 impl TreeSum {
     /// A sum of gradient buffers of `elements` elements; `begin` comes before the first leaf.
     pub fn new(elements: usize) -> Self {
-        Self {
-            elements,
-            leaves: 0,
-            range: 0..0,
-            stack: Vec::new(),
-            free: Vec::new(),
-        }
+        Self { elements, leaves: 0, range: 0..0, stack: Vec::new(), free: Vec::new() }
     }
 
     /// Elements of one gradient buffer.
@@ -128,8 +104,7 @@ impl TreeSum {
     /// abandoned step left is dropped.
     pub fn begin(&mut self, range: Range<u32>, leaves: u32) {
         assert!(leaves <= LEAVES_MAX && range.start <= range.end && range.end <= leaves);
-        self.free
-            .extend(self.stack.drain(..).map(|(_, buffer)| buffer));
+        self.free.extend(self.stack.drain(..).map(|(_, buffer)| buffer));
         self.leaves = leaves;
         self.range = range;
     }
@@ -138,9 +113,7 @@ impl TreeSum {
     pub fn buffer(&mut self) -> Vec<f32> {
         match self.free.pop() {
             Some(mut buffer) => {
-                buffer
-                    .par_chunks_mut(BLOCK)
-                    .for_each(|block| block.fill(0.0));
+                buffer.par_chunks_mut(BLOCK).for_each(|block| block.fill(0.0));
                 buffer
             }
             None => vec![0.0; self.elements],
@@ -149,34 +122,15 @@ impl TreeSum {
 
     /// Takes the gradient of the next micro-batch of the range, in ascending order.
     pub fn push(&mut self, gradient: Vec<f32>) {
-        assert_eq!(
-            gradient.len(),
-            self.elements,
-            "a gradient buffer of another size"
-        );
-        let leaf = self
-            .stack
-            .last()
-            .map_or(self.range.start, |(node, _)| node.end);
-        assert!(
-            leaf < self.range.end,
-            "more micro-batches than the range {:?}",
-            self.range
-        );
-        let mut right = (
-            Node {
-                first: leaf,
-                end: leaf + 1,
-            },
-            gradient,
-        );
+        assert_eq!(gradient.len(), self.elements, "a gradient buffer of another size");
+        let leaf = self.stack.last().map_or(self.range.start, |(node, _)| node.end);
+        assert!(leaf < self.range.end, "more micro-batches than the range {:?}", self.range);
+        let mut right = (Node { first: leaf, end: leaf + 1 }, gradient);
         while let Some((left, sum)) = self.stack.last_mut() {
             let Some(parent) = left.join(right.0, self.leaves) else {
                 break;
             };
-            sum.par_chunks_mut(BLOCK)
-                .zip(right.1.par_chunks(BLOCK))
-                .for_each(|(sum, addend)| add(sum, addend));
+            sum.par_chunks_mut(BLOCK).zip(right.1.par_chunks(BLOCK)).for_each(|(sum, addend)| add(sum, addend));
             self.free.push(right.1);
             right = (parent, self.stack.pop().expect("just seen").1);
         }
@@ -185,19 +139,14 @@ impl TreeSum {
 
     /// Whether every micro-batch of the range has arrived.
     pub fn is_complete(&self) -> bool {
-        self.stack
-            .last()
-            .map_or(self.range.start, |(node, _)| node.end)
-            == self.range.end
+        self.stack.last().map_or(self.range.start, |(node, _)| node.end) == self.range.end
     }
 
     /// Whether every element of every partial sum is finite.
     pub fn is_finite(&self) -> bool {
         // No early exit inside a block, so that it vectorises.
         let block_is_finite = |block: &[f32]| block.iter().fold(true, |all, x| all & x.is_finite());
-        self.stack
-            .iter()
-            .all(|(_, sum)| sum.par_chunks(BLOCK).all(block_is_finite))
+        self.stack.iter().all(|(_, sum)| sum.par_chunks(BLOCK).all(block_is_finite))
     }
 
     /// The nodes held, left to right, with their sums.
@@ -237,21 +186,11 @@ mod tests {
             return leaf_value(index);
         }
         let left = direct(level - 1, 2 * index, leaves);
-        if (2 * index + 1) << (level - 1) < leaves {
-            left + direct(level - 1, 2 * index + 1, leaves)
-        } else {
-            left
-        }
+        if (2 * index + 1) << (level - 1) < leaves { left + direct(level - 1, 2 * index + 1, leaves) } else { left }
     }
 
     fn partitions(leaves: u32, parts: u32) -> Vec<Vec<Range<u32>>> {
-        fn extend(
-            start: u32,
-            leaves: u32,
-            parts: u32,
-            prefix: &[Range<u32>],
-            out: &mut Vec<Vec<Range<u32>>>,
-        ) {
+        fn extend(start: u32, leaves: u32, parts: u32, prefix: &[Range<u32>], out: &mut Vec<Vec<Range<u32>>>) {
             let first_end = if parts == 1 { leaves } else { start };
             for end in first_end..=leaves {
                 let ranges = [prefix, std::slice::from_ref(&(start..end))].concat();
@@ -291,22 +230,14 @@ mod tests {
                     for range in &ranges {
                         let sum = partial(range.clone(), leaves);
                         let held: Vec<Node> = sum.nodes().map(|(node, _)| node).collect();
-                        assert_eq!(
-                            held,
-                            nodes_of(range.clone(), leaves),
-                            "{range:?} of {leaves}"
-                        );
+                        assert_eq!(held, nodes_of(range.clone(), leaves), "{range:?} of {leaves}");
                         slots.extend(sum.nodes().map(|(_, value)| value[0]));
                         nodes.extend(held);
                     }
                     for (left, right) in merge_plan(&nodes, leaves) {
                         slots[left] += slots[right];
                     }
-                    assert_eq!(
-                        slots[0].to_bits(),
-                        expected.to_bits(),
-                        "{ranges:?} of {leaves}"
-                    );
+                    assert_eq!(slots[0].to_bits(), expected.to_bits(), "{ranges:?} of {leaves}");
                 }
             }
         }

@@ -60,14 +60,7 @@ impl Moments {
 }
 
 /// Updates the parameters `p` of one tensor by its gradient `g`, and its moments.
-pub(super) fn step(
-    learning_rate: f64,
-    weight_decay: f64,
-    step: u64,
-    p: &mut [f32],
-    g: &[f32],
-    moments: &mut Moments,
-) {
+pub(super) fn step(learning_rate: f64, weight_decay: f64, step: u64, p: &mut [f32], g: &[f32], moments: &mut Moments) {
     let beta = 1.0 - (step as f64).powf(DECAY_RATE);
     let keep = (1.0 - learning_rate * weight_decay) as f32;
     let rate = |sum_of_squares: f64| {
@@ -82,14 +75,11 @@ pub(super) fn step(
         }
         Moments::Full(v) => {
             let rate = rate(accumulate_full(g, v, beta as f32));
-            p.par_chunks_mut(BLOCK)
-                .zip(g.par_chunks(BLOCK))
-                .zip(v.par_chunks(BLOCK))
-                .for_each(|((p, g), v)| {
-                    for ((p, &g), &v) in p.iter_mut().zip(g).zip(v) {
-                        *p = *p * keep - rate * (g / v.sqrt());
-                    }
-                });
+            p.par_chunks_mut(BLOCK).zip(g.par_chunks(BLOCK)).zip(v.par_chunks(BLOCK)).for_each(|((p, g), v)| {
+                for ((p, &g), &v) in p.iter_mut().zip(g).zip(v) {
+                    *p = *p * keep - rate * (g / v.sqrt());
+                }
+            });
         }
     }
 }
@@ -120,8 +110,7 @@ impl Factors {
     /// Takes the step's gradient into the running means and derives the factors.
     fn accumulate(&mut self, g: &[f32], beta: f64) {
         let (rows, cols, block) = (self.row.len(), self.col.len(), self.block_elements());
-        let blend =
-            |old: f32, mean: f64| (beta * f64::from(old) + (1.0 - beta) * (mean + EPSILON)) as f32;
+        let blend = |old: f32, mean: f64| (beta * f64::from(old) + (1.0 - beta) * (mean + EPSILON)) as f32;
         g.par_chunks(block)
             .zip(self.row.par_chunks_mut(self.rows_per_block))
             .zip(self.col_sums.par_chunks_mut(cols))
@@ -130,19 +119,13 @@ impl Factors {
                     col_sums.fill(0.0);
                     for (g, row) in g.chunks_exact(cols).zip(row) {
                         *row = blend(*row, sum_by_lanes(g, square) / cols as f64);
-                        col_sums
-                            .iter_mut()
-                            .zip(g)
-                            .for_each(|(sum, &x)| *sum += square(x));
+                        col_sums.iter_mut().zip(g).for_each(|(sum, &x)| *sum += square(x));
                     }
                 });
             });
         let (totals, others) = self.col_sums.split_at_mut(cols);
         for sums in others.chunks_exact(cols) {
-            totals
-                .iter_mut()
-                .zip(sums)
-                .for_each(|(total, sum)| *total += sum);
+            totals.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
         }
         for (col, &total) in self.col.iter_mut().zip(totals.iter()) {
             *col = blend(*col, total / rows as f64);
@@ -165,8 +148,7 @@ impl Factors {
             .map(|(g, row_factor)| {
                 vectorized(|| {
                     let rows = g.chunks_exact(cols).zip(row_factor);
-                    rows.map(|(g, &r)| row_update_sum_of_squares(g, r, &self.col_factor))
-                        .sum()
+                    rows.map(|(g, &r)| row_update_sum_of_squares(g, r, &self.col_factor)).sum()
                 })
             })
             .collect();
@@ -175,10 +157,8 @@ impl Factors {
 
     fn apply(&self, keep: f32, rate: f32, p: &mut [f32], g: &[f32]) {
         let (cols, block) = (self.col.len(), self.block_elements());
-        p.par_chunks_mut(block)
-            .zip(g.par_chunks(block))
-            .zip(self.row_factor.par_chunks(self.rows_per_block))
-            .for_each(|((p, g), row_factor)| {
+        p.par_chunks_mut(block).zip(g.par_chunks(block)).zip(self.row_factor.par_chunks(self.rows_per_block)).for_each(
+            |((p, g), row_factor)| {
                 vectorized(|| {
                     let rows = p.chunks_exact_mut(cols).zip(g.chunks_exact(cols));
                     for ((p, g), &r) in rows.zip(row_factor) {
@@ -187,7 +167,8 @@ impl Factors {
                         }
                     }
                 });
-            });
+            },
+        );
     }
 }
 

@@ -29,14 +29,7 @@ pub(super) struct Update {
 }
 
 impl Update {
-    pub(super) fn new(
-        rate: f64,
-        beta1: f64,
-        beta2: f64,
-        epsilon: f64,
-        weight_decay: f64,
-        step: u64,
-    ) -> Self {
+    pub(super) fn new(rate: f64, beta1: f64, beta2: f64, epsilon: f64, weight_decay: f64, step: u64) -> Self {
         let correction = |beta: f64| 1.0 - beta.powf(step as f64);
         Self {
             keep: (1.0 - rate * weight_decay) as f32,

@@ -69,30 +69,13 @@ pub struct TensorSlot {
 impl TensorSlot {
     /// A slot that decays if Hugging Face's Trainer would decay it: neither norms nor anything
     /// called a bias, the relative attention bias included, does.
-    pub fn new(
-        name: String,
-        range: Range<usize>,
-        rows: usize,
-        cols: usize,
-        is_matrix: bool,
-    ) -> Self {
+    pub fn new(name: String, range: Range<usize>, rows: usize, cols: usize, is_matrix: bool) -> Self {
         let decays = is_matrix && !name.contains("bias");
-        Self {
-            name,
-            range,
-            rows,
-            cols,
-            is_matrix,
-            decays,
-        }
+        Self { name, range, rows, cols, is_matrix, decays }
     }
 
     fn shape(&self) -> Vec<usize> {
-        if self.is_matrix {
-            vec![self.rows, self.cols]
-        } else {
-            vec![self.range.len()]
-        }
+        if self.is_matrix { vec![self.rows, self.cols] } else { vec![self.range.len()] }
     }
 }
 
@@ -118,45 +101,22 @@ enum State {
 impl Optimizer {
     /// `slots` are in ascending order of `range` and do not overlap; elements of the arena
     /// outside of them (padding) are never touched.
-    pub fn new(
-        kind: OptimizerKind,
-        hyperparameters: Hyperparameters,
-        slots: &[TensorSlot],
-    ) -> Self {
+    pub fn new(kind: OptimizerKind, hyperparameters: Hyperparameters, slots: &[TensorSlot]) -> Self {
         for slot in slots {
-            assert_eq!(
-                slot.rows * slot.cols,
-                slot.range.len(),
-                "{}'s shape",
-                slot.name
-            );
+            assert_eq!(slot.rows * slot.cols, slot.range.len(), "{}'s shape", slot.name);
         }
         for pair in slots.windows(2) {
             let (a, b) = (&pair[0], &pair[1]);
-            assert!(
-                a.range.end <= b.range.start,
-                "{} and {} overlap",
-                a.name,
-                b.name
-            );
+            assert!(a.range.end <= b.range.start, "{} and {} overlap", a.name, b.name);
         }
         let state = match kind {
             OptimizerKind::AdamW | OptimizerKind::AdamWScaled => {
                 let elements = slots.last().map_or(0, |slot| slot.range.end);
-                State::AdamW {
-                    exp_avg: vec![0.0; elements],
-                    exp_avg_sq: vec![0.0; elements],
-                }
+                State::AdamW { exp_avg: vec![0.0; elements], exp_avg_sq: vec![0.0; elements] }
             }
             OptimizerKind::Adafactor => State::Adafactor(slots.iter().map(Moments::new).collect()),
         };
-        Self {
-            kind,
-            hyperparameters,
-            slots: slots.to_vec(),
-            steps: 0,
-            state,
-        }
+        Self { kind, hyperparameters, slots: slots.to_vec(), steps: 0, state }
     }
 
     /// Updates made so far.
@@ -166,53 +126,23 @@ impl Optimizer {
 
     /// One update of `params` by `grads`, both whole arenas.
     pub fn step(&mut self, learning_rate: f64, params: &mut [f32], grads: &[f32]) {
-        assert_eq!(
-            params.len(),
-            grads.len(),
-            "parameters and gradients differ in size"
-        );
+        assert_eq!(params.len(), grads.len(), "parameters and gradients differ in size");
         self.steps += 1;
-        let Hyperparameters {
-            beta1,
-            beta2,
-            epsilon,
-            weight_decay,
-        } = self.hyperparameters;
+        let Hyperparameters { beta1, beta2, epsilon, weight_decay } = self.hyperparameters;
         for (index, slot) in self.slots.iter().enumerate() {
             let range = slot.range.clone();
             let (p, g) = (&mut params[range.clone()], &grads[range.clone()]);
             let weight_decay = if slot.decays { weight_decay } else { 0.0 };
             match &mut self.state {
-                State::AdamW {
-                    exp_avg,
-                    exp_avg_sq,
-                } => {
+                State::AdamW { exp_avg, exp_avg_sq } => {
                     let is_scaled = self.kind == OptimizerKind::AdamWScaled && slot.is_matrix;
-                    let scale = if is_scaled {
-                        root_mean_square(p).max(SCALE_MIN)
-                    } else {
-                        1.0
-                    };
+                    let scale = if is_scaled { root_mean_square(p).max(SCALE_MIN) } else { 1.0 };
                     let rate = learning_rate * scale;
-                    let update =
-                        adamw::Update::new(rate, beta1, beta2, epsilon, weight_decay, self.steps);
-                    adamw::step(
-                        update,
-                        p,
-                        g,
-                        &mut exp_avg[range.clone()],
-                        &mut exp_avg_sq[range],
-                    );
+                    let update = adamw::Update::new(rate, beta1, beta2, epsilon, weight_decay, self.steps);
+                    adamw::step(update, p, g, &mut exp_avg[range.clone()], &mut exp_avg_sq[range]);
                 }
                 State::Adafactor(moments) => {
-                    adafactor::step(
-                        learning_rate,
-                        weight_decay,
-                        self.steps,
-                        p,
-                        g,
-                        &mut moments[index],
-                    );
+                    adafactor::step(learning_rate, weight_decay, self.steps, p, g, &mut moments[index]);
                 }
             }
         }
@@ -224,17 +154,10 @@ impl Optimizer {
         let mut tensors = Vec::new();
         for (index, slot) in self.slots.iter().enumerate() {
             let mut push = |suffix: &str, shape, values| {
-                tensors.push(NamedTensor {
-                    name: format!("{}.{suffix}", slot.name),
-                    shape,
-                    values,
-                });
+                tensors.push(NamedTensor { name: format!("{}.{suffix}", slot.name), shape, values });
             };
             match &self.state {
-                State::AdamW {
-                    exp_avg,
-                    exp_avg_sq,
-                } => {
+                State::AdamW { exp_avg, exp_avg_sq } => {
                     push("exp_avg", slot.shape(), &exp_avg[slot.range.clone()]);
                     push("exp_avg_sq", slot.shape(), &exp_avg_sq[slot.range.clone()]);
                 }
@@ -263,29 +186,16 @@ impl Optimizer {
         for (index, slot) in self.slots.iter().enumerate() {
             let name = |suffix: &str| format!("{}.{suffix}", slot.name);
             match &mut self.state {
-                State::AdamW {
-                    exp_avg,
-                    exp_avg_sq,
-                } => {
-                    read(
-                        &name("exp_avg"),
-                        &slot.shape(),
-                        &mut exp_avg[slot.range.clone()],
-                    )?;
-                    read(
-                        &name("exp_avg_sq"),
-                        &slot.shape(),
-                        &mut exp_avg_sq[slot.range.clone()],
-                    )?;
+                State::AdamW { exp_avg, exp_avg_sq } => {
+                    read(&name("exp_avg"), &slot.shape(), &mut exp_avg[slot.range.clone()])?;
+                    read(&name("exp_avg_sq"), &slot.shape(), &mut exp_avg_sq[slot.range.clone()])?;
                 }
                 State::Adafactor(moments) => match &mut moments[index] {
                     Moments::Factored(Factors { row, col, .. }) => {
                         read(&name("exp_avg_sq_row"), &[row.len()], row)?;
                         read(&name("exp_avg_sq_col"), &[col.len()], col)?;
                     }
-                    Moments::Full(exp_avg_sq) => {
-                        read(&name("exp_avg_sq"), &slot.shape(), exp_avg_sq)?
-                    }
+                    Moments::Full(exp_avg_sq) => read(&name("exp_avg_sq"), &slot.shape(), exp_avg_sq)?,
                 },
             }
         }

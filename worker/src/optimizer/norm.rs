@@ -67,11 +67,7 @@ pub fn global_norm(values: &[f32]) -> f64 {
 /// What `torch.nn.utils.clip_grad_norm_` multiplies gradients of norm `norm` by; 1 where
 /// `max_norm` is 0, which does not clip.
 pub fn clip_coefficient(norm: f64, max_norm: f64) -> f32 {
-    if max_norm == 0.0 {
-        1.0
-    } else {
-        (max_norm / (norm + 1e-6)).min(1.0) as f32
-    }
+    if max_norm == 0.0 { 1.0 } else { (max_norm / (norm + 1e-6)).min(1.0) as f32 }
 }
 
 /// Scales `grads` down to a norm of at most `max_norm`; returns the norm before.
@@ -84,8 +80,6 @@ pub fn clip(grads: &mut [f32], max_norm: f64) -> f64 {
 /// Multiplies all `values` by `factor`.
 pub fn scale(values: &mut [f32], factor: f32) {
     if factor != 1.0 {
-        values
-            .par_chunks_mut(BLOCK)
-            .for_each(|block| block.iter_mut().for_each(|x| *x *= factor));
+        values.par_chunks_mut(BLOCK).for_each(|block| block.iter_mut().for_each(|x| *x *= factor));
     }
 }

@@ -5,12 +5,7 @@ fn slot(name: &str, range: Range<usize>, rows: usize, cols: usize, is_matrix: bo
 }
 
 fn hyperparameters(weight_decay: f64) -> Hyperparameters {
-    Hyperparameters {
-        beta1: 0.9,
-        beta2: 0.999,
-        epsilon: 1e-8,
-        weight_decay,
-    }
+    Hyperparameters { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay }
 }
 
 /// A seeded value in (-1, 1).
@@ -29,13 +24,7 @@ fn values(seed: u64, len: usize) -> Vec<f32> {
 fn slots() -> Vec<TensorSlot> {
     vec![
         slot("w", 0..777 * 53, 777, 53, true),
-        slot(
-            "relative_attention_bias.weight",
-            41_200..41_200 + 32 * 3,
-            32,
-            3,
-            true,
-        ),
+        slot("relative_attention_bias.weight", 41_200..41_200 + 32 * 3, 32, 3, true),
         slot("norm", 41_300..41_313, 1, 13, false),
     ]
 }
@@ -55,14 +44,7 @@ impl Oracle {
     fn new(kind: OptimizerKind, weight_decay: f64) -> Self {
         let row = slots().iter().map(|s| vec![0.0; s.rows]).collect();
         let col = slots().iter().map(|s| vec![0.0; s.cols]).collect();
-        Self {
-            kind,
-            weight_decay,
-            m: vec![0.0; ARENA],
-            v: vec![0.0; ARENA],
-            row,
-            col,
-        }
+        Self { kind, weight_decay, m: vec![0.0; ARENA], v: vec![0.0; ARENA], row, col }
     }
 
     fn step(&mut self, t: i32, rate: f64, p: &mut [f64], g: &[f32]) {
@@ -81,26 +63,14 @@ impl Oracle {
                 p[i] -= rate * decay * p[i];
                 self.m[i] = 0.9 * self.m[i] + 0.1 * g;
                 self.v[i] = 0.999 * self.v[i] + 0.001 * g * g;
-                let (m, v) = (
-                    self.m[i] / (1.0 - 0.9f64.powi(t)),
-                    self.v[i] / (1.0 - 0.999f64.powi(t)),
-                );
+                let (m, v) = (self.m[i] / (1.0 - 0.9f64.powi(t)), self.v[i] / (1.0 - 0.999f64.powi(t)));
                 p[i] -= rate * m / (v.sqrt() + 1e-8);
             }
         }
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn adafactor(
-        &mut self,
-        index: usize,
-        slot: &TensorSlot,
-        t: i32,
-        rate: f64,
-        decay: f64,
-        p: &mut [f64],
-        g: &[f32],
-    ) {
+    fn adafactor(&mut self, index: usize, slot: &TensorSlot, t: i32, rate: f64, decay: f64, p: &mut [f64], g: &[f32]) {
         let beta = 1.0 - f64::from(t).powf(-0.8);
         let (rows, cols) = (slot.rows, slot.cols);
         let at = |r: usize, c: usize| slot.range.start + r * cols + c;
@@ -118,11 +88,7 @@ impl Oracle {
         let mut update = vec![0.0; slot.range.len()];
         for r in 0..rows {
             for c in 0..cols {
-                let second_moment = if slot.is_matrix {
-                    row[r] / row_mean * col[c]
-                } else {
-                    col[c]
-                };
+                let second_moment = if slot.is_matrix { row[r] / row_mean * col[c] } else { col[c] };
                 update[r * cols + c] = f64::from(g[at(r, c)]) / second_moment.sqrt();
             }
         }
@@ -135,11 +101,7 @@ impl Oracle {
 
 #[test]
 fn five_steps_agree_with_the_formulas_in_f64() {
-    for kind in [
-        OptimizerKind::AdamW,
-        OptimizerKind::AdamWScaled,
-        OptimizerKind::Adafactor,
-    ] {
+    for kind in [OptimizerKind::AdamW, OptimizerKind::AdamWScaled, OptimizerKind::Adafactor] {
         for weight_decay in [0.0, 0.1] {
             let mut optimizer = Optimizer::new(kind, hyperparameters(weight_decay), &slots());
             let mut oracle = Oracle::new(kind, weight_decay);
@@ -156,10 +118,7 @@ fn five_steps_agree_with_the_formulas_in_f64() {
             // A few roundings of a value below 2 in each of 5 steps.
             let tolerance = 5.0 * 4.0 * f64::from(f32::EPSILON);
             for (i, (&p, &e)) in params.iter().zip(&expected).enumerate() {
-                assert!(
-                    (f64::from(p) - e).abs() < tolerance,
-                    "{kind:?} element {i}: {p}, not {e}"
-                );
+                assert!((f64::from(p) - e).abs() < tolerance, "{kind:?} element {i}: {p}, not {e}");
             }
         }
     }
@@ -175,10 +134,7 @@ fn one_step_by_hand() {
         params
     };
     let near = |got: [f32; 4], wanted: [f32; 4]| {
-        assert!(
-            got.iter().zip(wanted).all(|(g, w)| (g - w).abs() < 1e-6),
-            "{got:?}, not {wanted:?}"
-        );
+        assert!(got.iter().zip(wanted).all(|(g, w)| (g - w).abs() < 1e-6), "{got:?}, not {wanted:?}");
     };
     // AdamW's first step moves by the rate, whatever the gradient; decay of 0.1·0.5 first.
     near(step(OptimizerKind::AdamW, 0.0), [0.9, 0.9, 1.0, 1.0]);
@@ -194,59 +150,35 @@ fn one_step_by_hand() {
 fn a_scaled_rate_has_a_floor() {
     let mut params = [0.0f32; 4];
     let matrix = [slot("w", 0..4, 2, 2, true)];
-    Optimizer::new(OptimizerKind::AdamWScaled, hyperparameters(0.0), &matrix).step(
-        0.1,
-        &mut params,
-        &[1.0; 4],
-    );
+    Optimizer::new(OptimizerKind::AdamWScaled, hyperparameters(0.0), &matrix).step(0.1, &mut params, &[1.0; 4]);
     assert!(params.iter().all(|p| (p + 1e-4).abs() < 1e-9), "{params:?}");
 }
 
 #[test]
 fn bits_do_not_depend_on_the_number_of_threads() {
-    let slots = [
-        slot("w", 0..700_000, 7000, 100, true),
-        slot("v", 700_000..770_001, 1, 70_001, false),
-    ];
+    let slots = [slot("w", 0..700_000, 7000, 100, true), slot("v", 700_000..770_001, 1, 70_001, false)];
     let grads = values(9, 770_001);
     let run = |kind, threads| {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build()
-            .unwrap();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
             let mut params = values(8, 770_001);
             let mut optimizer = Optimizer::new(kind, hyperparameters(0.0), &slots);
             optimizer.step(0.1, &mut params, &grads);
             optimizer.step(0.1, &mut params, &grads);
-            (
-                params.iter().map(|p| p.to_bits()).collect::<Vec<_>>(),
-                global_norm(&params).to_bits(),
-            )
+            (params.iter().map(|p| p.to_bits()).collect::<Vec<_>>(), global_norm(&params).to_bits())
         })
     };
-    for kind in [
-        OptimizerKind::AdamW,
-        OptimizerKind::AdamWScaled,
-        OptimizerKind::Adafactor,
-    ] {
+    for kind in [OptimizerKind::AdamW, OptimizerKind::AdamWScaled, OptimizerKind::Adafactor] {
         let expected = run(kind, 1);
         for threads in [2, 3, 5] {
-            assert!(
-                run(kind, threads) == expected,
-                "{kind:?} on {threads} threads"
-            );
+            assert!(run(kind, threads) == expected, "{kind:?} on {threads} threads");
         }
     }
 }
 
 #[test]
 fn a_restored_state_continues_with_the_same_bits() {
-    for kind in [
-        OptimizerKind::AdamW,
-        OptimizerKind::AdamWScaled,
-        OptimizerKind::Adafactor,
-    ] {
+    for kind in [OptimizerKind::AdamW, OptimizerKind::AdamWScaled, OptimizerKind::Adafactor] {
         let mut params = values(1, ARENA);
         let mut optimizer = Optimizer::new(kind, hyperparameters(0.1), &slots());
         optimizer.step(0.1, &mut params, &values(2, ARENA));
@@ -272,17 +204,8 @@ fn padding_between_tensors_is_not_touched() {
     let mut params = vec![5.0; ARENA];
     let mut optimizer = Optimizer::new(OptimizerKind::AdamW, hyperparameters(0.1), &slots());
     optimizer.step(0.1, &mut params, &vec![1.0; ARENA]);
-    assert!(
-        params[777 * 53..41_200]
-            .iter()
-            .chain(&params[41_313..])
-            .all(|&p| p == 5.0)
-    );
-    assert!(
-        slots()
-            .iter()
-            .all(|s| params[s.range.clone()].iter().all(|&p| p != 5.0))
-    );
+    assert!(params[777 * 53..41_200].iter().chain(&params[41_313..]).all(|&p| p == 5.0));
+    assert!(slots().iter().all(|s| params[s.range.clone()].iter().all(|&p| p != 5.0)));
 }
 
 #[test]

@@ -1,0 +1,182 @@
+//! `quintet coordinator`, and the serving of a run that `quintet train` shares with it.
+
+use std::net::SocketAddr;
+
+use quintet_coordinator::launch::{Death, LocalWorkers};
+use quintet_coordinator::secret::Secret;
+use quintet_coordinator::server::{self, Control, Outcome};
+use quintet_coordinator::state::Event;
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+
+use crate::args::CoordinatorArguments;
+use crate::error::{Failure, Result, exit};
+use crate::job::Job;
+use crate::prepare::{Prepared, prepare};
+use crate::report::{self, Reporter};
+
+pub(crate) fn run(arguments: CoordinatorArguments) -> Result<u8> {
+    let prepared = prepare(&arguments.job, arguments.insecure_plaintext)?;
+    let address = match arguments.listen {
+        Some(address) => address,
+        None => prepared.job.cluster.listen_address()?,
+    };
+    let options = RunOptions { address, json: arguments.json, announce: true };
+    serve(prepared, options, |_, _| Ok(None))
+}
+
+/// How to serve a run.
+pub(crate) struct RunOptions {
+    pub(crate) address: SocketAddr,
+    pub(crate) json: bool,
+    /// Say how workers can join.
+    pub(crate) announce: bool,
+}
+
+/// Serves a run to its end and sums it up; `launch` starts workers once the address is known.
+pub(crate) fn serve(
+    prepared: Prepared,
+    options: RunOptions,
+    launch: impl FnOnce(SocketAddr, &Secret) -> Result<Option<LocalWorkers>>,
+) -> Result<u8> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::failed(format!("cannot start the event loop: {error}")))?;
+    let mut reporter = Reporter::new(prepared.total_steps, prepared.start_step);
+    for warning in &prepared.warnings {
+        reporter.line(&format!("warning: {warning}"));
+    }
+    if prepared.start_step > 0 {
+        reporter.line(&format!("resuming after step {}", prepared.start_step));
+    }
+    let job = prepared.job.clone();
+    let outcome = runtime.block_on(drive(prepared, &options, launch, &mut reporter))?;
+    reporter.finish();
+    summarize(&job, &outcome, &reporter, options.json);
+    Ok(outcome.exit_code as u8)
+}
+
+const EVENTS_WAITING_MAX: usize = 1024;
+const CONTROLS_WAITING_MAX: usize = 64;
+
+async fn drive(
+    prepared: Prepared,
+    options: &RunOptions,
+    launch: impl FnOnce(SocketAddr, &Secret) -> Result<Option<LocalWorkers>>,
+    reporter: &mut Reporter,
+) -> Result<Outcome> {
+    let listener = TcpListener::bind(options.address)
+        .await
+        .map_err(|error| Failure::bad_input(format!("cannot listen on {}: {error}", options.address)))?;
+    let address = listener.local_addr().map_err(|error| Failure::failed(format!("no local address: {error}")))?;
+    if options.announce {
+        reporter.line(&format!(
+            "waiting for {} worker(s); start each with\n  QUINTET_RUN_TOKEN={} quintet worker --coordinator http://{address}",
+            prepared.run.settings.workers_expected,
+            prepared.run.run_token.to_hex()
+        ));
+    }
+    let mut workers = launch(address, &prepared.run.run_token)?;
+    let (events, mut shown) = mpsc::channel::<Event>(EVENTS_WAITING_MAX);
+    let (control, controls) = mpsc::channel(CONTROLS_WAITING_MAX);
+    let serving = server::serve(listener, prepared.run, prepared.files, events, controls);
+    tokio::pin!(serving);
+    let mut stop = StopSignals::new()?;
+    let outcome = loop {
+        tokio::select! {
+            biased;
+            Some(event) = shown.recv() => reporter.show(event),
+            outcome = &mut serving => break outcome,
+            Some(death) = next_death(&mut workers) => {
+                // A full queue means that the run is ending; it will find the stream closed.
+                let _ = control.try_send(Control::WorkerDied(death));
+            }
+            () = stop.next() => {
+                reporter.line("stopping: the step in flight is finished and saved; once more to stop at once");
+                let _ = control.try_send(Control::Preempt);
+            }
+        }
+    };
+    while let Ok(event) = shown.try_recv() {
+        reporter.show(event);
+    }
+    if let Some(workers) = workers {
+        workers.kill().await;
+    }
+    Ok(outcome?)
+}
+
+async fn next_death(workers: &mut Option<LocalWorkers>) -> Option<Death> {
+    match workers {
+        Some(workers) => workers.next_death().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Ctrl-C, or the SIGTERM or SIGUSR1 of a scheduler; the second one ends the process at once.
+struct StopSignals {
+    interrupt: Signal,
+    terminate: Signal,
+    user: Signal,
+    seen: bool,
+}
+
+impl StopSignals {
+    fn new() -> Result<Self> {
+        let listen = |kind| signal(kind).map_err(|error| Failure::failed(format!("cannot watch for signals: {error}")));
+        Ok(StopSignals {
+            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen(SignalKind::terminate())?,
+            user: listen(SignalKind::user_defined1())?,
+            seen: false,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+            _ = self.user.recv() => {}
+        }
+        if self.seen {
+            std::process::exit(i32::from(exit::FAILURE));
+        }
+        self.seen = true;
+    }
+}
+
+/// What a person, or a program, is told at the end.
+fn summarize(job: &Job, outcome: &Outcome, reporter: &Reporter, json: bool) {
+    let output_dir = &job.output_dir;
+    let done = outcome.exit_code == u32::from(exit::DONE);
+    let samples = if done { report::sample_predictions(output_dir, 5) } else { Vec::new() };
+    if !done {
+        eprintln!("error: {}", outcome.reason);
+    }
+    if json {
+        let value = json!({
+            "exit_code": outcome.exit_code,
+            "reason": outcome.reason,
+            "output_dir": output_dir,
+            "step": reporter.last_train.as_ref().map(|metrics| metrics.step),
+            "loss": reporter.last_train.as_ref().map(|metrics| metrics.loss),
+            "eval_loss": reporter.last_eval.as_ref().map(|metrics| metrics.eval_loss),
+            "metrics": reporter.last_eval.as_ref().map(|metrics| &metrics.metrics),
+            "predictions": samples,
+        });
+        println!("{value}");
+    } else if done {
+        println!("model: {}", output_dir.join("model").display());
+        if let Some(metrics) = &reporter.last_eval {
+            println!("{}", report::scores(metrics));
+        }
+        for sample in &samples {
+            let text = |key: &str| sample[key].as_str().unwrap_or_default().to_string();
+            println!("  {} -> {}   (target: {})", text("input"), text("prediction"), text("target"));
+        }
+    }
+}

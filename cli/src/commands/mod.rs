@@ -1,0 +1,56 @@
+//! One file a command.
+
+pub(crate) mod bench;
+pub(crate) mod coordinator;
+pub(crate) mod data;
+pub(crate) mod doctor;
+pub(crate) mod evaluate;
+pub(crate) mod generate;
+pub(crate) mod selftest;
+pub(crate) mod train;
+pub(crate) mod worker;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use quintet_data::{Tokenizer, TokenizerSpec};
+use quintet_kernels::Device;
+use quintet_t5::{Model, Parameters};
+use quintet_worker::ModelSection;
+
+use crate::args::DeviceChoice;
+use crate::error::{Failure, Result};
+
+/// Prints a document as the result of a command.
+fn print_json(value: &serde_json::Value) {
+    println!("{value}");
+}
+
+/// The device of a choice.
+fn open_device(choice: DeviceChoice) -> Device {
+    match choice {
+        DeviceChoice::Auto | DeviceChoice::Cpu => Device::cpu(),
+    }
+}
+
+struct Loaded {
+    model: Model,
+    weights: Parameters,
+    tokenizer: Arc<Tokenizer>,
+}
+
+/// A model directory with its tokenizer.
+fn open_model(device: &Device, directory: &Path, tokenizer: Option<&str>) -> Result<Loaded> {
+    let base = crate::prepare::working_directory()?;
+    let spec = match tokenizer {
+        Some(text) => TokenizerSpec::parse(text, &base),
+        None => TokenizerSpec::Path(directory.to_path_buf()),
+    };
+    if spec.is_trained() {
+        return Err(Failure::bad_input("--tokenizer: names a tokenizer that is trained on data; give its directory"));
+    }
+    let section = ModelSection { pretrained: Some(directory.display().to_string()), ..ModelSection::default() };
+    let tokenizer = Tokenizer::from_spec(&spec, std::iter::empty(), None)?;
+    let (model, weights) = quintet_worker::replica::load_model(device, &section, &tokenizer, 0)?;
+    Ok(Loaded { model, weights, tokenizer: Arc::new(tokenizer) })
+}

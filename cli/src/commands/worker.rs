@@ -1,0 +1,68 @@
+//! `quintet worker`: a rank of a run.
+
+use std::fs;
+use std::time::Duration;
+
+use quintet_coordinator::launch::RUN_TOKEN_VARIABLE;
+use quintet_coordinator::secret::Secret;
+use quintet_worker::rank::{self, RankJob};
+use quintet_worker::session::Session;
+
+use crate::args::WorkerArguments;
+use crate::error::{Failure, Result};
+use crate::job::Job;
+use crate::prepare::working_directory;
+
+pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
+    let token = std::env::var(RUN_TOKEN_VARIABLE).ok().as_deref().and_then(Secret::from_hex);
+    let token = token.ok_or_else(|| {
+        Failure::bad_input(format!("{RUN_TOKEN_VARIABLE} must hold the token that the coordinator printed"))
+    })?;
+    let insecure = arguments.insecure_plaintext;
+    if !arguments.listen.ip().is_loopback() && !insecure {
+        return Err(Failure::bad_input(format!(
+            "--listen {}: gradients would cross the network in plain text; accept that with --insecure-plaintext",
+            arguments.listen
+        )));
+    }
+    set_threads(arguments.threads)?;
+    let joined = Session::connect(&arguments.coordinator, token.as_bytes(), &host_name(), insecure);
+    let (session, welcome) = joined.map_err(quintet_worker::Error::from)?;
+    let job: Job = serde_json::from_str(&welcome.job_json)
+        .map_err(|error| Failure::failed(format!("the coordinator sent a job that is not understood: {error}")))?;
+    let collective_token = welcome.collective_token.as_slice().try_into();
+    let collective_token = collective_token.map_err(|_| Failure::failed("the coordinator sent a bad token"))?;
+    let job = RankJob {
+        fingerprint: job.fingerprint(),
+        silence_limit: Duration::from_secs_f64(job.cluster.step_timeout_seconds),
+        model: job.model,
+        data: job.data,
+        training: job.training,
+        evaluation: job.evaluation,
+        output_dir: job.output_dir,
+        base_dir: working_directory()?,
+        tokenizer_json: welcome.tokenizer_json,
+        collective_token,
+        listen: arguments.listen,
+        resume_step: welcome.resume_step,
+    };
+    // How the run ended, and what went wrong here, is for the coordinator to tell: it hears of it first.
+    match rank::run(&session, job) {
+        Ok((exit_code, _)) => Ok(exit_code),
+        Err(error) => Ok(Failure::from(error).exit_code),
+    }
+}
+
+/// Sets how many threads the operations use.
+pub(crate) fn set_threads(threads: Option<usize>) -> Result<()> {
+    let Some(threads) = threads else { return Ok(()) };
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .map_err(|error| Failure::failed(format!("cannot start {threads} threads: {error}")))
+}
+
+fn host_name() -> String {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname");
+    name.map_or_else(|_| "unknown".to_string(), |name| name.trim().to_string())
+}

@@ -1,0 +1,157 @@
+//! What both `train` and `coordinator` do before a run: read everything, refuse what is wrong, lay out the directory.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use quintet_coordinator::files::RunFiles;
+use quintet_coordinator::secret::Secret;
+use quintet_coordinator::server::Run;
+use quintet_coordinator::state::Settings;
+use quintet_data::{Splits, Tokenizer, TokenizerSpec};
+use quintet_worker::{checkpoint, replica};
+
+use crate::args::JobArguments;
+use crate::error::{Failure, Result};
+use crate::job::{self, Job};
+
+/// A run that is ready to be served.
+pub(crate) struct Prepared {
+    pub(crate) job: Job,
+    pub(crate) run: Run,
+    pub(crate) files: RunFiles,
+    pub(crate) total_steps: u64,
+    /// The committed step to go on from; 0 for a fresh run.
+    pub(crate) start_step: u64,
+    /// Damaged checkpoints that were passed over, and the like.
+    pub(crate) warnings: Vec<String>,
+}
+
+/// Every how many steps the replicas' weights are compared, where several could differ.
+const DIGEST_STEPS: u64 = 100;
+
+pub(crate) fn prepare(arguments: &JobArguments, insecure: bool) -> Result<Prepared> {
+    let job = Job::load(arguments)?;
+    let base = working_directory()?;
+    let splits = Splits::load(&job.data, &base, job.training.seed)?;
+    let tokenizer = run_tokenizer(&job, &base, &splits, arguments.resume)?;
+    check_model(&job, &tokenizer)?;
+    let schedule = job.training.steps(splits.train.len())?;
+    let directory = RunDirectory::open(&job, arguments.resume)?;
+    directory.write(&job, &tokenizer)?;
+    let (files, start_generation) = if job.output_dir.join("ledger.jsonl").exists() {
+        RunFiles::resume(&job.output_dir, directory.start_step)?
+    } else {
+        (RunFiles::create(&job.output_dir)?, 0)
+    };
+    let settings = Settings {
+        schedule: schedule.clone(),
+        dataset_fingerprint: splits.fingerprint(),
+        workers_expected: job.cluster.workers.unwrap_or(1),
+        workers_min: job.cluster.min_workers,
+        heartbeat_timeout_ms: job.cluster.heartbeat_timeout_ms(),
+        step_timeout_ms: job.cluster.step_timeout_ms(),
+        logging_steps: job.training.logging_steps,
+        eval_steps: job.training.eval_steps,
+        save_steps: job.training.save_steps,
+        digest_steps: Some(DIGEST_STEPS),
+        start_step: directory.start_step,
+        start_generation,
+    };
+    let run = Run {
+        settings,
+        job_json: serde_json::to_string(&job).map_err(|error| Failure::failed(error.to_string()))?,
+        tokenizer_json: tokenizer.to_json(),
+        run_token: Secret::generate()?,
+        collective_token: Secret::generate()?,
+        insecure,
+    };
+    let RunDirectory { start_step, warnings } = directory;
+    Ok(Prepared { job, run, files, total_steps: schedule.total_steps, start_step, warnings })
+}
+
+pub(crate) fn working_directory() -> Result<PathBuf> {
+    std::env::current_dir().map_err(|error| Failure::failed(format!("no working directory: {error}")))
+}
+
+/// The tokenizer of a run: on resuming the one it began with, else the job's, trained on the data if it says so.
+fn run_tokenizer(job: &Job, base: &Path, splits: &Splits, resume: bool) -> Result<Tokenizer> {
+    let kept = tokenizer_file(job);
+    if resume && kept.is_file() {
+        let text = fs::read_to_string(&kept)
+            .map_err(|error| Failure::failed(format!("{}: cannot read: {error}", kept.display())))?;
+        return Ok(Tokenizer::from_json(&text)?);
+    }
+    let spec = match (&job.model.tokenizer, &job.model.pretrained) {
+        (Some(tokenizer), _) => TokenizerSpec::parse(tokenizer, base),
+        (None, Some(pretrained)) => TokenizerSpec::Path(base.join(pretrained)),
+        (None, None) => return Err(Failure::bad_input("model.tokenizer: fresh weights need one, such as \"byt5\"")),
+    };
+    let vocab_size = job.model.architecture.as_ref().and_then(|keys| keys.get("vocab_size")?.as_u64());
+    Ok(Tokenizer::from_spec(&spec, splits.train.texts(), vocab_size.map(|size| size as usize))?)
+}
+
+fn tokenizer_file(job: &Job) -> PathBuf {
+    job.output_dir.join("tokenizer.json")
+}
+
+/// Finds a wrong model before any process starts. A directory's weights are checked by the workers that load them.
+fn check_model(job: &Job, tokenizer: &Tokenizer) -> Result<()> {
+    match &job.model.pretrained {
+        None => replica::fresh_config(&job.model, tokenizer).map(|_| ())?,
+        Some(directory) if !Path::new(directory).join("config.json").is_file() => {
+            return Err(Failure::bad_input(format!(
+                "model.pretrained: {directory} is no directory with a config.json; download the model first and name its directory"
+            )));
+        }
+        Some(_) => {}
+    }
+    Ok(())
+}
+
+/// What an output directory holds already.
+struct RunDirectory {
+    start_step: u64,
+    warnings: Vec<String>,
+}
+
+impl RunDirectory {
+    /// Refuses a directory with a run in it, unless that run is to be resumed and is of the same job.
+    fn open(job: &Job, resume: bool) -> Result<Self> {
+        let directory = &job.output_dir;
+        let job_file = directory.join("job.toml");
+        if !resume {
+            if job_file.exists() || directory.join("ledger.jsonl").exists() {
+                return Err(Failure::bad_input(format!(
+                    "{} already holds a run; continue it with --resume, or write elsewhere with --output DIR",
+                    directory.display()
+                )));
+            }
+            return Ok(RunDirectory { start_step: 0, warnings: Vec::new() });
+        }
+        if let Ok(text) = fs::read_to_string(&job_file) {
+            let earlier = job::parse(&job_file, &text)?;
+            if let Some(conflict) = job.conflict(&earlier) {
+                return Err(Failure::bad_input(format!(
+                    "{} holds the run of another job: {conflict}; write elsewhere with --output DIR",
+                    directory.display()
+                )));
+            }
+        }
+        let latest = checkpoint::latest(&directory.join("checkpoints"))?;
+        let warnings = latest.skipped.iter().map(|error| format!("passed over: {error}")).collect();
+        let start_step = latest.checkpoint.map_or(0, |checkpoint| checkpoint.progress.step);
+        Ok(RunDirectory { start_step, warnings })
+    }
+
+    fn write(&self, job: &Job, tokenizer: &Tokenizer) -> Result<()> {
+        let directory = &job.output_dir;
+        let failure =
+            |path: &Path, error: std::io::Error| Failure::failed(format!("{}: cannot write: {error}", path.display()));
+        fs::create_dir_all(directory).map_err(|error| failure(directory, error))?;
+        let text = toml::to_string(job).map_err(|error| Failure::failed(error.to_string()))?;
+        for (path, text) in [(directory.join("job.toml"), text), (tokenizer_file(job), tokenizer.to_json())] {
+            fs::write(&path, text).map_err(|error| failure(&path, error))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,112 @@
+//! A run as people see it on stderr: a progress bar on a terminal, plain lines elsewhere.
+
+use std::fs;
+use std::io::IsTerminal;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use quintet_coordinator::state::{EvalMetrics, Event, TrainMetrics};
+use serde_json::Value;
+
+/// Shows the events of a run, and remembers what its summary needs.
+pub(crate) struct Reporter {
+    total_steps: u64,
+    bar: Option<ProgressBar>,
+    last_line: Option<Instant>,
+    pub(crate) last_train: Option<TrainMetrics>,
+    pub(crate) last_eval: Option<EvalMetrics>,
+}
+
+/// Without a terminal, no more than a line in this time: a log is read by people too.
+const LINE_INTERVAL: Duration = Duration::from_secs(5);
+
+impl Reporter {
+    pub(crate) fn new(total_steps: u64, start_step: u64) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{bar:30} {pos}/{len} [{elapsed}<{eta}] {msg}");
+            let bar = ProgressBar::new(total_steps).with_position(start_step);
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar
+        });
+        Reporter { total_steps, bar, last_line: None, last_train: None, last_eval: None }
+    }
+
+    /// A line that stays.
+    pub(crate) fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{text}")),
+            None => eprintln!("{text}"),
+        }
+    }
+
+    pub(crate) fn show(&mut self, event: Event) {
+        match event {
+            Event::Joined { .. } => {}
+            Event::Started { workers, step } => {
+                let plural = if workers == 1 { "" } else { "s" };
+                self.line(&format!("{workers} worker{plural} ready; step {step} of {} begins", self.total_steps));
+            }
+            Event::Train(metrics) => {
+                self.show_step(&metrics);
+                self.last_train = Some(metrics);
+            }
+            Event::Eval(metrics) => {
+                self.line(&format!("step {}: {}", metrics.step, scores(&metrics)));
+                self.last_eval = Some(metrics);
+            }
+            Event::Saved { step } => self.line(&format!("step {step}: checkpoint saved")),
+            Event::Recovery(recovery) => {
+                let lost: Vec<String> = recovery
+                    .lost
+                    .iter()
+                    .map(|lost| format!("worker {} on {} (pid {}): {}", lost.worker, lost.host, lost.pid, lost.why))
+                    .collect();
+                self.line(&format!(
+                    "step {}: lost {}; {} go on as generation {}",
+                    recovery.step,
+                    lost.join(", "),
+                    recovery.workers,
+                    recovery.generation
+                ));
+            }
+        }
+    }
+
+    fn show_step(&mut self, metrics: &TrainMetrics) {
+        let text = format!(
+            "loss {:.4}  grad_norm {:.3}  lr {:.2e}  {:.0} tokens/s",
+            metrics.loss, metrics.grad_norm, metrics.learning_rate, metrics.tokens_per_second
+        );
+        if let Some(bar) = &self.bar {
+            bar.set_position(metrics.step);
+            bar.set_message(text);
+        } else if metrics.step == self.total_steps || self.last_line.is_none_or(|last| last.elapsed() >= LINE_INTERVAL)
+        {
+            self.last_line = Some(Instant::now());
+            eprintln!("step {}/{}  {text}", metrics.step, self.total_steps);
+        }
+    }
+
+    pub(crate) fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+pub(crate) fn scores(metrics: &EvalMetrics) -> String {
+    let mut text = format!("eval_loss {:.4}", metrics.eval_loss);
+    for (name, value) in &metrics.metrics {
+        text += &format!("  {name} {value:.4}");
+    }
+    text
+}
+
+/// A few lines of `predictions.jsonl`, spread over the file.
+pub(crate) fn sample_predictions(output_dir: &Path, count: usize) -> Vec<Value> {
+    let text = fs::read_to_string(output_dir.join("predictions.jsonl")).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    let stride = (lines.len() / count.max(1)).max(1);
+    lines.iter().step_by(stride).take(count).filter_map(|line| serde_json::from_str(line).ok()).collect()
+}

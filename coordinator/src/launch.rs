@@ -120,7 +120,8 @@ fn exit_code(status: ExitStatus) -> Option<u32> {
     status.code().and_then(|code| u32::try_from(code).ok())
 }
 
-#[cfg(all(test, unix))]
+#[cfg(unix)]
+#[cfg(test)]
 mod tests {
     use super::*;
 

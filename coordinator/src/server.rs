@@ -352,3 +352,6 @@ async fn read(worker: WorkerId, mut reports: Streaming<FromWorker>, inbox: mpsc:
     };
     let _ = inbox.send(Message::Left { worker, why }).await;
 }
+
+#[cfg(test)]
+mod tests;

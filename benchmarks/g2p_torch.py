@@ -106,7 +106,7 @@ def main():
     parser.add_argument("--validation", required=True)
     parser.add_argument("--seconds", type=float, default=150.0, help="training time; evaluation comes on top")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warmup-steps", type=int, default=50)
     parser.add_argument("--d-model", type=int, default=128)
     parser.add_argument("--d-kv", type=int, default=32)

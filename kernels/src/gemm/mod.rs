@@ -73,6 +73,14 @@ impl<'a, T: Float> Matrix<'a, T> {
         unsafe { std::slice::from_raw_parts(self.pointer.add(col * self.col_stride + first), count) }
     }
 
+    /// `N` elements of row `row` from column `first` on, where columns are next to each other.
+    #[inline(always)]
+    fn contiguous_row<const N: usize>(&self, row: usize, first: usize) -> &'a [T; N] {
+        assert!(self.col_stride == 1 && row < self.rows && first + N <= self.cols);
+        // SAFETY: as in `get`; the elements are next to each other.
+        unsafe { &*self.pointer.add(row * self.row_stride + first).cast() }
+    }
+
     /// The same memory, if it holds f32.
     fn as_f32(&self) -> Option<*const f32> {
         (T::DTYPE == crate::DType::F32).then_some(self.pointer.cast())

@@ -235,9 +235,10 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
                 panel_stride: width * a.row_stride,
                 line_stride: a.row_stride,
                 depth_stride: a.col_stride,
+                is_packed: false,
             }),
             _ => with_scratch(&PACKED_A, a.rows.next_multiple_of(width) * a.cols, |panels| {
-                pack(a, width, panels);
+                pack(a, width, width, panels);
                 f(Operand::packed(panels, a.rows, a.cols, width));
             }),
         }
@@ -257,17 +258,18 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
                     panel_stride: width,
                     line_stride: 1,
                     depth_stride: b.row_stride,
+                    is_packed: false,
                 });
             }
-            _ => with_scratch(&PACKED_B, b.cols.next_multiple_of(width) * b.rows, |panels| {
-                pack(b.transposed(), width, panels);
+            _ => with_scratch(&PACKED_B, b.cols.next_multiple_of(self.kernel.lanes) * b.rows, |panels| {
+                pack(b.transposed(), width, self.kernel.lanes, panels);
                 f(Operand::packed(panels, b.cols, b.rows, width));
             }),
         }
     }
 
     fn tiles(&self, a: &Operand, b: &Operand, c: *mut f32, c_stride: usize, accumulate: bool) {
-        let (tile_rows, tile_cols) = (self.kernel.rows, self.kernel.cols);
+        let (tile_rows, tile_cols, lanes) = (self.kernel.rows, self.kernel.cols, self.kernel.lanes);
         for col in (0..b.lines).step_by(tile_cols) {
             for row in (0..a.lines).step_by(tile_rows) {
                 let tile = Tile {
@@ -278,7 +280,11 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
                     a_row_stride: a.line_stride,
                     a_depth_stride: a.depth_stride,
                     b: b.pointer.wrapping_add(col / tile_cols * b.panel_stride),
-                    b_depth_stride: b.depth_stride,
+                    b_depth_stride: if b.is_packed {
+                        tile_cols.min((b.lines - col).next_multiple_of(lanes))
+                    } else {
+                        b.depth_stride
+                    },
                     c: c.wrapping_add(row * c_stride + col),
                     c_stride,
                     accumulate,
@@ -299,12 +305,21 @@ struct Operand {
     panel_stride: usize,
     line_stride: usize,
     depth_stride: usize,
+    is_packed: bool,
 }
 
 impl Operand {
     fn packed(panels: &[f32], lines: usize, depth: usize, width: usize) -> Self {
         let pointer = panels.as_ptr();
-        Operand { pointer, lines, depth, panel_stride: width * depth, line_stride: 1, depth_stride: width }
+        Operand {
+            pointer,
+            lines,
+            depth,
+            panel_stride: width * depth,
+            line_stride: 1,
+            depth_stride: width,
+            is_packed: true,
+        }
     }
 }
 

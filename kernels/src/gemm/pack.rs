@@ -9,14 +9,16 @@ use crate::simd::multiversion;
 use crate::simd::{Level, level};
 
 /// Copies `lines × depth` of `source` into panels of `width` lines: element (line, k) of a panel is at `k · width + line`.
-/// A line is a row of the left operand or a column of the right one. The last panel is filled up with zeros.
+/// A line is a row of the left operand or a column of the right one. The last panel is only as wide as it must be to hold
+/// the lines that are left and be a multiple of `grain`; it is filled up with zeros.
 ///
 /// `source` has the lines as its rows.
-pub(super) fn pack<T: Float>(source: Matrix<T>, width: usize, panels: &mut [f32]) {
+pub(super) fn pack<T: Float>(source: Matrix<T>, width: usize, grain: usize, panels: &mut [f32]) {
     let (lines, depth) = (source.rows, source.cols);
-    for (index, panel) in panels.chunks_exact_mut(width * depth).enumerate() {
-        let first = index * width;
+    for (first, panel) in (0..lines).step_by(width).zip(panels.chunks_mut(width * depth)) {
         let count = width.min(lines - first);
+        let width = count.next_multiple_of(grain);
+        let panel = &mut panel[..width * depth];
         if count < width {
             panel.fill(0.0);
         }

@@ -90,6 +90,7 @@ multiversion! {
     /// The factors of the 64 elements of group `group`.
     fn group_factors(seed: u64, stream: u64, group: u64, threshold: u32, scale: f32, factors: &mut [f32]) {
         let words = philox(seed, stream, group * BLOCKS as u64);
+        let threshold = u64::from(threshold);
         for (factors, words) in factors.chunks_exact_mut(BLOCKS).zip(&words) {
             for (factor, &word) in factors.iter_mut().zip(words) {
                 *factor = if word < threshold { 0.0 } else { scale };
@@ -99,23 +100,24 @@ multiversion! {
 }
 
 /// The four words of the [`BLOCKS`] blocks from `first` on, which is a multiple of [`BLOCKS`].
+///
+/// A word has a lane of 64 bits, so that the 32 × 32 → 64-bit products need no rearrangement.
 #[inline(always)]
-fn philox(seed: u64, stream: u64, first: u64) -> [[u32; BLOCKS]; 4] {
+fn philox(seed: u64, stream: u64, first: u64) -> [[u64; BLOCKS]; 4] {
+    const LOW: u64 = u32::MAX as u64;
     let mut key = [seed as u32, (seed >> 32) as u32];
-    let mut words =
-        [[0; BLOCKS], [(first >> 32) as u32; BLOCKS], [stream as u32; BLOCKS], [(stream >> 32) as u32; BLOCKS]];
+    let mut words = [[0; BLOCKS], [first >> 32; BLOCKS], [stream & LOW; BLOCKS], [stream >> 32; BLOCKS]];
     for (lane, word) in words[0].iter_mut().enumerate() {
-        *word = first as u32 + lane as u32;
+        *word = (first & LOW) + lane as u64;
     }
     for _ in 0..7 {
-        let [x0, x1, x2, x3] = words;
         for lane in 0..BLOCKS {
-            let low = u64::from(x0[lane]) * 0xD251_1F53;
-            let high = u64::from(x2[lane]) * 0xCD9E_8D57;
-            words[0][lane] = (high >> 32) as u32 ^ x1[lane] ^ key[0];
-            words[1][lane] = high as u32;
-            words[2][lane] = (low >> 32) as u32 ^ x3[lane] ^ key[1];
-            words[3][lane] = low as u32;
+            let low = words[0][lane] * 0xD251_1F53;
+            let high = words[2][lane] * 0xCD9E_8D57;
+            words[0][lane] = (high >> 32) ^ words[1][lane] ^ u64::from(key[0]);
+            words[1][lane] = high & LOW;
+            words[2][lane] = (low >> 32) ^ words[3][lane] ^ u64::from(key[1]);
+            words[3][lane] = low & LOW;
         }
         key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
     }

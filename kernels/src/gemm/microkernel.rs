@@ -103,6 +103,13 @@ macro_rules! microkernel {
                 a = a.wrapping_add(tile.a_depth_stride);
                 b = b.wrapping_add(tile.b_depth_stride);
             }
+            // SAFETY: the caller's promise is passed on. Not inlined, so that the sums above stay in registers.
+            unsafe { write(tile, &sums) }
+        }
+
+        #[target_feature(enable = $features)]
+        #[inline(never)]
+        unsafe fn write<const R: usize, const V: usize>(tile: &Tile, sums: &[[Vector; V]; R]) {
             for (row, sums) in sums.iter().enumerate() {
                 for (index, &sum) in sums.iter().enumerate() {
                     let c = tile.c.wrapping_add(row * tile.c_stride + index * LANES);
@@ -128,8 +135,8 @@ macro_rules! microkernel {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        _mm512_add_ps as add, _mm512_fmadd_ps as multiply_add, _mm512_loadu_ps as load, _mm512_set1_ps as splat,
-        _mm512_setzero_ps as zero, _mm512_storeu_ps as store,
+        __m512 as Vector, _mm512_add_ps as add, _mm512_fmadd_ps as multiply_add, _mm512_loadu_ps as load,
+        _mm512_set1_ps as splat, _mm512_setzero_ps as zero, _mm512_storeu_ps as store,
     };
 
     use super::{Microkernel, Tile};
@@ -141,8 +148,8 @@ mod avx512 {
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     use std::arch::x86_64::{
-        _mm256_add_ps as add, _mm256_fmadd_ps as multiply_add, _mm256_loadu_ps as load, _mm256_set1_ps as splat,
-        _mm256_setzero_ps as zero, _mm256_storeu_ps as store,
+        __m256 as Vector, _mm256_add_ps as add, _mm256_fmadd_ps as multiply_add, _mm256_loadu_ps as load,
+        _mm256_set1_ps as splat, _mm256_setzero_ps as zero, _mm256_storeu_ps as store,
     };
 
     use super::{Microkernel, Tile};

@@ -73,6 +73,14 @@ impl<'a, T: Float> Matrix<'a, T> {
         unsafe { std::slice::from_raw_parts(self.pointer.add(col * self.col_stride + first), count) }
     }
 
+    /// `N` elements of row `row` from column `first` on, where columns are next to each other.
+    #[inline(always)]
+    fn contiguous_row<const N: usize>(&self, row: usize, first: usize) -> &'a [T; N] {
+        assert!(self.col_stride == 1 && row < self.rows && first + N <= self.cols);
+        // SAFETY: as in `get`; the elements are next to each other.
+        unsafe { &*self.pointer.add(row * self.row_stride + first).cast() }
+    }
+
     /// The same memory, if it holds f32.
     fn as_f32(&self) -> Option<*const f32> {
         (T::DTYPE == crate::DType::F32).then_some(self.pointer.cast())
@@ -227,9 +235,10 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
                 panel_stride: width * a.row_stride,
                 line_stride: a.row_stride,
                 depth_stride: a.col_stride,
+                is_packed: false,
             }),
             _ => with_scratch(&PACKED_A, a.rows.next_multiple_of(width) * a.cols, |panels| {
-                pack(a, width, panels);
+                pack(a, width, width, panels);
                 f(Operand::packed(panels, a.rows, a.cols, width));
             }),
         }
@@ -249,17 +258,18 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
                     panel_stride: width,
                     line_stride: 1,
                     depth_stride: b.row_stride,
+                    is_packed: false,
                 });
             }
-            _ => with_scratch(&PACKED_B, b.cols.next_multiple_of(width) * b.rows, |panels| {
-                pack(b.transposed(), width, panels);
+            _ => with_scratch(&PACKED_B, b.cols.next_multiple_of(self.kernel.lanes) * b.rows, |panels| {
+                pack(b.transposed(), width, self.kernel.lanes, panels);
                 f(Operand::packed(panels, b.cols, b.rows, width));
             }),
         }
     }
 
     fn tiles(&self, a: &Operand, b: &Operand, c: *mut f32, c_stride: usize, accumulate: bool) {
-        let (tile_rows, tile_cols) = (self.kernel.rows, self.kernel.cols);
+        let (tile_rows, tile_cols, lanes) = (self.kernel.rows, self.kernel.cols, self.kernel.lanes);
         for col in (0..b.lines).step_by(tile_cols) {
             for row in (0..a.lines).step_by(tile_rows) {
                 let tile = Tile {
@@ -270,7 +280,11 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
                     a_row_stride: a.line_stride,
                     a_depth_stride: a.depth_stride,
                     b: b.pointer.wrapping_add(col / tile_cols * b.panel_stride),
-                    b_depth_stride: b.depth_stride,
+                    b_depth_stride: if b.is_packed {
+                        tile_cols.min((b.lines - col).next_multiple_of(lanes))
+                    } else {
+                        b.depth_stride
+                    },
                     c: c.wrapping_add(row * c_stride + col),
                     c_stride,
                     accumulate,
@@ -291,12 +305,21 @@ struct Operand {
     panel_stride: usize,
     line_stride: usize,
     depth_stride: usize,
+    is_packed: bool,
 }
 
 impl Operand {
     fn packed(panels: &[f32], lines: usize, depth: usize, width: usize) -> Self {
         let pointer = panels.as_ptr();
-        Operand { pointer, lines, depth, panel_stride: width * depth, line_stride: 1, depth_stride: width }
+        Operand {
+            pointer,
+            lines,
+            depth,
+            panel_stride: width * depth,
+            line_stride: 1,
+            depth_stride: width,
+            is_packed: true,
+        }
     }
 }
 

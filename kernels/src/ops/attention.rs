@@ -9,7 +9,7 @@ use super::{check_dtype, check_shape};
 use crate::float::{Float, with_float};
 use crate::gemm::{Matrix, MatrixMut, gemm_serial};
 use crate::parallel::{Scratch, SharedMut, for_each_task, with_scratch};
-use crate::simd::{add_assign, convert, exp, max, multiversion, sum};
+use crate::simd::{LANES, add_assign, convert, exp, max, multiversion, sum};
 use crate::{DType, Device, Dropout, Result, Segments, View, ViewMut};
 
 /// Queries whose scores are in memory at a time.
@@ -146,66 +146,51 @@ impl Head<'_> {
         Matrix::from_view(view.rows_range(rows).columns(self.columns.clone()))
     }
 
-    /// The scores of a block of queries with the first `keys` keys, bias included.
-    fn scores<T: Float>(&self, q: View, k: View, queries: &Range<usize>, keys: usize, scores: &mut [f32]) {
-        let (q, k) = (self.query_rows::<T>(q, queries), self.key_rows::<T>(k, keys).transposed());
-        gemm_serial(q, k, MatrixMut::from_slice(scores, queries.len(), keys, keys), false);
+    /// Floats between the scores of two queries that see up to `keys` keys: whole vectors.
+    fn stride(&self, keys: usize) -> usize {
+        keys.next_multiple_of(LANES)
+    }
+
+    /// `a · bᵀ` with a row for each of a block of queries and a column for each of the first `keys` keys.
+    fn query_by_key<T: Float>(&self, a: View, b: View, queries: &Range<usize>, keys: usize, product: &mut [f32]) {
+        let (a, b) = (self.query_rows::<T>(a, queries), self.key_rows::<T>(b, keys).transposed());
+        gemm_serial(a, b, MatrixMut::from_slice(product, queries.len(), keys, self.stride(keys)), false);
+    }
+
+    /// How many distances between a query and a key there are, those of the vectors' padding included.
+    fn distances(&self) -> usize {
+        self.queries.len() + self.stride(self.keys.len())
+    }
+
+    /// The place in the bias of each of [`Head::distances`], from the least one on.
+    fn places(&self, bias: usize) -> impl Iterator<Item = usize> {
+        let reach = (bias / 2) as isize;
+        let least = 1 - self.queries.len() as isize - self.first_position;
+        (least..).take(self.distances()).map(move |distance| (distance.clamp(-reach, reach) + reach) as usize)
+    }
+
+    /// The bias by [`Head::distances`], so that the keys of a query find theirs next to each other.
+    fn spread_bias(&self, spread: &mut [f32]) {
         if let Some(bias) = self.bias {
-            for (query, scores) in queries.clone().zip(scores.chunks_exact_mut(keys)) {
-                let (below, within, above) = self.distances(query, keys, bias.len());
-                add_bias(scores, bias, below, within, above);
+            for (spread, place) in spread.iter_mut().zip(self.places(bias.len())) {
+                *spread = bias[place];
             }
+        } else {
+            spread.fill(0.0);
         }
     }
 
-    /// The keys of `0..keys` too far below, within the reach of the bias (with the first one's place in it), and above.
-    fn distances(&self, query: usize, keys: usize, distances: usize) -> (usize, usize, usize) {
-        let position = self.first_position + query as isize;
-        let reach = (distances / 2) as isize;
-        let below = (position - reach).clamp(0, keys as isize);
-        let above = (position + reach + 1).clamp(below, keys as isize);
-        (below as usize, (below - position + reach).max(0) as usize, above as usize)
+    /// Which of [`Head::distances`] are those from a query to its keys.
+    fn distances_of(&self, query: usize, stride: usize) -> Range<usize> {
+        let first = self.queries.len() - 1 - query;
+        first..first + stride
     }
 
-    /// The dropout factors of a query's probabilities.
+    /// The dropout factors of a query's probabilities; `factors` come as those of another query, or as ones.
     fn factors(&self, query: usize, factors: &mut [f32]) {
-        let index = (self.queries.start + query) * self.heads + self.head;
-        self.mask.factors((index * KEYS_MAX) as u64, factors);
-    }
-}
-
-multiversion! {
-    /// Keys before `below` are at the least distance of the bias, those from `above` on at the largest; the others are
-    /// next to each other, from `within` on.
-    fn add_bias(scores: &mut [f32], bias: &[f32], below: usize, within: usize, above: usize) {
-        let (rest, far_above) = scores.split_at_mut(above);
-        let (far_below, near) = rest.split_at_mut(below);
-        for score in far_below {
-            *score += bias[0];
-        }
-        for (score, bias) in near.iter_mut().zip(&bias[within..]) {
-            *score += bias;
-        }
-        for score in far_above {
-            *score += bias[bias.len() - 1];
-        }
-    }
-}
-
-multiversion! {
-    /// The reverse of [`add_bias`].
-    fn add_bias_gradient(d_scores: &[f32], d_bias: &mut [f32], below: usize, within: usize, above: usize) {
-        let (rest, far_above) = d_scores.split_at(above);
-        let (far_below, near) = rest.split_at(below);
-        let last = d_bias.len() - 1;
-        if !far_below.is_empty() {
-            d_bias[0] += sum(far_below.len(), |index| far_below[index]);
-        }
-        for (d_bias, d_score) in d_bias[within.min(last + 1)..].iter_mut().zip(near) {
-            *d_bias += d_score;
-        }
-        if !far_above.is_empty() {
-            d_bias[last] += sum(far_above.len(), |index| far_above[index]);
+        if !self.mask.is_none() {
+            let index = (self.queries.start + query) * self.heads + self.head;
+            self.mask.factors((index * KEYS_MAX) as u64, factors);
         }
     }
 }
@@ -236,56 +221,53 @@ fn forward_cpu<T: Float>(inputs: Attention, out: ViewMut, logsumexp: ViewMut) {
 }
 
 fn forward_head<T: Float>(inputs: &Attention, head: &Head, out: &SharedMut<T>, logsumexp: &SharedMut<f32>) {
-    let longest = head.keys.len();
-    let rows = QUERY_BLOCK.min(head.queries.len());
-    with_scratch(&SCORES, (rows + 1) * longest, |scratch| {
+    let (rows, longest) = (QUERY_BLOCK.min(head.queries.len()), head.stride(head.keys.len()));
+    with_scratch(&SCORES, head.distances() + (rows + 1) * longest, |scratch| {
+        let (bias, scratch) = scratch.split_at_mut(head.distances());
         let (factors, scores) = scratch.split_at_mut(longest);
+        head.spread_bias(bias);
+        factors.fill(1.0);
         for queries in head.blocks() {
             let keys = head.visible(queries.end - 1);
-            let scores = &mut scores[..queries.len() * keys];
-            head.scores::<T>(inputs.q, inputs.k, &queries, keys, scores);
-            for (query, scores) in queries.clone().zip(scores.chunks_exact_mut(keys)) {
-                let (visible, hidden) = scores.split_at_mut(head.visible(query));
-                hidden.fill(0.0);
+            let stride = head.stride(keys);
+            let scores = &mut scores[..queries.len() * stride];
+            head.query_by_key::<T>(inputs.q, inputs.k, &queries, keys, scores);
+            for (query, scores) in queries.clone().zip(scores.chunks_exact_mut(stride)) {
+                let (bias, factors) = (&bias[head.distances_of(query, stride)], &mut factors[..stride]);
+                head.factors(query, factors);
                 // SAFETY: a query and head belong to one task.
                 let logsumexp = unsafe { logsumexp.row(head.queries.start + query, head.head..head.head + 1) };
-                logsumexp[0] = softmax(visible);
-                if !head.mask.is_none() {
-                    let factors = &mut factors[..visible.len()];
-                    head.factors(query, factors);
-                    multiply(visible, factors);
-                }
+                logsumexp[0] = softmax(scores, bias, factors, head.visible(query));
             }
             let address = out.address(head.queries.start + queries.start, head.columns.start);
             // SAFETY: the queries' rows in this head's columns belong to this task.
             let out = unsafe { MatrixMut::from_raw(address, queries.len(), head.columns.len(), out.stride()) };
-            let probabilities = Matrix::from_slice(scores, queries.len(), keys, keys);
+            let probabilities = Matrix::from_slice(scores, queries.len(), keys, stride);
             gemm_serial(probabilities, head.key_rows::<T>(inputs.v, keys), out, false);
         }
     });
 }
 
 multiversion! {
-    /// Scores become probabilities; returns their logsumexp.
-    fn softmax(scores: &mut [f32]) -> f32 {
-        let most = max(scores);
-        for score in scores.iter_mut() {
-            *score = exp(*score - most);
+    /// The products of a query with its keys become probabilities times dropout factors; returns the logsumexp of the
+    /// scores. All come in whole vectors, of which the first `visible` numbers count.
+    fn softmax(scores: &mut [f32], bias: &[f32], factors: &[f32], visible: usize) -> f32 {
+        let count = scores.len();
+        let (bias, factors) = (&bias[..count], &factors[..count]);
+        for index in 0..count {
+            scores[index] += bias[index];
         }
-        let total = sum(scores.len(), |index| scores[index]);
-        let factor = 1.0 / total;
-        for score in scores.iter_mut() {
-            *score *= factor;
+        scores[visible..].fill(f32::NEG_INFINITY);
+        let most = max(scores);
+        for score in scores.as_chunks_mut::<LANES>().0 {
+            *score = score.map(|score| exp(score - most));
+        }
+        let total = sum(count, |index| scores[index]);
+        let normalize = 1.0 / total;
+        for index in 0..count {
+            scores[index] *= normalize * factors[index];
         }
         most + total.ln()
-    }
-}
-
-multiversion! {
-    fn multiply(values: &mut [f32], factors: &[f32]) {
-        for (value, factor) in values.iter_mut().zip(factors) {
-            *value *= factor;
-        }
     }
 }
 
@@ -359,21 +341,51 @@ fn backward_cpu<T: Float>(
     Ok(())
 }
 
+/// Memory of a head's backward pass.
+struct Buffers<'a> {
+    /// By [`Head::distances`].
+    bias: &'a mut [f32],
+    d_bias: &'a mut [f32],
+    factors: &'a mut [f32],
+    /// Of a block of queries with all keys.
+    scores: &'a mut [f32],
+    d_scores: &'a mut [f32],
+    /// Of all keys.
+    d_k: &'a mut [f32],
+    d_v: &'a mut [f32],
+}
+
 impl<T: Float> Backward<'_, T> {
     fn head(&self, head: &Head, d_bias: &mut [f32]) {
-        let (keys, size) = (head.keys.len(), head.columns.len());
-        let rows = QUERY_BLOCK.min(head.queries.len());
-        with_scratch(&SCORES, keys * (1 + 2 * rows + 2 * size), |scratch| {
-            let (factors, scratch) = scratch.split_at_mut(keys);
-            let (d_k, scratch) = scratch.split_at_mut(keys * size);
-            let (d_v, scratch) = scratch.split_at_mut(keys * size);
-            let (scores, d_scores) = scratch.split_at_mut(keys * rows);
-            d_k.fill(0.0);
-            d_v.fill(0.0);
-            for queries in head.blocks() {
-                self.block(head, queries, [factors, scores, d_scores, d_k, d_v, d_bias]);
+        let (keys, size) = (head.keys.len() * head.columns.len(), head.columns.len());
+        let longest = head.stride(head.keys.len());
+        let scores = QUERY_BLOCK.min(head.queries.len()) * longest;
+        let total = 2 * head.distances() + longest + 2 * scores + 2 * keys;
+        with_scratch(&SCORES, total, |mut scratch| {
+            let mut take = |length: usize| scratch.split_off_mut(..length).expect("lengths add up to the total");
+            let mut buffers = Buffers {
+                bias: take(head.distances()),
+                d_bias: take(head.distances()),
+                factors: take(longest),
+                scores: take(scores),
+                d_scores: take(scores),
+                d_k: take(keys),
+                d_v: take(keys),
+            };
+            head.spread_bias(buffers.bias);
+            buffers.factors.fill(1.0);
+            for sum in [&mut buffers.d_bias, &mut buffers.d_k, &mut buffers.d_v] {
+                sum.fill(0.0);
             }
-            for (row, (d_k, d_v)) in head.keys.clone().zip(d_k.chunks_exact(size).zip(d_v.chunks_exact(size))) {
+            for queries in head.blocks() {
+                self.block(head, queries, &mut buffers);
+            }
+            if !d_bias.is_empty() {
+                let places = head.places(d_bias.len());
+                places.zip(buffers.d_bias.iter()).for_each(|(place, value)| d_bias[place] += value);
+            }
+            let rows = buffers.d_k.chunks_exact(size).zip(buffers.d_v.chunks_exact(size));
+            for (row, (d_k, d_v)) in head.keys.clone().zip(rows) {
                 // SAFETY: the keys' rows in this head's columns belong to this task.
                 convert(d_k, unsafe { self.d_k.row(row, head.columns.clone()) });
                 // SAFETY: likewise.
@@ -383,50 +395,59 @@ impl<T: Float> Backward<'_, T> {
     }
 
     /// A block of queries: writes its rows of `d_q`, adds to `d_k`, `d_v` and `d_bias`.
-    fn block(&self, head: &Head, queries: Range<usize>, buffers: [&mut [f32]; 6]) {
-        let [factors, scores, d_scores, d_k, d_v, d_bias] = buffers;
+    fn block(&self, head: &Head, queries: Range<usize>, buffers: &mut Buffers) {
         let (keys, size) = (head.visible(queries.end - 1), head.columns.len());
-        let (q, k) = (head.query_rows::<T>(self.inputs.q, &queries), head.key_rows::<T>(self.inputs.k, keys));
-        let d_out = head.query_rows::<T>(self.d_out, &queries);
-        let scores = &mut scores[..queries.len() * keys];
-        let d_scores = &mut d_scores[..queries.len() * keys];
-        head.scores::<T>(self.inputs.q, self.inputs.k, &queries, keys, scores);
-        let v = head.key_rows::<T>(self.inputs.v, keys).transposed();
-        gemm_serial(d_out, v, MatrixMut::from_slice(d_scores, queries.len(), keys, keys), false);
+        let stride = head.stride(keys);
+        let scores = &mut buffers.scores[..queries.len() * stride];
+        let d_scores = &mut buffers.d_scores[..queries.len() * stride];
+        head.query_by_key::<T>(self.inputs.q, self.inputs.k, &queries, keys, scores);
+        head.query_by_key::<T>(self.d_out, self.inputs.v, &queries, keys, d_scores);
 
-        let rows = scores.chunks_exact_mut(keys).zip(d_scores.chunks_exact_mut(keys));
+        let rows = scores.chunks_exact_mut(stride).zip(d_scores.chunks_exact_mut(stride));
         for (query, (scores, d_scores)) in queries.clone().zip(rows) {
-            let visible = head.visible(query);
-            scores[visible..].fill(0.0);
-            d_scores[visible..].fill(0.0);
-            let factors = &mut factors[..visible];
+            let (distances, factors) = (head.distances_of(query, stride), &mut buffers.factors[..stride]);
             head.factors(query, factors);
             let logsumexp = self.logsumexp.row::<f32>(head.queries.start + query)[head.head];
-            softmax_backward(&mut scores[..visible], &mut d_scores[..visible], factors, logsumexp);
-            if !d_bias.is_empty() {
-                let (below, within, above) = head.distances(query, visible, d_bias.len());
-                add_bias_gradient(&d_scores[..visible], d_bias, below, within, above);
-            }
+            let bias = &buffers.bias[distances.clone()];
+            softmax_backward(scores, d_scores, bias, factors, logsumexp, head.visible(query));
+            add_assign(&mut buffers.d_bias[distances], d_scores);
         }
 
-        let probabilities = Matrix::from_slice(scores, queries.len(), keys, keys);
-        let d_scores = Matrix::from_slice(d_scores, queries.len(), keys, keys);
+        let (q, d_out) = (head.query_rows::<T>(self.inputs.q, &queries), head.query_rows::<T>(self.d_out, &queries));
+        let probabilities = Matrix::from_slice(scores, queries.len(), keys, stride);
+        let d_scores = Matrix::from_slice(d_scores, queries.len(), keys, stride);
+        let (d_k, d_v) = (&mut *buffers.d_k, &mut *buffers.d_v);
         gemm_serial(probabilities.transposed(), d_out, MatrixMut::from_slice(d_v, keys, size, size), true);
         gemm_serial(d_scores.transposed(), q, MatrixMut::from_slice(d_k, keys, size, size), true);
         let address = self.d_q.address(head.queries.start + queries.start, head.columns.start);
         // SAFETY: the queries' rows in this head's columns belong to this task.
         let d_q = unsafe { MatrixMut::from_raw(address, queries.len(), size, self.d_q.stride()) };
-        gemm_serial(d_scores, k, d_q, false);
+        gemm_serial(d_scores, head.key_rows::<T>(self.inputs.k, keys), d_q, false);
     }
 }
 
 multiversion! {
-    /// `scores` become `f · p`, and `d_scores`, which come as `d_out · vᵀ`, the gradient of the scores.
-    fn softmax_backward(scores: &mut [f32], d_scores: &mut [f32], factors: &[f32], logsumexp: f32) {
+    /// `scores`, which come as `q · kᵀ`, become `f · p`, and `d_scores`, which come as `d_out · vᵀ`, the gradient of the
+    /// scores. All come in whole vectors, of which the first `visible` numbers count.
+    fn softmax_backward(
+        scores: &mut [f32],
+        d_scores: &mut [f32],
+        bias: &[f32],
+        factors: &[f32],
+        logsumexp: f32,
+        visible: usize,
+    ) {
         let count = scores.len();
-        let (d_scores, factors) = (&mut d_scores[..count], &factors[..count]);
+        let (d_scores, bias, factors) = (&mut d_scores[..count], &bias[..count], &factors[..count]);
         for index in 0..count {
-            scores[index] = exp(scores[index] - logsumexp);
+            scores[index] += bias[index] - logsumexp;
+        }
+        scores[visible..].fill(f32::NEG_INFINITY);
+        d_scores[visible..].fill(0.0);
+        for score in scores.as_chunks_mut::<LANES>().0 {
+            *score = score.map(exp);
+        }
+        for index in 0..count {
             d_scores[index] *= factors[index];
         }
         let delta = sum(count, |index| scores[index] * d_scores[index]);

@@ -1,0 +1,1 @@
+//! What tests share: where the reference data is, and how to run the program.

@@ -1,0 +1,3 @@
+//! The integration tests, one binary: layers against Hugging Face's numbers, then real processes.
+
+mod harness;

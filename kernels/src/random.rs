@@ -111,13 +111,14 @@ fn philox(seed: u64, stream: u64, first: u64) -> [[u64; BLOCKS]; 4] {
         *word = (first & LOW) + lane as u64;
     }
     for _ in 0..7 {
-        for lane in 0..BLOCKS {
-            let low = words[0][lane] * 0xD251_1F53;
-            let high = words[2][lane] * 0xCD9E_8D57;
-            words[0][lane] = (high >> 32) ^ words[1][lane] ^ u64::from(key[0]);
-            words[1][lane] = high & LOW;
-            words[2][lane] = (low >> 32) ^ words[3][lane] ^ u64::from(key[1]);
-            words[3][lane] = low & LOW;
+        let [w0, w1, w2, w3] = &mut words;
+        for (((w0, w1), w2), w3) in w0.iter_mut().zip(w1).zip(w2).zip(w3) {
+            let low = *w0 * 0xD251_1F53;
+            let high = *w2 * 0xCD9E_8D57;
+            *w0 = (high >> 32) ^ *w1 ^ u64::from(key[0]);
+            *w1 = high & LOW;
+            *w2 = (low >> 32) ^ *w3 ^ u64::from(key[1]);
+            *w3 = low & LOW;
         }
         key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
     }

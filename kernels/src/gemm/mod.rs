@@ -249,7 +249,9 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
         let width = self.kernel.cols;
         match b.as_f32() {
             Some(pointer)
-                if b.col_stride == 1 && b.cols % self.kernel.lanes == 0 && self.c.rows <= 8 * self.kernel.rows =>
+                if b.col_stride == 1
+                    && b.cols.is_multiple_of(self.kernel.lanes)
+                    && self.c.rows <= 8 * self.kernel.rows =>
             {
                 f(Operand {
                     pointer,

@@ -259,8 +259,10 @@ multiversion! {
         }
         scores[visible..].fill(f32::NEG_INFINITY);
         let most = max(scores);
-        for score in scores.as_chunks_mut::<LANES>().0 {
-            *score = score.map(|score| exp(score - most));
+        for vector in scores.as_chunks_mut::<LANES>().0 {
+            for score in vector {
+                *score = exp(*score - most);
+            }
         }
         let total = sum(count, |index| scores[index]);
         let normalize = 1.0 / total;
@@ -444,8 +446,10 @@ multiversion! {
         }
         scores[visible..].fill(f32::NEG_INFINITY);
         d_scores[visible..].fill(0.0);
-        for score in scores.as_chunks_mut::<LANES>().0 {
-            *score = score.map(exp);
+        for vector in scores.as_chunks_mut::<LANES>().0 {
+            for score in vector {
+                *score = exp(*score);
+            }
         }
         for index in 0..count {
             d_scores[index] *= factors[index];

@@ -243,6 +243,7 @@ fn attentions(bench: &mut Bench) -> Result<()> {
         Shape { causal: true, size: 32, heads: 4, reach: Some(128), ..shape("tiny decoder", &tiny, &tiny) },
         Shape { reach: None, ..shape("cross", &short, &ragged) },
         Shape { reach: None, ..shape("cross to shorter", &ragged, &short) },
+        shape("biased, without queries", &Segments::from_offsets(&[0, 0, 30, 31, 31, 31]), &short),
         Shape {
             causal: true,
             mask: Dropout::NONE,

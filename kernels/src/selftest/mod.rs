@@ -149,6 +149,16 @@ mod tests {
     }
 
     #[test]
+    fn steady_state_asks_the_system_for_no_memory() {
+        let device = Device::cpu();
+        run(&device).unwrap();
+        let before = device.memory();
+        run(&device).unwrap();
+        assert_eq!(device.memory().system_allocations, before.system_allocations);
+        assert_eq!(device.memory().live_bytes, 0);
+    }
+
+    #[test]
     fn bits_do_not_depend_on_the_number_of_threads() {
         let digest = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();

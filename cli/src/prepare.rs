@@ -137,7 +137,9 @@ impl RunDirectory {
                 )));
             }
         }
-        let latest = checkpoint::latest(&directory.join("checkpoints"))?;
+        let checkpoints = directory.join("checkpoints");
+        checkpoint::remove_leftovers(&checkpoints)?;
+        let latest = checkpoint::latest(&checkpoints)?;
         let warnings = latest.skipped.iter().map(|error| format!("passed over: {error}")).collect();
         let start_step = latest.checkpoint.map_or(0, |checkpoint| checkpoint.progress.step);
         Ok(RunDirectory { start_step, warnings })

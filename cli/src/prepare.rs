@@ -36,6 +36,7 @@ pub(crate) fn prepare(arguments: &JobArguments, insecure: bool) -> Result<Prepar
     let tokenizer = run_tokenizer(&job, &base, &splits, arguments.resume)?;
     check_model(&job, &tokenizer)?;
     let schedule = job.training.steps(splits.train.len())?;
+    let eval_steps = eval_steps(&job, &splits, schedule.total_steps)?;
     let directory = RunDirectory::open(&job, arguments.resume)?;
     directory.write(&job, &tokenizer)?;
     let (files, start_generation) = if job.output_dir.join("ledger.jsonl").exists() {
@@ -51,8 +52,8 @@ pub(crate) fn prepare(arguments: &JobArguments, insecure: bool) -> Result<Prepar
         heartbeat_timeout_ms: job.cluster.heartbeat_timeout_ms(),
         step_timeout_ms: job.cluster.step_timeout_ms(),
         logging_steps: job.training.logging_steps,
-        eval_steps: job.training.eval_steps,
-        save_steps: job.training.save_steps,
+        eval_steps,
+        save_steps: Some(job.training.save_steps.unwrap_or(schedule.total_steps)),
         digest_steps: Some(DIGEST_STEPS),
         start_step: directory.start_step,
         start_generation,
@@ -67,6 +68,17 @@ pub(crate) fn prepare(arguments: &JobArguments, insecure: bool) -> Result<Prepar
     };
     let RunDirectory { start_step, warnings } = directory;
     Ok(Prepared { job, run, files, total_steps: schedule.total_steps, start_step, warnings })
+}
+
+/// How often to evaluate: at the end, unless the job asks for more, and never without data.
+fn eval_steps(job: &Job, splits: &Splits, total_steps: u64) -> Result<Option<u64>> {
+    match (&splits.validation, job.training.eval_steps) {
+        (Some(_), steps) => Ok(Some(steps.unwrap_or(total_steps))),
+        (None, None) => Ok(None),
+        (None, Some(_)) => Err(Failure::bad_input(
+            "training.eval_steps: there is nothing to evaluate on; give data.validation or data.validation_split",
+        )),
+    }
 }
 
 pub(crate) fn working_directory() -> Result<PathBuf> {

@@ -129,7 +129,7 @@ impl Config {
                 return Err(Error::Config(format!("{key} = {value} is out of range: {least} to {most}")));
             }
         }
-        if self.relative_attention_num_buckets % 4 != 0 {
+        if !self.relative_attention_num_buckets.is_multiple_of(4) {
             return Err(Error::Config(format!(
                 "relative_attention_num_buckets = {} must be a multiple of 4",
                 self.relative_attention_num_buckets

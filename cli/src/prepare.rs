@@ -29,30 +29,33 @@ pub(crate) struct Prepared {
 /// Every how many steps the replicas' weights are compared, where several could differ.
 const DIGEST_STEPS: u64 = 100;
 
+/// An interval that no run is long enough for: what it is of happens after the last step only.
+const AT_THE_END: u64 = u64::MAX;
+
 pub(crate) fn prepare(arguments: &JobArguments, insecure: bool) -> Result<Prepared> {
     let job = Job::load(arguments)?;
     let base = working_directory()?;
     let splits = Splits::load(&job.data, &base, job.training.seed)?;
     let tokenizer = run_tokenizer(&job, &base, &splits, arguments.resume)?;
     check_model(&job, &tokenizer)?;
+    check_evaluation(&job, &splits)?;
     let schedule = job.training.steps(splits.train.len())?;
     let directory = RunDirectory::open(&job, arguments.resume)?;
     directory.write(&job, &tokenizer)?;
-    let (files, start_generation) = if job.output_dir.join("ledger.jsonl").exists() {
-        RunFiles::resume(&job.output_dir, directory.start_step)?
-    } else {
-        (RunFiles::create(&job.output_dir)?, 0)
+    let (files, start_generation) = match arguments.resume {
+        true => RunFiles::resume(&job.output_dir, directory.start_step)?,
+        false => (RunFiles::create(&job.output_dir)?, 0),
     };
     let settings = Settings {
         schedule: schedule.clone(),
         dataset_fingerprint: splits.fingerprint(),
-        workers_expected: job.cluster.workers.unwrap_or(1),
+        workers_expected: job.cluster.workers(),
         workers_min: job.cluster.min_workers,
         heartbeat_timeout_ms: job.cluster.heartbeat_timeout_ms(),
         step_timeout_ms: job.cluster.step_timeout_ms(),
         logging_steps: job.training.logging_steps,
-        eval_steps: job.training.eval_steps,
-        save_steps: job.training.save_steps,
+        eval_steps: splits.validation.is_some().then(|| job.training.eval_steps.unwrap_or(AT_THE_END)),
+        save_steps: Some(job.training.save_steps.unwrap_or(AT_THE_END)),
         digest_steps: Some(DIGEST_STEPS),
         start_step: directory.start_step,
         start_generation,
@@ -108,6 +111,16 @@ fn check_model(job: &Job, tokenizer: &Tokenizer) -> Result<()> {
     Ok(())
 }
 
+/// Evaluations that are asked for need something to be on.
+fn check_evaluation(job: &Job, splits: &Splits) -> Result<()> {
+    if job.training.eval_steps.is_some() && splits.validation.is_none() {
+        return Err(Failure::bad_input(
+            "training.eval_steps: there is nothing to evaluate on; set data.validation or data.validation_split, or leave it out",
+        ));
+    }
+    Ok(())
+}
+
 /// What an output directory holds already.
 struct RunDirectory {
     start_step: u64,
@@ -115,12 +128,13 @@ struct RunDirectory {
 }
 
 impl RunDirectory {
-    /// Refuses a directory with a run in it, unless that run is to be resumed and is of the same job.
+    /// Refuses a directory with a run in it, unless that run is to be resumed and is of the same job. A run that has
+    /// committed nothing is none: what stopped it can be put right and the job started again.
     fn open(job: &Job, resume: bool) -> Result<Self> {
         let directory = &job.output_dir;
         let job_file = directory.join("job.toml");
         if !resume {
-            if job_file.exists() || directory.join("ledger.jsonl").exists() {
+            if holds_work(directory) {
                 return Err(Failure::bad_input(format!(
                     "{} already holds a run; continue it with --resume, or write elsewhere with --output DIR",
                     directory.display()
@@ -150,8 +164,27 @@ impl RunDirectory {
         fs::create_dir_all(directory).map_err(|error| failure(directory, error))?;
         let text = toml::to_string(job).map_err(|error| Failure::failed(error.to_string()))?;
         for (path, text) in [(directory.join("job.toml"), text), (tokenizer_file(job), tokenizer.to_json())] {
-            fs::write(&path, text).map_err(|error| failure(&path, error))?;
+            replace(&path, &text).map_err(|error| failure(&path, error))?;
         }
         Ok(())
     }
+}
+
+/// Whether a directory holds committed steps, checkpoints or a model.
+fn holds_work(directory: &Path) -> bool {
+    let committed = fs::metadata(directory.join("ledger.jsonl")).is_ok_and(|ledger| ledger.len() > 0);
+    let saved = fs::read_dir(directory.join("checkpoints")).is_ok_and(|mut entries| entries.next().is_some());
+    committed || saved || directory.join("model").exists()
+}
+
+/// Replaces a file's content at once, so that a full disk leaves the one before.
+fn replace(path: &Path, text: &str) -> std::io::Result<()> {
+    if fs::read_to_string(path).is_ok_and(|present| present == text) {
+        return Ok(());
+    }
+    let beside = path.with_extension("tmp");
+    fs::write(&beside, text).and_then(|()| fs::rename(&beside, path)).inspect_err(|_| {
+        // The error that stopped the write is the one to report.
+        let _ = fs::remove_file(&beside);
+    })
 }

@@ -3,3 +3,4 @@
 mod harness;
 mod invariance;
 mod jobs;
+mod recovery;

@@ -4,4 +4,5 @@ mod docs;
 mod harness;
 mod invariance;
 mod jobs;
+mod recovery;
 mod structure;

@@ -69,6 +69,10 @@ async fn drive(
     launch: impl FnOnce(SocketAddr, &Secret) -> Result<Option<LocalWorkers>>,
     reporter: &mut Reporter,
 ) -> Result<Outcome> {
+    if !options.address.ip().is_loopback() && !prepared.run.insecure {
+        // Before anybody is told where to join.
+        return Err(quintet_coordinator::Error::NotLoopback(options.address).into());
+    }
     let listener = TcpListener::bind(options.address)
         .await
         .map_err(|error| Failure::bad_input(format!("cannot listen on {}: {error}", options.address)))?;

@@ -131,7 +131,7 @@ fn links_lead_somewhere() {
 fn every_file_in_the_architecture_exists() {
     let text = read("ARCHITECTURE.md");
     let code = text.split("```").step_by(2).flat_map(|prose| prose.split('`').skip(1).step_by(2));
-    let rooted = |path: &&str| path.contains('/') && path.split('/').next().is_some_and(|room| is_room(room));
+    let rooted = |path: &&str| path.contains('/') && path.split('/').next().is_some_and(is_room);
     for path in code.filter(rooted) {
         // proto/… is also how the contract's own folder begins.
         assert!(root().join(path).exists() || root().join("proto").join(path).exists(), "{path} is not there");

@@ -1,4 +1,5 @@
 //! The integration tests, one binary: layers against Hugging Face's numbers, then real processes.
+#![expect(clippy::unwrap_used, reason = "all of this is tests, the functions beside them too")]
 
 mod docs;
 mod harness;

@@ -1,6 +1,7 @@
 //! `quintet coordinator`, and the serving of a run that `quintet train` shares with it.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use quintet_coordinator::launch::{Death, LocalWorkers};
 use quintet_coordinator::secret::Secret;
@@ -60,6 +61,8 @@ pub(crate) fn serve(
     Ok(outcome.exit_code as u8)
 }
 
+/// How long workers that were told to stop may take to finish a checkpoint.
+const STOP_GRACE: Duration = Duration::from_secs(5);
 const EVENTS_WAITING_MAX: usize = 1024;
 const CONTROLS_WAITING_MAX: usize = 64;
 
@@ -109,7 +112,7 @@ async fn drive(
         reporter.show(event);
     }
     if let Some(workers) = workers {
-        workers.kill().await;
+        workers.end(STOP_GRACE).await;
     }
     Ok(outcome?)
 }

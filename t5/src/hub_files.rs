@@ -206,8 +206,10 @@ pub fn save_pretrained(model: &Model, parameters: &Parameters, directory: &Path)
         ModelType::Mt5 => "MT5ForConditionalGeneration",
         ModelType::Umt5 => "UMT5ForConditionalGeneration",
     };
+    // By way of text, in which an f32 has its shortest digits: 0.1, not 0.10000000149011612.
+    let fields = serde_json::to_string(config).and_then(|text| serde_json::from_str::<Value>(&text));
+    let fields = fields.map_err(|error| Error::Config(error.to_string()))?;
     let mut value = json!({"architectures": [class], "is_encoder_decoder": true, "torch_dtype": "float32"});
-    let fields = serde_json::to_value(config).map_err(|error| Error::Config(error.to_string()))?;
     for (key, field) in fields.as_object().into_iter().flatten() {
         if !["architectures", "torch_dtype", "dtype", "is_encoder_decoder"].contains(&key.as_str()) {
             value[key] = field.clone();

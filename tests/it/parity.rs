@@ -98,13 +98,8 @@ impl Reference {
 
     /// As torch's plain optimizers see the parameters: all of them decay.
     fn slots(&self) -> Vec<TensorSlot> {
-        let slot = |tensor: &quintet_t5::NamedTensor| {
-            let is_matrix = tensor.shape.len() == 2;
-            let (rows, cols) = if is_matrix { (tensor.shape[0], tensor.shape[1]) } else { (1, tensor.range.len()) };
-            let slot = TensorSlot::new(tensor.name.clone(), tensor.range.clone(), rows, cols, is_matrix);
-            TensorSlot { decays: true, ..slot }
-        };
-        self.model.layout().tensors().iter().map(slot).collect()
+        let tensors = self.model.layout().tensors().iter();
+        tensors.map(|tensor| TensorSlot { decays: true, ..TensorSlot::from(tensor) }).collect()
     }
 
     fn copy_of_weights(&self) -> Parameters {

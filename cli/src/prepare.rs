@@ -36,23 +36,23 @@ pub(crate) fn prepare(arguments: &JobArguments, insecure: bool) -> Result<Prepar
     let tokenizer = run_tokenizer(&job, &base, &splits, arguments.resume)?;
     check_model(&job, &tokenizer)?;
     let schedule = job.training.steps(splits.train.len())?;
+    let eval_steps = eval_steps(&job, &splits, schedule.total_steps)?;
     let directory = RunDirectory::open(&job, arguments.resume)?;
     directory.write(&job, &tokenizer)?;
-    let (files, start_generation) = if job.output_dir.join("ledger.jsonl").exists() {
-        RunFiles::resume(&job.output_dir, directory.start_step)?
-    } else {
-        (RunFiles::create(&job.output_dir)?, 0)
+    let (files, start_generation) = match arguments.resume {
+        true => RunFiles::resume(&job.output_dir, directory.start_step)?,
+        false => (RunFiles::create(&job.output_dir)?, 0),
     };
     let settings = Settings {
         schedule: schedule.clone(),
         dataset_fingerprint: splits.fingerprint(),
-        workers_expected: job.cluster.workers.unwrap_or(1),
+        workers_expected: job.cluster.workers(),
         workers_min: job.cluster.min_workers,
         heartbeat_timeout_ms: job.cluster.heartbeat_timeout_ms(),
         step_timeout_ms: job.cluster.step_timeout_ms(),
         logging_steps: job.training.logging_steps,
-        eval_steps: job.training.eval_steps,
-        save_steps: job.training.save_steps,
+        eval_steps,
+        save_steps: Some(job.training.save_steps.unwrap_or(schedule.total_steps)),
         digest_steps: Some(DIGEST_STEPS),
         start_step: directory.start_step,
         start_generation,
@@ -67,6 +67,17 @@ pub(crate) fn prepare(arguments: &JobArguments, insecure: bool) -> Result<Prepar
     };
     let RunDirectory { start_step, warnings } = directory;
     Ok(Prepared { job, run, files, total_steps: schedule.total_steps, start_step, warnings })
+}
+
+/// How often to evaluate: at the end, unless the job asks for more, and never without data.
+fn eval_steps(job: &Job, splits: &Splits, total_steps: u64) -> Result<Option<u64>> {
+    match (&splits.validation, job.training.eval_steps) {
+        (Some(_), steps) => Ok(Some(steps.unwrap_or(total_steps))),
+        (None, None) => Ok(None),
+        (None, Some(_)) => Err(Failure::bad_input(
+            "training.eval_steps: there is nothing to evaluate on; give data.validation or data.validation_split",
+        )),
+    }
 }
 
 pub(crate) fn working_directory() -> Result<PathBuf> {
@@ -115,12 +126,13 @@ struct RunDirectory {
 }
 
 impl RunDirectory {
-    /// Refuses a directory with a run in it, unless that run is to be resumed and is of the same job.
+    /// Refuses a directory with a run in it, unless that run is to be resumed and is of the same job. A run that has
+    /// committed nothing is none: what stopped it can be put right and the job started again.
     fn open(job: &Job, resume: bool) -> Result<Self> {
         let directory = &job.output_dir;
         let job_file = directory.join("job.toml");
         if !resume {
-            if job_file.exists() || directory.join("ledger.jsonl").exists() {
+            if holds_work(directory) {
                 return Err(Failure::bad_input(format!(
                     "{} already holds a run; continue it with --resume, or write elsewhere with --output DIR",
                     directory.display()
@@ -137,7 +149,9 @@ impl RunDirectory {
                 )));
             }
         }
-        let latest = checkpoint::latest(&directory.join("checkpoints"))?;
+        let checkpoints = directory.join("checkpoints");
+        checkpoint::remove_leftovers(&checkpoints)?;
+        let latest = checkpoint::latest(&checkpoints)?;
         let warnings = latest.skipped.iter().map(|error| format!("passed over: {error}")).collect();
         let start_step = latest.checkpoint.map_or(0, |checkpoint| checkpoint.progress.step);
         Ok(RunDirectory { start_step, warnings })
@@ -150,8 +164,27 @@ impl RunDirectory {
         fs::create_dir_all(directory).map_err(|error| failure(directory, error))?;
         let text = toml::to_string(job).map_err(|error| Failure::failed(error.to_string()))?;
         for (path, text) in [(directory.join("job.toml"), text), (tokenizer_file(job), tokenizer.to_json())] {
-            fs::write(&path, text).map_err(|error| failure(&path, error))?;
+            replace(&path, &text).map_err(|error| failure(&path, error))?;
         }
         Ok(())
     }
+}
+
+/// Whether a directory holds committed steps, checkpoints or a model.
+fn holds_work(directory: &Path) -> bool {
+    let committed = fs::metadata(directory.join("ledger.jsonl")).is_ok_and(|ledger| ledger.len() > 0);
+    let saved = fs::read_dir(directory.join("checkpoints")).is_ok_and(|mut entries| entries.next().is_some());
+    committed || saved || directory.join("model").exists()
+}
+
+/// Replaces a file's content at once, so that a full disk leaves the one before.
+fn replace(path: &Path, text: &str) -> std::io::Result<()> {
+    if fs::read_to_string(path).is_ok_and(|present| present == text) {
+        return Ok(());
+    }
+    let beside = path.with_extension("tmp");
+    fs::write(&beside, text).and_then(|()| fs::rename(&beside, path)).inspect_err(|_| {
+        // The error that stopped the write is the one to report.
+        let _ = fs::remove_file(&beside);
+    })
 }

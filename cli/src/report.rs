@@ -13,6 +13,8 @@ use serde_json::Value;
 pub(crate) struct Reporter {
     total_steps: u64,
     bar: Option<ProgressBar>,
+    /// For one who starts the workers by hand.
+    announce_joins: bool,
     last_line: Option<Instant>,
     pub(crate) last_train: Option<TrainMetrics>,
     pub(crate) last_eval: Option<EvalMetrics>,
@@ -22,14 +24,14 @@ pub(crate) struct Reporter {
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
 impl Reporter {
-    pub(crate) fn new(total_steps: u64, start_step: u64) -> Self {
+    pub(crate) fn new(total_steps: u64, start_step: u64, announce_joins: bool) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("{bar:30} {pos}/{len} [{elapsed}<{eta}] {msg}");
             let bar = ProgressBar::new(total_steps).with_position(start_step);
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar
         });
-        Reporter { total_steps, bar, last_line: None, last_train: None, last_eval: None }
+        Reporter { total_steps, bar, announce_joins, last_line: None, last_train: None, last_eval: None }
     }
 
     /// A line that stays.
@@ -42,7 +44,11 @@ impl Reporter {
 
     pub(crate) fn show(&mut self, event: Event) {
         match event {
-            Event::Joined { .. } => {}
+            Event::Joined { host, pid, joined, expected, .. } => {
+                if self.announce_joins {
+                    self.line(&format!("{joined} of {expected} workers joined: process {pid} on {host}"));
+                }
+            }
             Event::Started { workers, step } => {
                 let plural = if workers == 1 { "" } else { "s" };
                 self.line(&format!("{workers} worker{plural} ready; step {step} of {} begins", self.total_steps));

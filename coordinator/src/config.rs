@@ -63,13 +63,14 @@ impl ClusterConfig {
             if !(1..=WORKERS_MAX).contains(&workers) {
                 return refuse("workers", format!("{workers} is not between 1 and {WORKERS_MAX}"));
             }
-            if self.min_workers > workers {
-                let problem = format!("{} is more than cluster.workers, {workers}", self.min_workers);
-                return refuse("min_workers", problem);
-            }
         }
         if !(1..=WORKERS_MAX).contains(&self.min_workers) {
             let problem = format!("{} is not between 1 and {WORKERS_MAX}", self.min_workers);
+            return refuse("min_workers", problem);
+        }
+        let workers = self.workers();
+        if self.min_workers > workers {
+            let problem = format!("{} is more than cluster.workers, {workers}", self.min_workers);
             return refuse("min_workers", problem);
         }
         self.listen_address()?;
@@ -84,6 +85,11 @@ impl ClusterConfig {
             }
         }
         Ok(())
+    }
+
+    /// Workers that the run starts with.
+    pub fn workers(&self) -> u32 {
+        self.workers.unwrap_or(1)
     }
 
     /// The address to listen on.
@@ -141,6 +147,7 @@ mod tests {
         assert_eq!(problem(|c| c.min_workers = 0), "cluster.min_workers: 0 is not between 1 and 4096");
         let too_many = problem(|c| (c.workers, c.min_workers) = (Some(2), 3));
         assert_eq!(too_many, "cluster.min_workers: 3 is more than cluster.workers, 2");
+        assert_eq!(problem(|c| c.min_workers = 2), "cluster.min_workers: 2 is more than cluster.workers, 1");
         assert!(problem(|c| c.listen = "localhost".to_owned()).starts_with("cluster.listen: \"localhost\""));
         assert!(problem(|c| c.heartbeat_timeout_seconds = f64::NAN).starts_with("cluster.heartbeat_"));
         assert!(problem(|c| c.step_timeout_seconds = 0.0).starts_with("cluster.step_timeout_seconds: 0"));

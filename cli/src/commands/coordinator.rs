@@ -46,7 +46,7 @@ pub(crate) fn serve(
         .enable_all()
         .build()
         .map_err(|error| Failure::failed(format!("cannot start the event loop: {error}")))?;
-    let mut reporter = Reporter::new(prepared.total_steps, prepared.start_step);
+    let mut reporter = Reporter::new(prepared.total_steps, prepared.start_step, options.announce);
     for warning in &prepared.warnings {
         reporter.line(&format!("warning: {warning}"));
     }

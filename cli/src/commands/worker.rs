@@ -46,9 +46,11 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
         listen: arguments.listen,
         resume_step: welcome.resume_step,
     };
-    // How the run ended, and what went wrong here, is for the coordinator to tell: it hears of it first.
+    // How the run ended, and what went wrong here, is for the coordinator to tell, which has heard of it; unless it is
+    // the coordinator that is gone.
     match rank::run(&session, job) {
         Ok((exit_code, _)) => Ok(exit_code),
+        Err(error @ quintet_worker::Error::Session(_)) => Err(error.into()),
         Err(error) => Ok(Failure::from(error).exit_code),
     }
 }

@@ -102,6 +102,9 @@ pub(crate) struct WorkerArguments {
     /// Allow plain text beyond this machine.
     #[arg(long)]
     pub(crate) insecure_plaintext: bool,
+    /// Started by `quintet train`, which tells how the run ended.
+    #[arg(long, hide = true)]
+    pub(crate) supervised: bool,
 }
 
 #[derive(Args)]

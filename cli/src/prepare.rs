@@ -151,7 +151,12 @@ impl RunDirectory {
         }
         let checkpoints = directory.join("checkpoints");
         checkpoint::remove_leftovers(&checkpoints)?;
-        let latest = checkpoint::latest(&checkpoints)?;
+        let latest = checkpoint::latest(&checkpoints).map_err(|error| match error {
+            quintet_worker::Error::Checkpoint { .. } => {
+                Failure::bad_input(format!("{error}; no checkpoint is intact, train anew with --output DIR"))
+            }
+            other => other.into(),
+        })?;
         let warnings = latest.skipped.iter().map(|error| format!("passed over: {error}")).collect();
         let start_step = latest.checkpoint.map_or(0, |checkpoint| checkpoint.progress.step);
         Ok(RunDirectory { start_step, warnings })

@@ -51,7 +51,11 @@ impl Reporter {
             }
             Event::Started { workers, step } => {
                 let plural = if workers == 1 { "" } else { "s" };
-                self.line(&format!("{workers} worker{plural} ready; step {step} of {} begins", self.total_steps));
+                let next = match step > self.total_steps {
+                    true => "all steps are done".to_string(),
+                    false => format!("step {step} of {} begins", self.total_steps),
+                };
+                self.line(&format!("{workers} worker{plural} ready; {next}"));
             }
             Event::Train(metrics) => {
                 self.show_step(&metrics);

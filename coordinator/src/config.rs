@@ -59,10 +59,10 @@ impl ClusterConfig {
     /// A user error that names the key and what is allowed.
     pub fn validate(&self) -> Result<()> {
         let refuse = |key, problem: String| Err(Error::Config { key, problem });
-        if let Some(workers) = self.workers {
-            if !(1..=WORKERS_MAX).contains(&workers) {
-                return refuse("workers", format!("{workers} is not between 1 and {WORKERS_MAX}"));
-            }
+        if let Some(workers) = self.workers
+            && !(1..=WORKERS_MAX).contains(&workers)
+        {
+            return refuse("workers", format!("{workers} is not between 1 and {WORKERS_MAX}"));
         }
         if !(1..=WORKERS_MAX).contains(&self.min_workers) {
             let problem = format!("{} is not between 1 and {WORKERS_MAX}", self.min_workers);

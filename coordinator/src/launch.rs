@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
 
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
@@ -59,8 +60,12 @@ impl LocalWorkers {
         self.deaths.recv().await
     }
 
-    /// Kills what still runs and waits until it is gone.
-    pub async fn kill(mut self) {
+    /// Waits until all have ended; after `grace`, kills what still runs. A worker that is told to stop may be in the
+    /// middle of a checkpoint.
+    pub async fn end(mut self, grace: Duration) {
+        let all_ended = async { while self.deaths.recv().await.is_some() {} };
+        // Who is late is killed.
+        let _ = tokio::time::timeout(grace, all_ended).await;
         drop(self.alive);
         while self.deaths.recv().await.is_some() {}
     }
@@ -156,7 +161,16 @@ mod tests {
     async fn killing_ends_what_runs() {
         let workers = shell("exec tail -f /dev/null", 2);
         // Returns only when every child was reaped.
-        workers.kill().await;
+        workers.end(Duration::ZERO).await;
+    }
+
+    #[tokio::test]
+    async fn who_ends_by_itself_is_not_killed() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("written");
+        let workers = shell(&format!("echo done > {}", file.display()), 1);
+        workers.end(Duration::from_secs(60)).await;
+        assert_eq!(std::fs::read_to_string(file).unwrap(), "done\n");
     }
 
     #[tokio::test]

@@ -75,7 +75,7 @@ fn killed_while_saving_again_and_again() {
     for _ in 0..10 {
         // A directory without a committed step may be started in, or resumed.
         let mut process = workspace.start("run", &format!("--resume {settings}"));
-        let committed = (saved + 1 + next(12)) as usize;
+        let committed = (saved + 2 + next(12)) as usize;
         assert!(process.wait_for_lines(&run.path("ledger.jsonl"), committed), "ended at {}", committed);
         // Some moment of the save that follows.
         (0..next(200_000)).for_each(|_| std::hint::spin_loop());

@@ -17,7 +17,7 @@ pub enum Error {
     Checkpoint { path: PathBuf, problem: String },
 
     /// The operating system refused a file operation (no such file, no permission, disk full).
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {source}{}", path.display(), hint(source))]
     File { action: &'static str, path: PathBuf, source: io::Error },
 
     #[error("cannot listen on {address}: {source}; choose another address")]
@@ -85,5 +85,14 @@ impl Error {
     /// For `map_err` on a configuration check.
     pub(crate) fn config(key: &'static str, problem: impl Into<String>) -> Self {
         Self::Config { key, problem: problem.into() }
+    }
+}
+
+fn hint(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
+            "; make room, then go on with --resume"
+        }
+        _ => "",
     }
 }

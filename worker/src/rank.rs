@@ -289,8 +289,11 @@ impl Rank {
                 examples: batch.examples() as u64,
             });
         }
-        if !self.sum.is_finite() {
-            return Ok(Attempt::Poisoned("a gradient".to_string()));
+        if let Some(index) = self.sum.find_not_finite() {
+            let mut tensors = self.replica.master().layout().tensors().iter();
+            let name =
+                tensors.find(|tensor| tensor.range.contains(&index)).map_or("the padding", |tensor| &tensor.name);
+            return Ok(Attempt::Poisoned(format!("the gradient of {name}")));
         }
         let target_tokens = self.global_target_tokens(place, lease.step, &reports)?;
         let ranges: Vec<Range<u32>> =

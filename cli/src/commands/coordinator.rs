@@ -1,6 +1,7 @@
 //! `quintet coordinator`, and the serving of a run that `quintet train` shares with it.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use quintet_coordinator::launch::{Death, LocalWorkers};
 use quintet_coordinator::secret::Secret;
@@ -60,6 +61,8 @@ pub(crate) fn serve(
     Ok(outcome.exit_code as u8)
 }
 
+/// How long workers that were told to stop may take to finish a checkpoint.
+const STOP_GRACE: Duration = Duration::from_secs(5);
 const EVENTS_WAITING_MAX: usize = 1024;
 const CONTROLS_WAITING_MAX: usize = 64;
 
@@ -69,6 +72,10 @@ async fn drive(
     launch: impl FnOnce(SocketAddr, &Secret) -> Result<Option<LocalWorkers>>,
     reporter: &mut Reporter,
 ) -> Result<Outcome> {
+    if !options.address.ip().is_loopback() && !prepared.run.insecure {
+        // Before anybody is told where to join.
+        return Err(quintet_coordinator::Error::NotLoopback(options.address).into());
+    }
     let listener = TcpListener::bind(options.address)
         .await
         .map_err(|error| Failure::bad_input(format!("cannot listen on {}: {error}", options.address)))?;
@@ -105,7 +112,7 @@ async fn drive(
         reporter.show(event);
     }
     if let Some(workers) = workers {
-        workers.kill().await;
+        workers.end(STOP_GRACE).await;
     }
     Ok(outcome?)
 }

@@ -41,6 +41,12 @@ struct Loaded {
 
 /// A model directory with its tokenizer.
 fn open_model(device: &Device, directory: &Path, tokenizer: Option<&str>) -> Result<Loaded> {
+    if !directory.join("config.json").is_file() {
+        let name = directory.display();
+        return Err(Failure::bad_input(format!(
+            "--model {name}: no directory with a config.json; name that of a model"
+        )));
+    }
     let base = crate::prepare::working_directory()?;
     let spec = match tokenizer {
         Some(text) => TokenizerSpec::parse(text, &base),

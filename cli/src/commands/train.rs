@@ -19,7 +19,7 @@ pub(crate) fn run(arguments: TrainArguments) -> Result<u8> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = (cores / workers as usize).max(1).to_string();
         let coordinator = format!("http://{address}");
-        let worker = ["worker", "--coordinator", &coordinator, "--threads", &threads];
+        let worker = ["worker", "--supervised", "--coordinator", &coordinator, "--threads", &threads];
         let arguments: Vec<_> = worker.iter().map(Into::into).collect();
         Ok(Some(LocalWorkers::spawn(&executable, &arguments, token, workers)?))
     })

@@ -9,7 +9,7 @@ use quintet_worker::rank::{self, RankJob};
 use quintet_worker::session::Session;
 
 use crate::args::WorkerArguments;
-use crate::error::{Failure, Result};
+use crate::error::{Failure, Result, exit};
 use crate::job::Job;
 use crate::prepare::working_directory;
 
@@ -26,8 +26,12 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
         )));
     }
     set_threads(arguments.threads)?;
-    let joined = Session::connect(&arguments.coordinator, token.as_bytes(), &host_name(), insecure);
-    let (session, welcome) = joined.map_err(quintet_worker::Error::from)?;
+    let (session, welcome) = match Session::connect(&arguments.coordinator, token.as_bytes(), &host_name(), insecure) {
+        Ok(joined) => joined,
+        // Mostly the run was over before this worker came.
+        Err(error) if arguments.supervised && !error.is_user_error() => return Ok(exit::FAILURE),
+        Err(error) => return Err(quintet_worker::Error::from(error).into()),
+    };
     let job: Job = serde_json::from_str(&welcome.job_json)
         .map_err(|error| Failure::failed(format!("the coordinator sent a job that is not understood: {error}")))?;
     let collective_token = welcome.collective_token.as_slice().try_into();
@@ -50,7 +54,7 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
     // the coordinator that is gone.
     match rank::run(&session, job) {
         Ok((exit_code, _)) => Ok(exit_code),
-        Err(error @ quintet_worker::Error::Session(_)) => Err(error.into()),
+        Err(error @ quintet_worker::Error::Session(_)) if !arguments.supervised => Err(error.into()),
         Err(error) => Ok(Failure::from(error).exit_code),
     }
 }

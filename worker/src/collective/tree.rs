@@ -149,6 +149,14 @@ impl TreeSum {
         self.stack.iter().all(|(_, sum)| sum.par_chunks(BLOCK).all(block_is_finite))
     }
 
+    /// An element that is not finite in some partial sum.
+    pub fn find_not_finite(&self) -> Option<usize> {
+        if self.is_finite() {
+            return None;
+        }
+        self.stack.iter().find_map(|(_, sum)| sum.iter().position(|x| !x.is_finite()))
+    }
+
     /// The nodes held, left to right, with their sums.
     pub fn nodes(&self) -> impl ExactSizeIterator<Item = (Node, &[f32])> {
         self.stack.iter().map(|(node, sum)| (*node, sum.as_slice()))
@@ -270,12 +278,14 @@ mod tests {
         buffer[77_777] = f32::MAX;
         sum.push(buffer);
         assert!(sum.is_finite());
+        assert_eq!(sum.find_not_finite(), None);
         for bad in [f32::INFINITY, f32::NAN] {
             sum.begin(0..1, 1);
             let mut buffer = sum.buffer();
             buffer[77_777] = bad;
             sum.push(buffer);
             assert!(!sum.is_finite());
+            assert_eq!(sum.find_not_finite(), Some(77_777));
         }
     }
 }

@@ -1,0 +1,123 @@
+//! What programs read: documents on standard output, with the documented keys and nothing beside them.
+
+use serde_json::{Value, json};
+
+use crate::harness::{Ended, run};
+use crate::jobs::Workspace;
+
+/// Standard output as JSON lines.
+#[track_caller]
+fn documents(ended: &Ended) -> Vec<Value> {
+    ended.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Runs a command that prints a single document.
+#[track_caller]
+fn document(workspace: &Workspace, line: &str) -> Value {
+    let ended = run(workspace.path(), line.split_whitespace()).expect(0);
+    let mut documents = documents(&ended);
+    assert_eq!(documents.len(), 1, "{}", ended.stdout);
+    documents.remove(0)
+}
+
+#[track_caller]
+fn assert_keys(value: &Value, expected: &str) {
+    let keys: Vec<&String> = value.as_object().unwrap().keys().collect();
+    assert_eq!(keys, expected.split_whitespace().collect::<Vec<_>>());
+}
+
+#[test]
+fn a_trained_model_evaluates_and_generates() {
+    let workspace = Workspace::new();
+    let summary = document(&workspace, "train job.toml --workers 2 --json");
+    assert_keys(&summary, "exit_code reason output_dir step loss eval_loss metrics predictions");
+    assert_eq!((&summary["exit_code"], &summary["step"]), (&json!(0), &json!(22)));
+    assert_keys(&summary["predictions"][0], "input target prediction");
+    let last = workspace.output("run").events("eval").pop().unwrap();
+    assert_eq!((&summary["eval_loss"], &summary["metrics"]), (&last["eval_loss"], &last["metrics"]));
+
+    // The saved model scores as the run did, batch by batch or not.
+    let evaluate = "evaluate --model run/model --data validation.jsonl --input {source} --target {target} --json \
+                    --max-source-length 40 --max-target-length 20 --metrics loss,exact_match --max-new-tokens 8";
+    let evaluate =
+        run(workspace.path(), evaluate.split_whitespace().map(|w| if w == "{source}" { "say: {source}" } else { w }));
+    let evaluation = documents(&evaluate.expect(0)).remove(0);
+    assert_keys(&evaluation, "loss examples target_tokens metrics");
+    assert_eq!(evaluation["examples"], 9);
+    assert_eq!(evaluation["metrics"]["exact_match"], last["metrics"]["exact_match"]);
+    let (loss, during) = (evaluation["loss"].as_f64().unwrap(), last["eval_loss"].as_f64().unwrap());
+    assert!((loss - during).abs() < 1e-5 * during, "{loss} and {during}");
+
+    let predictions = workspace.output("run").lines("predictions.jsonl");
+    let inputs: String = predictions.iter().map(|line| format!("{}\n", line["input"].as_str().unwrap())).collect();
+    workspace.write("inputs.txt", &inputs);
+    let ended = run(
+        workspace.path(),
+        "generate --model run/model --input-file inputs.txt --max-new-tokens 8 --max-source-length 40 --json"
+            .split(' '),
+    );
+    let outputs = documents(&ended.expect(0));
+    assert_eq!(outputs.len(), predictions.len());
+    for (output, prediction) in outputs.iter().zip(&predictions) {
+        assert_keys(output, "input outputs");
+        assert_keys(&output["outputs"][0], "text token_ids score");
+        assert_eq!(
+            (&output["input"], &output["outputs"][0]["text"]),
+            (&prediction["input"], &prediction["prediction"])
+        );
+        assert!(output["outputs"][0]["score"].as_f64().unwrap() <= 0.0, "a log-probability");
+    }
+}
+
+#[test]
+fn predictions_are_scored_without_a_model() {
+    let workspace = Workspace::new();
+    let lines = [("HH AH L OW", "HH AH L OW"), ("K AE", "K AE T"), ("D AO K", "D AO G")];
+    let lines = lines.map(|(prediction, target)| json!({"prediction": prediction, "target": target}).to_string());
+    workspace.write("predictions.jsonl", &lines.join("\n"));
+    let metrics = "exact_match,phoneme_error_rate,word_error_rate";
+    let scores = document(&workspace, &format!("evaluate --predictions predictions.jsonl --metrics {metrics} --json"));
+    assert_keys(&scores, "examples metrics");
+    assert_eq!(scores["examples"], 3);
+    let expected = [("exact_match", 1.0 / 3.0), ("phoneme_error_rate", 2.0 / 10.0), ("word_error_rate", 2.0 / 3.0)];
+    for (name, expected) in expected {
+        let score = scores["metrics"][name].as_f64().unwrap();
+        assert!((score - expected).abs() < 1e-12, "{name} is {score}, not {expected}");
+    }
+}
+
+#[test]
+fn data_is_shown_and_exported() {
+    let workspace = Workspace::new();
+    let ended = run(workspace.path(), ["data", "inspect", "train.jsonl", "--records", "2"]).expect(0);
+    assert_eq!(ended.stderr, "37 records\n");
+    let text = std::fs::read_to_string(workspace.path().join("train.jsonl")).unwrap();
+    let records: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(documents(&ended), records[..2]);
+    let ended = run(workspace.path(), ["data", "export", "train.jsonl", "--output", "copy.jsonl"]).expect(0);
+    assert_eq!(ended.stdout, "");
+    let copy = std::fs::read_to_string(workspace.path().join("copy.jsonl")).unwrap();
+    assert_eq!(copy.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()).collect::<Vec<_>>(), records);
+    let ended = run(workspace.path(), ["data", "inspect", "builtin:cmudict", "--records", "1"]).expect(0);
+    assert_keys(&documents(&ended)[0], "word letters phonemes");
+}
+
+#[test]
+fn the_machine_is_described() {
+    let workspace = Workspace::new();
+    let doctor = document(&workspace, "doctor --json");
+    assert!(doctor["cores"].as_u64().unwrap() >= 1);
+    assert_eq!(doctor["devices"], json!(["cpu"]));
+    assert_eq!(doctor["loopback"], true);
+}
+
+#[test]
+fn a_run_that_fails_says_so_in_json_too() {
+    let workspace = Workspace::new();
+    let line = "train job.toml --json --set training.learning_rate=1e30 --set training.max_grad_norm=0.0 \
+                --set training.warmup_steps=0";
+    let ended = run(workspace.path(), line.split_whitespace()).expect(70);
+    let summary = documents(&ended).remove(0);
+    assert_eq!(summary["exit_code"], 70);
+    assert!(ended.error().ends_with(summary["reason"].as_str().unwrap()), "{}", ended.stderr);
+}

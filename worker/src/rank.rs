@@ -126,8 +126,6 @@ impl Rank {
         let mut replica = Replica::new(model, parameters, &job.training, schedule.total_steps)?;
         if job.resume_step > 0 {
             restore(&job, &mut replica)?;
-        } else {
-            checkpoint::remove_leftovers(&job.checkpoints())?;
         }
         let listener = Listener::bind(job.listen)?;
         session.send(Report::Ready(Ready {

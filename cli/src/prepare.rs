@@ -1,6 +1,7 @@
 //! What both `train` and `coordinator` do before a run: read everything, refuse what is wrong, lay out the directory.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use quintet_coordinator::files::RunFiles;
@@ -24,6 +25,8 @@ pub(crate) struct Prepared {
     pub(crate) start_step: u64,
     /// Damaged checkpoints that were passed over, and the like.
     pub(crate) warnings: Vec<String>,
+    /// Keeps other coordinators out of the directory.
+    pub(crate) lock: File,
 }
 
 /// Every how many steps the replicas' weights are compared, where several could differ.
@@ -33,13 +36,16 @@ pub(crate) fn prepare(arguments: &JobArguments, insecure: bool) -> Result<Prepar
     let job = Job::load(arguments)?;
     let base = working_directory()?;
     let splits = Splits::load(&job.data, &base, job.training.seed)?;
-    let tokenizer = run_tokenizer(&job, &base, &splits, arguments.resume)?;
+    let lock = lock(&job.output_dir)?;
+    // A run that has committed nothing is none: what stopped it can be put right and the job started again.
+    let resume = arguments.resume && holds_work(&job.output_dir);
+    let tokenizer = run_tokenizer(&job, &base, &splits, resume)?;
     check_model(&job, &tokenizer)?;
     let schedule = job.training.steps(splits.train.len())?;
     let eval_steps = eval_steps(&job, &splits, schedule.total_steps)?;
-    let directory = RunDirectory::open(&job, arguments.resume)?;
+    let directory = RunDirectory::open(&job, resume)?;
     directory.write(&job, &tokenizer)?;
-    let (files, start_generation) = match arguments.resume {
+    let (files, start_generation) = match resume {
         true => RunFiles::resume(&job.output_dir, directory.start_step)?,
         false => (RunFiles::create(&job.output_dir)?, 0),
     };
@@ -66,7 +72,7 @@ pub(crate) fn prepare(arguments: &JobArguments, insecure: bool) -> Result<Prepar
         insecure,
     };
     let RunDirectory { start_step, warnings } = directory;
-    Ok(Prepared { job, run, files, total_steps: schedule.total_steps, start_step, warnings })
+    Ok(Prepared { job, run, files, total_steps: schedule.total_steps, start_step, warnings, lock })
 }
 
 /// How often to evaluate: at the end, unless the job asks for more, and never without data.
@@ -126,8 +132,7 @@ struct RunDirectory {
 }
 
 impl RunDirectory {
-    /// Refuses a directory with a run in it, unless that run is to be resumed and is of the same job. A run that has
-    /// committed nothing is none: what stopped it can be put right and the job started again.
+    /// Refuses a directory with a run in it, unless that run is to be resumed and is of the same job.
     fn open(job: &Job, resume: bool) -> Result<Self> {
         let directory = &job.output_dir;
         let job_file = directory.join("job.toml");
@@ -140,6 +145,8 @@ impl RunDirectory {
             }
             return Ok(RunDirectory { start_step: 0, warnings: Vec::new() });
         }
+        // What killed processes left; nobody else saves here.
+        checkpoint::remove_leftovers(&directory.join("checkpoints"))?;
         if let Ok(text) = fs::read_to_string(&job_file) {
             let earlier = job::parse(&job_file, &text)?;
             if let Some(conflict) = job.conflict(&earlier) {
@@ -166,12 +173,30 @@ impl RunDirectory {
         let directory = &job.output_dir;
         let failure =
             |path: &Path, error: std::io::Error| Failure::failed(format!("{}: cannot write: {error}", path.display()));
-        fs::create_dir_all(directory).map_err(|error| failure(directory, error))?;
         let text = toml::to_string(job).map_err(|error| Failure::failed(error.to_string()))?;
         for (path, text) in [(directory.join("job.toml"), text), (tokenizer_file(job), tokenizer.to_json())] {
             replace(&path, &text).map_err(|error| failure(&path, error))?;
         }
         Ok(())
+    }
+}
+
+/// Creates the output directory, and keeps other coordinators out of it for as long as the file is open.
+fn lock(directory: &Path) -> Result<File> {
+    let name = directory.display();
+    fs::create_dir_all(directory).map_err(|error| match error.kind() {
+        ErrorKind::AlreadyExists | ErrorKind::NotADirectory => {
+            Failure::bad_input(format!("output_dir: {name} is no directory; choose another with --output DIR"))
+        }
+        _ => Failure::failed(format!("{name}: cannot create: {error}")),
+    })?;
+    let file = File::open(directory).map_err(|error| Failure::failed(format!("{name}: cannot open: {error}")))?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Err(Failure::failed(format!(
+            "{name}: another coordinator is at work in it; wait for its end, or write elsewhere with --output DIR"
+        ))),
+        // Some network file systems have no locks; that is no reason not to train.
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
     }
 }
 

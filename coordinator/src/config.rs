@@ -59,16 +59,14 @@ impl ClusterConfig {
     /// A user error that names the key and what is allowed.
     pub fn validate(&self) -> Result<()> {
         let refuse = |key, problem: String| Err(Error::Config { key, problem });
-        if let Some(workers) = self.workers
-            && !(1..=WORKERS_MAX).contains(&workers)
-        {
+        let workers = self.workers();
+        if !(1..=WORKERS_MAX).contains(&workers) {
             return refuse("workers", format!("{workers} is not between 1 and {WORKERS_MAX}"));
         }
         if !(1..=WORKERS_MAX).contains(&self.min_workers) {
             let problem = format!("{} is not between 1 and {WORKERS_MAX}", self.min_workers);
             return refuse("min_workers", problem);
         }
-        let workers = self.workers();
         if self.min_workers > workers {
             let problem = format!("{} is more than cluster.workers, {workers}", self.min_workers);
             return refuse("min_workers", problem);

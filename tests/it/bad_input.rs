@@ -100,8 +100,8 @@ fn a_wrong_job_is_refused_with_one_line() {
         let ended = run(workspace.path(), ["train", "job.toml", "--output", "wrong", "--set", assignment]);
         assert_refused(&ended, 2, needles, assignment);
     }
-    // All that went before is in nobody's way.
-    workspace.trained("wrong", "--workers 2").check_ledger(22);
+    // All that went before is in nobody's way, resumed or not.
+    workspace.trained("wrong", "--workers 2 --resume").check_ledger(22);
 }
 
 #[test]
@@ -122,6 +122,7 @@ fn a_wrong_command_line_is_refused() {
         ("evaluate --predictions train.jsonl --metrics bleu", 2, &["--metrics: ", "`bleu`"]),
         ("generate --model absent --input x", 2, &["--model absent"]),
         ("generate --model .", 2, &["required arguments"]),
+        ("train job.toml --output train.jsonl", 2, &["output_dir: train.jsonl is no directory"]),
         ("data inspect absent.csv", 2, &["absent.csv: no such file"]),
         ("data inspect builtin:nothing", 2, &["builtin:nothing"]),
         ("bench step --model absent", 2, &["--model absent", "t5-small"]),
@@ -243,6 +244,21 @@ fn a_directory_with_a_run_is_left_alone() {
         .train("run", "--resume --workers 2 training.logging_steps=3 training.gradient_checkpointing=true")
         .expect(0);
     assert!(run.weights() == weights);
+}
+
+#[test]
+fn a_run_under_way_is_left_alone() {
+    let workspace = Workspace::new();
+    let settings = "training.max_steps=160 training.eval_steps=160";
+    let undisturbed = workspace.trained("undisturbed", &format!("--workers 1 {settings}"));
+    let run = workspace.output("run");
+    let mut process = workspace.start("run", &format!("--workers 2 {settings}"));
+    assert!(process.wait_for_lines(&run.path("ledger.jsonl"), 1));
+    let second = workspace.train("run", &format!("--resume {settings}"));
+    assert_refused(&second, 1, &["run: another coordinator is at work", "--output DIR"], "a second coordinator");
+    process.wait().expect(0);
+    assert!(run.weights() == undisturbed.weights());
+    run.check_ledger(160);
 }
 
 #[test]

@@ -211,6 +211,16 @@ fn a_worker_killed_before_the_run_began_ends_it_cleanly() {
 }
 
 #[test]
+fn a_run_stopped_before_it_began_leaves_nothing_in_the_way() {
+    let workspace = Workspace::new();
+    let coordinator = Coordinator::start(&workspace, &["--workers", "2"]);
+    coordinator.process.signal(Signal::TERM);
+    let ended = coordinator.process.wait().expect(75);
+    assert!(ended.error().contains("nothing to save"), "{}", ended.stderr);
+    workspace.trained("run", "--workers 1").check_ledger(22);
+}
+
+#[test]
 fn workers_end_with_their_coordinator_and_say_why() {
     let workspace = Workspace::new();
     let coordinator = Coordinator::start(&workspace, &["--workers", "1", "--set", "training.max_steps=100000"]);

@@ -72,6 +72,8 @@ async fn drive(
     launch: impl FnOnce(SocketAddr, &Secret) -> Result<Option<LocalWorkers>>,
     reporter: &mut Reporter,
 ) -> Result<Outcome> {
+    // Until the last worker is gone.
+    let _lock = prepared.lock;
     if !options.address.ip().is_loopback() && !prepared.run.insecure {
         // Before anybody is told where to join.
         return Err(quintet_coordinator::Error::NotLoopback(options.address).into());

@@ -32,9 +32,6 @@ pub(crate) struct Prepared {
 /// Every how many steps the replicas' weights are compared, where several could differ.
 const DIGEST_STEPS: u64 = 100;
 
-/// An interval that no run is long enough for: what it is of happens after the last step only.
-const AT_THE_END: u64 = u64::MAX;
-
 pub(crate) fn prepare(arguments: &JobArguments, insecure: bool) -> Result<Prepared> {
     let job = Job::load(arguments)?;
     let base = working_directory()?;
@@ -44,8 +41,8 @@ pub(crate) fn prepare(arguments: &JobArguments, insecure: bool) -> Result<Prepar
     let resume = arguments.resume && holds_work(&job.output_dir);
     let tokenizer = run_tokenizer(&job, &base, &splits, resume)?;
     check_model(&job, &tokenizer)?;
-    check_evaluation(&job, &splits)?;
     let schedule = job.training.steps(splits.train.len())?;
+    let eval_steps = eval_steps(&job, &splits, schedule.total_steps)?;
     let directory = RunDirectory::open(&job, resume)?;
     directory.write(&job, &tokenizer)?;
     let (files, start_generation) = match resume {
@@ -60,8 +57,8 @@ pub(crate) fn prepare(arguments: &JobArguments, insecure: bool) -> Result<Prepar
         heartbeat_timeout_ms: job.cluster.heartbeat_timeout_ms(),
         step_timeout_ms: job.cluster.step_timeout_ms(),
         logging_steps: job.training.logging_steps,
-        eval_steps: splits.validation.is_some().then(|| job.training.eval_steps.unwrap_or(AT_THE_END)),
-        save_steps: Some(job.training.save_steps.unwrap_or(AT_THE_END)),
+        eval_steps,
+        save_steps: Some(job.training.save_steps.unwrap_or(schedule.total_steps)),
         digest_steps: Some(DIGEST_STEPS),
         start_step: directory.start_step,
         start_generation,
@@ -76,6 +73,17 @@ pub(crate) fn prepare(arguments: &JobArguments, insecure: bool) -> Result<Prepar
     };
     let RunDirectory { start_step, warnings } = directory;
     Ok(Prepared { job, run, files, total_steps: schedule.total_steps, start_step, warnings, lock })
+}
+
+/// How often to evaluate: at the end, unless the job asks for more, and never without data.
+fn eval_steps(job: &Job, splits: &Splits, total_steps: u64) -> Result<Option<u64>> {
+    match (&splits.validation, job.training.eval_steps) {
+        (Some(_), steps) => Ok(Some(steps.unwrap_or(total_steps))),
+        (None, None) => Ok(None),
+        (None, Some(_)) => Err(Failure::bad_input(
+            "training.eval_steps: there is nothing to evaluate on; give data.validation or data.validation_split",
+        )),
+    }
 }
 
 pub(crate) fn working_directory() -> Result<PathBuf> {
@@ -117,16 +125,6 @@ fn check_model(job: &Job, tokenizer: &Tokenizer) -> Result<()> {
     Ok(())
 }
 
-/// Evaluations that are asked for need something to be on.
-fn check_evaluation(job: &Job, splits: &Splits) -> Result<()> {
-    if job.training.eval_steps.is_some() && splits.validation.is_none() {
-        return Err(Failure::bad_input(
-            "training.eval_steps: there is nothing to evaluate on; set data.validation or data.validation_split, or leave it out",
-        ));
-    }
-    Ok(())
-}
-
 /// What an output directory holds already.
 struct RunDirectory {
     start_step: u64,
@@ -147,8 +145,6 @@ impl RunDirectory {
             }
             return Ok(RunDirectory { start_step: 0, warnings: Vec::new() });
         }
-        // What killed processes left; nobody else saves here.
-        checkpoint::remove_leftovers(&directory.join("checkpoints"))?;
         if let Ok(text) = fs::read_to_string(&job_file) {
             let earlier = job::parse(&job_file, &text)?;
             if let Some(conflict) = job.conflict(&earlier) {
@@ -158,7 +154,9 @@ impl RunDirectory {
                 )));
             }
         }
-        let latest = checkpoint::latest(&directory.join("checkpoints")).map_err(|error| match error {
+        let checkpoints = directory.join("checkpoints");
+        checkpoint::remove_leftovers(&checkpoints)?;
+        let latest = checkpoint::latest(&checkpoints).map_err(|error| match error {
             quintet_worker::Error::Checkpoint { .. } => {
                 Failure::bad_input(format!("{error}; no checkpoint is intact, train anew with --output DIR"))
             }

@@ -129,12 +129,6 @@ impl Config {
                 return Err(Error::Config(format!("{key} = {value} is out of range: {least} to {most}")));
             }
         }
-        if self.relative_attention_num_buckets % 4 != 0 {
-            return Err(Error::Config(format!(
-                "relative_attention_num_buckets = {} must be a multiple of 4",
-                self.relative_attention_num_buckets
-            )));
-        }
         if self.relative_attention_max_distance <= self.relative_attention_num_buckets / 2 {
             return Err(Error::Config(format!(
                 "relative_attention_max_distance = {} must be more than half of relative_attention_num_buckets = {}",

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
@@ -21,11 +22,24 @@ use crate::{Error, Model, Parameters, Result};
 /// `tie_word_embeddings` for the v1.1 family.
 pub fn load_pretrained(device: &Device, directory: &Path) -> Result<(Model, Parameters)> {
     let weights = WeightFiles::open(directory)?;
-    let config_path = directory.join("config.json");
-    let mut config = read_config(&config_path)?;
-    decide_tying(&mut config, &weights)?;
+    let path = directory.join("config.json");
+    let config = fs::read_to_string(&path).map_err(|error| file_error(&path, format!("cannot read: {error}")))?;
+    load(device, &path, &config, &weights)
+}
+
+/// A model that is part of the program: the text of its `config.json` and the bytes of its `model.safetensors`.
+pub fn load_embedded(device: &Device, config: &str, weights: &'static [u8]) -> Result<(Model, Parameters)> {
+    let mut files = WeightFiles::default();
+    files.add("model.safetensors".into(), Box::new(weights))?;
+    load(device, Path::new("config.json"), config, &files)
+}
+
+fn load(device: &Device, config_path: &Path, config: &str, weights: &WeightFiles) -> Result<(Model, Parameters)> {
+    let mut config: Config = serde_json::from_str(config)
+        .map_err(|error| file_error(config_path, format!("not a T5 configuration: {error}")))?;
+    decide_tying(&mut config, weights)?;
     let model = Model::new(device, config).map_err(|error| match error {
-        Error::Config(message) => file_error(&config_path, message),
+        Error::Config(message) => file_error(config_path, message),
         other => other,
     })?;
     let mut parameters = model.zero_parameters(DType::F32)?;
@@ -53,11 +67,6 @@ fn file_error(path: &Path, message: impl Into<String>) -> Error {
     Error::File { path: path.to_path_buf(), message: message.into() }
 }
 
-fn read_config(path: &Path) -> Result<Config> {
-    let text = fs::read_to_string(path).map_err(|error| file_error(path, format!("cannot read: {error}")))?;
-    serde_json::from_str(&text).map_err(|error| file_error(path, format!("not a T5 configuration: {error}")))
-}
-
 /// A head of its own that differs from the embedding is untied, whatever the configuration says.
 fn decide_tying(config: &mut Config, weights: &WeightFiles) -> Result<()> {
     let tied = match weights.tensor("lm_head.weight")? {
@@ -78,9 +87,13 @@ fn decide_tying(config: &mut Config, weights: &WeightFiles) -> Result<()> {
     Ok(())
 }
 
-/// The safetensors of a directory, mapped, and which of them holds which tensor.
+/// The contents of a file, mapped or embedded.
+type Bytes = Box<dyn Deref<Target = [u8]>>;
+
+/// The safetensors of a model, and which of them holds which tensor.
+#[derive(Default)]
 struct WeightFiles {
-    files: HashMap<PathBuf, Mmap>,
+    files: HashMap<PathBuf, Bytes>,
     paths: BTreeMap<String, PathBuf>,
 }
 
@@ -91,7 +104,7 @@ impl WeightFiles {
         }
         let index = directory.join("model.safetensors.index.json");
         let single = directory.join("model.safetensors");
-        let mut weights = WeightFiles { files: HashMap::new(), paths: BTreeMap::new() };
+        let mut weights = WeightFiles::default();
         let names = if single.is_file() {
             vec![single]
         } else if index.is_file() {
@@ -100,20 +113,17 @@ impl WeightFiles {
             return Err(file_error(directory, "holds no model.safetensors (PyTorch's .bin files are not read)"));
         };
         for path in names {
-            weights.add(path)?;
+            let map = map(&path)?;
+            weights.add(path, Box::new(map))?;
         }
         Ok(weights)
     }
 
-    fn add(&mut self, path: PathBuf) -> Result<()> {
-        let file = File::open(&path).map_err(|error| file_error(&path, format!("cannot open: {error}")))?;
-        // SAFETY: the map is only read, through a parser that checks every offset; a file that another process cuts
-        // short while it is being read is outside what can be guarded against, as for any mapped file.
-        let map = unsafe { Mmap::map(&file) }.map_err(|error| file_error(&path, format!("cannot map: {error}")))?;
-        for name in parse(&path, &map)?.names() {
+    fn add(&mut self, path: PathBuf, bytes: Bytes) -> Result<()> {
+        for name in parse(&path, &bytes)?.names() {
             self.paths.insert(name.to_string(), path.clone());
         }
-        self.files.insert(path, map);
+        self.files.insert(path, bytes);
         Ok(())
     }
 
@@ -152,8 +162,15 @@ impl WeightFiles {
     }
 }
 
-fn parse<'a>(path: &Path, map: &'a Mmap) -> Result<SafeTensors<'a>> {
-    SafeTensors::deserialize(map)
+fn map(path: &Path) -> Result<Mmap> {
+    let file = File::open(path).map_err(|error| file_error(path, format!("cannot open: {error}")))?;
+    // SAFETY: the map is only read, through a parser that checks every offset; a file that another process cuts short
+    // while it is being read is outside what can be guarded against, as for any mapped file.
+    unsafe { Mmap::map(&file) }.map_err(|error| file_error(path, format!("cannot map: {error}")))
+}
+
+fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
+    SafeTensors::deserialize(bytes)
         .map_err(|error| file_error(path, format!("not a whole safetensors file ({error}); fetch or copy it again")))
 }
 
@@ -206,8 +223,10 @@ pub fn save_pretrained(model: &Model, parameters: &Parameters, directory: &Path)
         ModelType::Mt5 => "MT5ForConditionalGeneration",
         ModelType::Umt5 => "UMT5ForConditionalGeneration",
     };
+    // By way of text, in which an f32 has its shortest digits: 0.1, not 0.10000000149011612.
+    let fields = serde_json::to_string(config).and_then(|text| serde_json::from_str::<Value>(&text));
+    let fields = fields.map_err(|error| Error::Config(error.to_string()))?;
     let mut value = json!({"architectures": [class], "is_encoder_decoder": true, "torch_dtype": "float32"});
-    let fields = serde_json::to_value(config).map_err(|error| Error::Config(error.to_string()))?;
     for (key, field) in fields.as_object().into_iter().flatten() {
         if !["architectures", "torch_dtype", "dtype", "is_encoder_decoder"].contains(&key.as_str()) {
             value[key] = field.clone();

@@ -24,7 +24,7 @@ pub use config::{Config, FeedForwardKind, ModelType};
 pub use error::{Error, Result};
 pub use flops::{BatchShape, training_flops};
 pub use generate::Generated;
-pub use hub_files::{load_pretrained, save_pretrained};
+pub use hub_files::{load_embedded, load_pretrained, save_pretrained};
 pub use init::initialize;
 pub use model::{LossSums, Model, TrainOptions};
 pub use parameters::{Layout, NamedTensor, Parameters};

@@ -37,6 +37,7 @@ pub(crate) struct StackSaved {
 }
 
 /// Either all that a block's backward pass needs, or the input from which to compute it again.
+#[expect(clippy::large_enum_variant, reason = "a few dozen live at a time; boxes would be allocations in every step")]
 enum BlockSaved {
     Kept(Activations),
     Input(Tensor),

@@ -1,8 +1,14 @@
 //! The integration tests, one binary: layers against Hugging Face's numbers, then real processes.
+#![expect(clippy::unwrap_used, reason = "all of this is tests, the functions beside them too")]
 
 mod bad_input;
+mod diagnostics;
+mod docs;
 mod harness;
 mod invariance;
 mod jobs;
 mod json;
+mod model_files;
+mod parity;
 mod recovery;
+mod structure;

@@ -113,7 +113,7 @@ impl Replica {
             }
         };
         let gradients = model.zero_parameters(DType::F32)?;
-        let slots: Vec<TensorSlot> = model.layout().tensors().iter().map(slot).collect();
+        let slots: Vec<TensorSlot> = model.layout().tensors().iter().map(TensorSlot::from).collect();
         let optimizer = Optimizer::new(training.optimizer, training.hyperparameters(), &slots);
         let schedule = training.schedule(total_steps);
         let training = training.clone();
@@ -216,10 +216,12 @@ impl Replica {
     }
 }
 
-fn slot(tensor: &quintet_t5::NamedTensor) -> TensorSlot {
-    let is_matrix = tensor.shape.len() == 2;
-    let (rows, cols) = if is_matrix { (tensor.shape[0], tensor.shape[1]) } else { (1, tensor.range.len()) };
-    TensorSlot::new(tensor.name.clone(), tensor.range.clone(), rows, cols, is_matrix)
+impl From<&quintet_t5::NamedTensor> for TensorSlot {
+    fn from(tensor: &quintet_t5::NamedTensor) -> Self {
+        let is_matrix = tensor.shape.len() == 2;
+        let (rows, cols) = if is_matrix { (tensor.shape[0], tensor.shape[1]) } else { (1, tensor.range.len()) };
+        TensorSlot::new(tensor.name.clone(), tensor.range.clone(), rows, cols, is_matrix)
+    }
 }
 
 /// One seed a step for dropout: the finaliser of SplitMix64.

@@ -1,5 +1,7 @@
 //! `quintet selftest`: does this machine compute T5 right?
 
+mod training;
+
 use serde_json::json;
 
 use crate::args::SelftestArguments;
@@ -8,7 +10,8 @@ use crate::error::{Result, exit};
 
 pub(crate) fn run(arguments: SelftestArguments) -> Result<u8> {
     let device = open_device(arguments.device);
-    let rows = quintet_kernels::selftest::run(&device)?;
+    let mut rows = quintet_kernels::selftest::run(&device)?;
+    rows.extend(training::run(&device)?);
     let passed = rows.iter().all(|row| row.passed);
     if arguments.json {
         let rows: Vec<_> = rows

@@ -267,7 +267,8 @@ fn a_damaged_checkpoint_is_passed_over() {
     let run = workspace.trained("run", "--workers 1");
     let weights = run.weights();
     let newest = run.path("checkpoints/step-00000022");
-    let damages: [(&str, fn(&mut Vec<u8>)); 3] = [
+    type Damage = fn(&mut Vec<u8>);
+    let damages: [(&str, Damage); 3] = [
         ("model.safetensors", |bytes| bytes.truncate(bytes.len() / 2)),
         ("optimizer.safetensors", |bytes| *bytes.last_mut().unwrap() ^= 1),
         ("state.json", |bytes| bytes.truncate(10)),

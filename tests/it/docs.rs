@@ -101,9 +101,9 @@ fn every_flag_in_the_readme_exists() {
         words.filter(|word| !word.starts_with("---")).map(str::to_string).collect()
     };
     let known = flags(&help);
-    let unknown: Vec<String> = flags(&read("README.md")).into_iter().filter(|flag| !known.contains(flag)).collect();
-    let unknown: Vec<&String> = unknown.iter().filter(|flag| !FLAGS_OF_OTHERS.contains(&flag.as_str())).collect();
-    assert_eq!(unknown, [] as [&String; 0]);
+    for flag in flags(&read("README.md")) {
+        assert!(known.contains(&flag) || FLAGS_OF_OTHERS.contains(&flag.as_str()), "{flag} is no flag of any command");
+    }
 }
 
 #[test]
@@ -113,6 +113,15 @@ fn the_readmes_two_commands_are_those_that_are_checked() {
         assert!(readme.contains(&format!("```sh\n{command}\n```")), "{command} stands alone, to be copied");
         assert!(checked.contains(command), "{command} is not in .ci/run");
     }
+}
+
+#[test]
+fn every_exit_code_is_in_the_table() {
+    use quintet_coordinator::exit_code::{BAD_INPUT, DONE, FAILURE, NUMERIC_GUARD, PREEMPTED, TOO_FEW_WORKERS};
+    let readme = read("README.md");
+    let (_, table) = readme.split_once("\n| Exit code | |\n| --- | --- |\n").unwrap();
+    let rows = table.lines().map_while(|line| line.strip_prefix("| ")?.split(' ').next()?.parse::<u32>().ok());
+    assert_eq!(rows.collect::<Vec<_>>(), [DONE, FAILURE, BAD_INPUT, TOO_FEW_WORKERS, NUMERIC_GUARD, PREEMPTED]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use quintet_kernels::{DType, Device, ops};
 use quintet_t5::{Batch, LossSums, Model, Parameters, TrainOptions, load_pretrained, save_pretrained};
-use quintet_worker::optimizer::{self, Hyperparameters, Optimizer, OptimizerKind, TensorSlot};
+use quintet_worker::optimizer::{ClippedMean, Hyperparameters, Optimizer, OptimizerKind, TensorSlot, global_norm};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -85,12 +85,10 @@ impl Reference {
         let batch = self.batch();
         let steps = settings["losses"].as_array().unwrap().len();
         let step = |_| {
-            let (sums, mut gradients) = self.train(&weights, &batch, PLAIN);
-            optimizer::scale(gradients.as_mut_slice(), 1.0 / sums.target_tokens as f32);
-            if let Some(max_norm) = settings["max_grad_norm"].as_f64() {
-                optimizer::clip(gradients.as_mut_slice(), max_norm);
-            }
-            optimizer.step(number("lr"), weights.as_mut_slice(), gradients.as_slice());
+            let (sums, gradients) = self.train(&weights, &batch, PLAIN);
+            let max_norm = settings["max_grad_norm"].as_f64().unwrap_or(0.0);
+            let clipped = ClippedMean::new(gradients.as_slice(), sums.target_tokens, max_norm);
+            optimizer.step(number("lr"), weights.as_mut_slice(), gradients.as_slice(), clipped.scale);
             mean(sums)
         };
         (0..steps).map(step).collect()
@@ -173,7 +171,7 @@ fn every_gradient_is_that_of_hugging_face() {
             let distance = relative_distance(got, scale, &reference.gradients[&tensor.name]);
             assert!(distance <= 1e-4, "{name}: {} is off by {distance:e}", tensor.name);
         }
-        let grad_norm = optimizer::global_norm(gradients.as_slice()) * scale;
+        let grad_norm = global_norm(gradients.as_slice()) * scale;
         assert_close(name, grad_norm, reference.number("grad_norm"), 1e-5);
     }
 }
@@ -185,7 +183,7 @@ fn label_smoothing_changes_the_gradient_and_not_the_reported_loss() {
         let options = TrainOptions { label_smoothing: smoothing["epsilon"].as_f64().unwrap() as f32, ..PLAIN };
         let (sums, gradients) = reference.train(&reference.weights, &reference.batch(), options);
         assert_close(reference.name, mean(sums), reference.number("loss"), 1e-5);
-        let grad_norm = optimizer::global_norm(gradients.as_slice()) / sums.target_tokens as f64;
+        let grad_norm = global_norm(gradients.as_slice()) / sums.target_tokens as f64;
         assert_close(reference.name, grad_norm, smoothing["grad_norm"].as_f64().unwrap(), 1e-4);
     }
 }
@@ -271,7 +269,7 @@ fn bf16_follows_f32() {
         assert_ne!(rounded_sums.loss_sum, sums.loss_sum, "{}: bf16 rounds", reference.name);
         let pairs = exact.as_slice().iter().zip(gradients.as_slice());
         let dot: f64 = pairs.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
-        let norms = optimizer::global_norm(exact.as_slice()) * optimizer::global_norm(gradients.as_slice());
+        let norms = global_norm(exact.as_slice()) * global_norm(gradients.as_slice());
         assert!(dot / norms > 0.99, "{}: cosine {}", reference.name, dot / norms);
     }
 }

@@ -21,6 +21,7 @@ use crate::checkpoint::{self, Progress, Snapshot};
 use crate::collective::{Collective, Interrupter, Listener, Membership, Mesh, TreeSum};
 use crate::config::{EvaluationConfig, ModelSection, TrainingConfig};
 use crate::evaluation::{self, BatchEvaluation, EvaluationTask};
+use crate::optimizer::ClippedMean;
 use crate::output;
 use crate::replica::{self, Replica};
 use crate::session::{Command, Report, Session};
@@ -86,16 +87,11 @@ struct Rank {
     requested: VecDeque<(u64, u32)>,
     listener: Listener,
     sum: TreeSum,
-    /// The reduced gradient of the step that waits for its commit, and its norm.
+    /// The gradient of the global batch, summed over ranks, of the step that waits for its commit.
     reduced: Vec<f32>,
-    pending: Option<Pending>,
+    pending: Option<(u64, ClippedMean)>,
     /// The digest that the next report carries.
     digest: Option<blake3::Hash>,
-}
-
-struct Pending {
-    step: u64,
-    norm: f64,
 }
 
 /// A rank's place in a generation.
@@ -226,9 +222,9 @@ impl Rank {
 
     /// Applies the update of the step that was just recorded.
     fn commit(&mut self, step: u64) -> Result<()> {
-        let pending = self.pending.take().filter(|pending| pending.step == step);
-        let pending = pending.expect("a step is committed after this rank reported it"); // why: the coordinator waits
-        self.replica.update(step, &mut self.reduced, pending.norm)
+        let pending = self.pending.take().filter(|&(pending, _)| pending == step);
+        let (_, mean) = pending.expect("a step is committed after this rank reported it"); // why: the coordinator waits
+        self.replica.update(step, &self.reduced, mean)
     }
 
     /// What is due on the committed weights, then the next step.
@@ -275,9 +271,8 @@ impl Rank {
         for index in range {
             let packed = self.next_batch(lease.step, index)?;
             let batch = evaluation::upload(self.replica.model(), &packed)?;
-            let mut gradient = self.sum.buffer();
-            let sums = self.replica.compute(lease.step, index, &batch, &mut gradient)?;
-            self.sum.push(gradient);
+            let sums = self.replica.compute(lease.step, index, &batch)?;
+            self.sum.push(self.replica.gradient());
             if !sums.loss_sum.is_finite() {
                 return Ok(Attempt::Poisoned(format!("the loss of micro-batch {index}")));
             }
@@ -298,16 +293,16 @@ impl Rank {
         let target_tokens = self.global_target_tokens(place, lease.step, &reports)?;
         let ranges: Vec<Range<u32>> =
             (0..place.world_size).map(|rank| share(plan.micro_batches, rank, place.world_size)).collect();
-        place.collective.all_reduce_tree(lease.step, &self.sum, &ranges, &mut self.reduced)?;
-        let norm = self.replica.mean_gradient(&mut self.reduced, target_tokens);
-        if !norm.is_finite() {
+        place.collective.all_reduce_tree(lease.step, &mut self.sum, &ranges, &mut self.reduced)?;
+        let mean = self.replica.mean(&self.reduced, target_tokens);
+        if !mean.norm.is_finite() {
             return Ok(Attempt::Poisoned("the norm of the global gradient".to_string()));
         }
-        self.pending = Some(Pending { step: lease.step, norm });
+        self.pending = Some((lease.step, mean));
         Ok(Attempt::Done(StepDone {
             generation: place.generation,
             step: lease.step,
-            grad_norm: norm,
+            grad_norm: mean.norm,
             learning_rate: self.replica.learning_rate(lease.step),
             micro_batches: reports,
             step_seconds: started.elapsed().as_secs_f64(),

@@ -7,7 +7,7 @@ use quintet_kernels::{DType, Device, ops};
 use quintet_t5::{Batch, Config, LossSums, Model, Parameters, TrainOptions};
 
 use crate::config::{ModelSection, Precision, TrainingConfig};
-use crate::optimizer::{self, Optimizer, TensorSlot};
+use crate::optimizer::{ClippedMean, Optimizer, TensorSlot};
 use crate::schedule::Schedule;
 use crate::{Error, Result};
 
@@ -149,8 +149,8 @@ impl Replica {
         self.schedule.learning_rate_at(step - 1)
     }
 
-    /// The loss sums of micro-batch `index` of `step`, and its gradient sum into `gradient`.
-    pub fn compute(&mut self, step: u64, index: u32, batch: &Batch, gradient: &mut [f32]) -> Result<LossSums> {
+    /// The loss sums of micro-batch `index` of `step`; its gradient's sum is then in [`Replica::gradient`].
+    pub fn compute(&mut self, step: u64, index: u32, batch: &Batch) -> Result<LossSums> {
         self.gradients.view_mut().fill_zero();
         let options = TrainOptions {
             seed: step_seed(self.training.seed, step),
@@ -159,28 +159,23 @@ impl Replica {
             gradient_checkpointing: self.training.gradient_checkpointing,
         };
         let weights = self.compute.as_ref().unwrap_or(&self.master);
-        let sums = self.model.train(weights, batch, options, &mut self.gradients)?;
-        gradient.copy_from_slice(self.gradients.as_slice());
-        Ok(sums)
+        Ok(self.model.train(weights, batch, options, &mut self.gradients)?)
     }
 
-    /// Turns the sum over the global batch into the mean's gradient, in place, and returns its norm before clipping.
-    pub fn mean_gradient(&self, sum: &mut [f32], target_tokens: u64) -> f64 {
-        optimizer::scale(sum, 1.0 / target_tokens as f32);
-        optimizer::global_norm(sum)
+    /// The gradient of the last micro-batch computed, summed over its target tokens.
+    pub fn gradient(&self) -> &[f32] {
+        self.gradients.as_slice()
     }
 
-    /// Applies a committed step: clips, updates, and counts it.
-    pub fn update(&mut self, step: u64, gradient: &mut [f32], norm: f64) -> Result<()> {
+    /// The clipped mean gradient of a step, from the sum over its global batch.
+    pub fn mean(&self, sum: &[f32], target_tokens: u64) -> ClippedMean {
+        ClippedMean::new(sum, target_tokens, self.training.max_grad_norm)
+    }
+
+    /// Applies a committed step, whose gradient is `mean` of `sum`, and counts it.
+    pub fn update(&mut self, step: u64, sum: &[f32], mean: ClippedMean) -> Result<()> {
         assert_eq!(step, self.step + 1, "steps are applied in order");
-        let max_norm = self.training.max_grad_norm;
-        if max_norm > 0.0 {
-            let coefficient = optimizer::clip_coefficient(norm, max_norm);
-            if coefficient < 1.0 {
-                optimizer::scale(gradient, coefficient);
-            }
-        }
-        self.optimizer.step(self.learning_rate(step), self.master.as_mut_slice(), gradient);
+        self.optimizer.step(self.learning_rate(step), self.master.as_mut_slice(), sum, mean.scale);
         self.step = step;
         self.refresh_compute()
     }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use quintet_kernels::{DType, Device, ops};
 use quintet_t5::{Batch, BatchShape, Model, Parameters, preset, training_flops};
+use quintet_worker::collective::{Collective, TreeSum};
 use quintet_worker::memory::peak_resident_bytes;
 use quintet_worker::replica::Replica;
 use quintet_worker::{Precision, TrainingConfig};
@@ -51,15 +52,21 @@ fn step(arguments: &BenchStepArguments) -> Result<()> {
     let shape = BatchShape { lengths: vec![(arguments.source_length, arguments.target_length); arguments.batch_size] };
     let flops = training_flops(model.config(), &shape);
     let mut replica = Replica::new(model, weights, &training, u64::MAX)?;
-    let mut gradient = vec![0.0; replica.master().layout().len()];
+    // As a rank that is the only one does it.
+    let mut collective = Collective::local();
+    let mut reduced = vec![0.0; replica.gradient().len()];
+    let mut sum = TreeSum::new(reduced.len());
     let resting = device.memory().live_bytes;
     device.reset_peak_memory();
     let mut seconds = Vec::with_capacity(arguments.steps);
     for number in 1..=(WARM_UP_STEPS + arguments.steps) as u64 {
         let started = Instant::now();
-        let sums = replica.compute(number, 0, &batch, &mut gradient)?;
-        let norm = replica.mean_gradient(&mut gradient, sums.target_tokens);
-        replica.update(number, &mut gradient, norm)?;
+        let tokens = replica.compute(number, 0, &batch)?.target_tokens;
+        sum.begin(0..1, 1);
+        sum.push(replica.gradient());
+        collective.all_reduce_tree(number, &mut sum, std::slice::from_ref(&(0..1)), &mut reduced)?;
+        let mean = replica.mean(&reduced, tokens);
+        replica.update(number, &reduced, mean)?;
         if number > WARM_UP_STEPS as u64 {
             seconds.push(started.elapsed().as_secs_f64());
         }

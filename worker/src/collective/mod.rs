@@ -53,27 +53,24 @@ impl Collective {
     /// the same bits whatever `ranges` is.
     ///
     /// `ranges[r]` is what rank `r` computed; together they cover `0..sum.leaves()`, each
-    /// micro-batch once; empty ranges take part. `output` has `sum.elements()` elements.
+    /// micro-batch once; empty ranges take part. `output` has `sum.elements()` elements. Where
+    /// nothing needs to be exchanged, `output` and the sum trade buffers instead of copying.
     ///
     /// # Errors
     /// A lost or silent peer, a broken protocol, or an interrupt. The mesh is then unusable
-    /// and the content of `output` undefined; `sum` is unchanged.
+    /// and the content of `output` undefined.
     pub fn all_reduce_tree(
         &mut self,
         step: u64,
-        sum: &TreeSum,
+        sum: &mut TreeSum,
         ranges: &[Range<u32>],
-        output: &mut [f32],
+        output: &mut Vec<f32>,
     ) -> Result<()> {
         assert_eq!(ranges.len(), self.world_size() as usize, "one range a rank");
         match self {
             Self::Local => {
                 assert!(sum.is_complete(), "micro-batches of {:?} are missing", sum.range());
-                let whole = Node { first: 0, end: sum.leaves() };
-                let mut nodes = sum.nodes();
-                let (node, total) = nodes.next().expect("a step has micro-batches");
-                assert!(node == whole && nodes.len() == 0, "one rank computes the whole step");
-                output.copy_from_slice(total);
+                sum.take_total(output);
                 Ok(())
             }
             Self::Tcp(mesh) => mesh.all_reduce_tree(step, sum, ranges, output),

@@ -44,9 +44,8 @@ fn partial(range: Range<u32>, leaves: u32, elements: usize) -> TreeSum {
     let mut sum = TreeSum::new(elements);
     sum.begin(range.clone(), leaves);
     for leaf in range {
-        let mut buffer = sum.buffer();
-        buffer.iter_mut().enumerate().for_each(|(i, x)| *x += gradient(leaf, i));
-        sum.push(buffer);
+        let values: Vec<f32> = (0..elements).map(|element| gradient(leaf, element)).collect();
+        sum.push(&values);
     }
     sum
 }
@@ -68,10 +67,10 @@ fn any_number_of_ranks_gives_the_bits_of_one() {
         .iter()
         .map(|&(leaves, elements)| {
             let mut total = vec![0.0; elements];
-            let sum = partial(0..leaves, leaves, elements);
+            let mut sum = partial(0..leaves, leaves, elements);
             let whole = 0..leaves;
             let mut local = Collective::local();
-            local.all_reduce_tree(0, &sum, std::slice::from_ref(&whole), &mut total).unwrap();
+            local.all_reduce_tree(0, &mut sum, std::slice::from_ref(&whole), &mut total).unwrap();
             total.iter().map(|x| x.to_bits()).collect()
         })
         .collect();
@@ -79,9 +78,9 @@ fn any_number_of_ranks_gives_the_bits_of_one() {
         on_mesh(world, |rank, mut collective| {
             for (step, (&(leaves, elements), expected)) in (0u64..).zip(cases.iter().zip(&expected)) {
                 let ranges = ranges(world, leaves, step);
-                let sum = partial(ranges[rank as usize].clone(), leaves, elements);
+                let mut sum = partial(ranges[rank as usize].clone(), leaves, elements);
                 let mut total = vec![f32::NAN; elements];
-                collective.all_reduce_tree(step, &sum, &ranges, &mut total).unwrap();
+                collective.all_reduce_tree(step, &mut sum, &ranges, &mut total).unwrap();
                 let bits: Vec<u32> = total.iter().map(|x| x.to_bits()).collect();
                 assert!(bits == *expected, "world {world} rank {rank} {ranges:?} × {elements}");
             }
@@ -164,9 +163,9 @@ fn a_death_in_the_middle_of_a_reduction_frees_all_others() {
             return;
         }
         // More than the sockets hold, so that the senders are blocked when rank 2 is gone.
-        let sum = partial(ranges[rank as usize].clone(), leaves, elements);
+        let mut sum = partial(ranges[rank as usize].clone(), leaves, elements);
         let mut total = vec![0.0; elements];
-        let error = collective.all_reduce_tree(1, &sum, &ranges, &mut total).unwrap_err();
+        let error = collective.all_reduce_tree(1, &mut sum, &ranges, &mut total).unwrap_err();
         assert!(matches!(error, Error::PeerLost { .. }), "{error}");
     });
     assert!(began.elapsed() < PATIENCE / 2, "waited for a time limit");

@@ -109,32 +109,43 @@ impl TreeSum {
         self.range = range;
     }
 
-    /// A zeroed buffer for the next micro-batch's gradient; give it back through `push`.
-    pub fn buffer(&mut self) -> Vec<f32> {
-        match self.free.pop() {
-            Some(mut buffer) => {
-                buffer.par_chunks_mut(BLOCK).for_each(|block| block.fill(0.0));
-                buffer
+    /// Takes in the gradient of the next micro-batch of the range, in ascending order.
+    pub fn push(&mut self, gradient: &[f32]) {
+        assert_eq!(gradient.len(), self.elements, "a gradient of another size");
+        let first = self.stack.last().map_or(self.range.start, |(node, _)| node.end);
+        assert!(first < self.range.end, "more micro-batches than the range {:?}", self.range);
+        let leaf = Node { first, end: first + 1 };
+        let sibling = self.stack.last_mut().and_then(|(left, sum)| Some((left.join(leaf, self.leaves)?, left, sum)));
+        match sibling {
+            Some((parent, left, sum)) => {
+                add_blocks(sum, gradient);
+                *left = parent;
             }
-            None => vec![0.0; self.elements],
+            None => {
+                let mut buffer = self.free.pop().unwrap_or_else(|| vec![0.0; self.elements]);
+                let blocks = buffer.par_chunks_mut(BLOCK).zip(gradient.par_chunks(BLOCK));
+                blocks.for_each(|(buffer, gradient)| buffer.copy_from_slice(gradient));
+                self.stack.push((leaf, buffer));
+            }
+        }
+        self.merge();
+    }
+
+    /// Adds up complete pairs of siblings at the end of the stack.
+    fn merge(&mut self) {
+        while let [.., (left, sum), (right, addend)] = self.stack.as_mut_slice() {
+            let Some(parent) = left.join(*right, self.leaves) else { return };
+            add_blocks(sum, addend);
+            *left = parent;
+            self.free.extend(self.stack.pop().map(|(_, buffer)| buffer));
         }
     }
 
-    /// Takes the gradient of the next micro-batch of the range, in ascending order.
-    pub fn push(&mut self, gradient: Vec<f32>) {
-        assert_eq!(gradient.len(), self.elements, "a gradient buffer of another size");
-        let leaf = self.stack.last().map_or(self.range.start, |(node, _)| node.end);
-        assert!(leaf < self.range.end, "more micro-batches than the range {:?}", self.range);
-        let mut right = (Node { first: leaf, end: leaf + 1 }, gradient);
-        while let Some((left, sum)) = self.stack.last_mut() {
-            let Some(parent) = left.join(right.0, self.leaves) else {
-                break;
-            };
-            sum.par_chunks_mut(BLOCK).zip(right.1.par_chunks(BLOCK)).for_each(|(sum, addend)| add(sum, addend));
-            self.free.push(right.1);
-            right = (parent, self.stack.pop().expect("just seen").1);
-        }
-        self.stack.push(right);
+    /// The sum of the whole step, where one rank has computed all of it; `previous` takes its place as a buffer.
+    pub(super) fn take_total(&mut self, previous: &mut Vec<f32>) {
+        let whole = Node { first: 0, end: self.leaves };
+        assert!(self.stack.len() == 1 && self.stack[0].0 == whole, "one rank computes the whole step");
+        std::mem::swap(&mut self.stack[0].1, previous);
     }
 
     /// Whether every micro-batch of the range has arrived.
@@ -169,6 +180,11 @@ impl TreeSum {
     pub fn leaves(&self) -> u32 {
         self.leaves
     }
+}
+
+/// [`add`], in parallel.
+fn add_blocks(sum: &mut [f32], addend: &[f32]) {
+    sum.par_chunks_mut(BLOCK).zip(addend.par_chunks(BLOCK)).for_each(|(sum, addend)| add(sum, addend));
 }
 
 /// `sum += addend`, element by element.
@@ -218,9 +234,7 @@ mod tests {
         let mut sum = TreeSum::new(1);
         sum.begin(range.clone(), leaves);
         for leaf in range {
-            let mut buffer = sum.buffer();
-            buffer[0] += leaf_value(leaf);
-            sum.push(buffer);
+            sum.push(&[leaf_value(leaf)]);
         }
         assert!(sum.is_complete());
         sum
@@ -258,15 +272,12 @@ mod tests {
         let step = |sum: &mut TreeSum| {
             sum.begin(3..16, 16);
             for _ in 3..16 {
-                let mut buffer = sum.buffer();
-                assert_eq!(buffer, [0.0; 3], "reused but not zeroed");
-                buffer.fill(1.0);
-                sum.push(buffer);
+                sum.push(&[1.0; 3]);
             }
             sum.free.len() + sum.stack.len()
         };
         let held = step(&mut sum);
-        assert!(held <= 6, "log2 of the range and two, not {held}");
+        assert!(held <= 5, "log2 of the range and one, not {held}");
         assert_eq!(step(&mut sum), held);
     }
 
@@ -274,16 +285,15 @@ mod tests {
     fn one_infinite_element_is_noticed() {
         let mut sum = TreeSum::new(100_000);
         sum.begin(0..1, 1);
-        let mut buffer = sum.buffer();
+        let mut buffer = vec![0.0; 100_000];
         buffer[77_777] = f32::MAX;
-        sum.push(buffer);
+        sum.push(&buffer);
         assert!(sum.is_finite());
         assert_eq!(sum.find_not_finite(), None);
         for bad in [f32::INFINITY, f32::NAN] {
             sum.begin(0..1, 1);
-            let mut buffer = sum.buffer();
             buffer[77_777] = bad;
-            sum.push(buffer);
+            sum.push(&buffer);
             assert!(!sum.is_finite());
             assert_eq!(sum.find_not_finite(), Some(77_777));
         }

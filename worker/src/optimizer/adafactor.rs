@@ -59,8 +59,19 @@ impl Moments {
     }
 }
 
+/// The scalars of one step.
+#[derive(Clone, Copy)]
+pub(super) struct Update {
+    pub(super) learning_rate: f64,
+    pub(super) weight_decay: f64,
+    /// What g is of what is given as g.
+    pub(super) gradient_scale: f32,
+    pub(super) step: u64,
+}
+
 /// Updates the parameters `p` of one tensor by its gradient `g`, and its moments.
-pub(super) fn step(learning_rate: f64, weight_decay: f64, step: u64, p: &mut [f32], g: &[f32], moments: &mut Moments) {
+pub(super) fn step(update: Update, p: &mut [f32], g: &[f32], moments: &mut Moments) {
+    let Update { learning_rate, weight_decay, gradient_scale: scale, step } = update;
     let beta = 1.0 - (step as f64).powf(DECAY_RATE);
     let keep = (1.0 - learning_rate * weight_decay) as f32;
     let rate = |sum_of_squares: f64| {
@@ -69,12 +80,12 @@ pub(super) fn step(learning_rate: f64, weight_decay: f64, step: u64, p: &mut [f3
     };
     match moments {
         Moments::Factored(factors) => {
-            factors.accumulate(g, beta);
-            let rate = rate(factors.update_sum_of_squares(g));
-            factors.apply(keep, rate, p, g);
+            factors.accumulate(g, scale, beta);
+            let rate = rate(factors.update_sum_of_squares(g, scale));
+            factors.apply(keep, rate * scale, p, g);
         }
         Moments::Full(v) => {
-            let rate = rate(accumulate_full(g, v, beta as f32));
+            let rate = rate(accumulate_full(g, scale, v, beta as f32)) * scale;
             p.par_chunks_mut(BLOCK).zip(g.par_chunks(BLOCK)).zip(v.par_chunks(BLOCK)).for_each(|((p, g), v)| {
                 for ((p, &g), &v) in p.iter_mut().zip(g).zip(v) {
                     *p = *p * keep - rate * (g / v.sqrt());
@@ -85,13 +96,14 @@ pub(super) fn step(learning_rate: f64, weight_decay: f64, step: u64, p: &mut [f3
 }
 
 /// Updates the moments `v` of a vector; returns Σ u².
-fn accumulate_full(g: &[f32], v: &mut [f32], beta: f32) -> f64 {
+fn accumulate_full(g: &[f32], scale: f32, v: &mut [f32], beta: f32) -> f64 {
     let blocks: Vec<f64> = v
         .par_chunks_mut(BLOCK)
         .zip(g.par_chunks(BLOCK))
         .map(|(v, g)| {
             let mut sum = 0.0;
             for (v, &g) in v.iter_mut().zip(g) {
+                let g = g * scale;
                 *v = beta * *v + (1.0 - beta) * (g * g + EPSILON as f32);
                 let u = f64::from(g) / f64::from(*v).sqrt();
                 sum += u * u;
@@ -108,7 +120,7 @@ impl Factors {
     }
 
     /// Takes the step's gradient into the running means and derives the factors.
-    fn accumulate(&mut self, g: &[f32], beta: f64) {
+    fn accumulate(&mut self, g: &[f32], scale: f32, beta: f64) {
         let (rows, cols, block) = (self.row.len(), self.col.len(), self.block_elements());
         let blend = |old: f32, mean: f64| (beta * f64::from(old) + (1.0 - beta) * (mean + EPSILON)) as f32;
         g.par_chunks(block)
@@ -118,8 +130,8 @@ impl Factors {
                 vectorized(|| {
                     col_sums.fill(0.0);
                     for (g, row) in g.chunks_exact(cols).zip(row) {
-                        *row = blend(*row, sum_by_lanes(g, square) / cols as f64);
-                        col_sums.iter_mut().zip(g).for_each(|(sum, &x)| *sum += square(x));
+                        *row = blend(*row, sum_by_lanes(g, |x| square(x * scale)) / cols as f64);
+                        col_sums.iter_mut().zip(g).for_each(|(sum, &x)| *sum += square(x * scale));
                     }
                 });
             });
@@ -140,7 +152,7 @@ impl Factors {
     }
 
     /// Σ u².
-    fn update_sum_of_squares(&self, g: &[f32]) -> f64 {
+    fn update_sum_of_squares(&self, g: &[f32], scale: f32) -> f64 {
         let cols = self.col.len();
         let blocks: Vec<f64> = g
             .par_chunks(self.block_elements())
@@ -148,7 +160,7 @@ impl Factors {
             .map(|(g, row_factor)| {
                 vectorized(|| {
                     let rows = g.chunks_exact(cols).zip(row_factor);
-                    rows.map(|(g, &r)| row_update_sum_of_squares(g, r, &self.col_factor)).sum()
+                    rows.map(|(g, &r)| row_update_sum_of_squares(g, r * scale, &self.col_factor)).sum()
                 })
             })
             .collect();

@@ -10,8 +10,8 @@
 
 use rayon::prelude::*;
 
-use super::BLOCK;
 use super::norm::vectorized;
+use super::{BLOCK, Hyperparameters};
 
 /// The scalars of one step, computed in f64.
 #[derive(Clone, Copy)]
@@ -26,10 +26,13 @@ pub(super) struct Update {
     /// 1 / √(1 − β₂ᵗ)
     root_correction: f32,
     epsilon: f32,
+    /// What g is of what is given as g.
+    gradient_scale: f32,
 }
 
 impl Update {
-    pub(super) fn new(rate: f64, beta1: f64, beta2: f64, epsilon: f64, weight_decay: f64, step: u64) -> Self {
+    pub(super) fn new(rate: f64, gradient_scale: f32, hyperparameters: Hyperparameters, step: u64) -> Self {
+        let Hyperparameters { beta1, beta2, epsilon, weight_decay } = hyperparameters;
         let correction = |beta: f64| 1.0 - beta.powf(step as f64);
         Self {
             keep: (1.0 - rate * weight_decay) as f32,
@@ -39,6 +42,7 @@ impl Update {
             step_size: (rate / correction(beta1)) as f32,
             root_correction: correction(beta2).sqrt().recip() as f32,
             epsilon: epsilon as f32,
+            gradient_scale,
         }
     }
 }
@@ -57,6 +61,7 @@ pub(super) fn step(update: Update, p: &mut [f32], g: &[f32], m: &mut [f32], v: &
 fn block(u: Update, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
     vectorized(|| {
         for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+            let g = g * u.gradient_scale;
             *m += u.one_minus_beta1 * (g - *m);
             *v = u.beta2 * *v + u.one_minus_beta2 * (g * g);
             *p = *p * u.keep - u.step_size * *m / (v.sqrt() * u.root_correction + u.epsilon);

@@ -15,7 +15,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-pub use norm::{clip, clip_coefficient, global_norm, scale};
+pub use norm::{ClippedMean, global_norm};
 
 use crate::Result;
 use crate::checkpoint::NamedTensor;
@@ -124,25 +124,27 @@ impl Optimizer {
         self.steps
     }
 
-    /// One update of `params` by `grads`, both whole arenas.
-    pub fn step(&mut self, learning_rate: f64, params: &mut [f32], grads: &[f32]) {
+    /// One update of `params` by the gradient `gradient_scale · grads`, both whole arenas. The scale is there so that
+    /// neither the mean over tokens nor clipping costs a pass over memory.
+    pub fn step(&mut self, learning_rate: f64, params: &mut [f32], grads: &[f32], gradient_scale: f32) {
         assert_eq!(params.len(), grads.len(), "parameters and gradients differ in size");
         self.steps += 1;
-        let Hyperparameters { beta1, beta2, epsilon, weight_decay } = self.hyperparameters;
         for (index, slot) in self.slots.iter().enumerate() {
             let range = slot.range.clone();
             let (p, g) = (&mut params[range.clone()], &grads[range.clone()]);
-            let weight_decay = if slot.decays { weight_decay } else { 0.0 };
+            let weight_decay = if slot.decays { self.hyperparameters.weight_decay } else { 0.0 };
             match &mut self.state {
                 State::AdamW { exp_avg, exp_avg_sq } => {
                     let is_scaled = self.kind == OptimizerKind::AdamWScaled && slot.is_matrix;
                     let scale = if is_scaled { root_mean_square(p).max(SCALE_MIN) } else { 1.0 };
                     let rate = learning_rate * scale;
-                    let update = adamw::Update::new(rate, beta1, beta2, epsilon, weight_decay, self.steps);
+                    let hyperparameters = Hyperparameters { weight_decay, ..self.hyperparameters };
+                    let update = adamw::Update::new(rate, gradient_scale, hyperparameters, self.steps);
                     adamw::step(update, p, g, &mut exp_avg[range.clone()], &mut exp_avg_sq[range]);
                 }
                 State::Adafactor(moments) => {
-                    adafactor::step(learning_rate, weight_decay, self.steps, p, g, &mut moments[index]);
+                    let update = adafactor::Update { learning_rate, weight_decay, gradient_scale, step: self.steps };
+                    adafactor::step(update, p, g, &mut moments[index]);
                 }
             }
         }

@@ -64,22 +64,21 @@ pub fn global_norm(values: &[f32]) -> f64 {
     sum_of_squares(values).sqrt()
 }
 
-/// What `torch.nn.utils.clip_grad_norm_` multiplies gradients of norm `norm` by; 1 where
-/// `max_norm` is 0, which does not clip.
-pub fn clip_coefficient(norm: f64, max_norm: f64) -> f32 {
-    if max_norm == 0.0 { 1.0 } else { (max_norm / (norm + 1e-6)).min(1.0) as f32 }
+/// The clipped mean gradient, as a multiple of the sum that it is the mean of: neither is a pass over memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ClippedMean {
+    /// The Euclidean norm of the mean, before clipping.
+    pub norm: f64,
+    /// What turns the sum into the clipped mean.
+    pub scale: f32,
 }
 
-/// Scales `grads` down to a norm of at most `max_norm`; returns the norm before.
-pub fn clip(grads: &mut [f32], max_norm: f64) -> f64 {
-    let norm = global_norm(grads);
-    scale(grads, clip_coefficient(norm, max_norm));
-    norm
-}
-
-/// Multiplies all `values` by `factor`.
-pub fn scale(values: &mut [f32], factor: f32) {
-    if factor != 1.0 {
-        values.par_chunks_mut(BLOCK).for_each(|block| block.iter_mut().for_each(|x| *x *= factor));
+impl ClippedMean {
+    /// Of a gradient that is the sum over `count` tokens; as `torch.nn.utils.clip_grad_norm_` clips the mean, and not
+    /// at all where `max_norm` is 0.
+    pub fn new(sum: &[f32], count: u64, max_norm: f64) -> Self {
+        let norm = global_norm(sum) / count as f64;
+        let coefficient = if max_norm == 0.0 { 1.0 } else { (max_norm / (norm + 1e-6)).min(1.0) };
+        ClippedMean { norm, scale: (coefficient / count as f64) as f32 }
     }
 }

@@ -3,7 +3,7 @@
 use quintet_kernels::selftest::Outcome;
 use quintet_kernels::{DType, Device, ops};
 use quintet_t5::{Batch, Model, Parameters, TrainOptions, load_embedded};
-use quintet_worker::optimizer::{self, Hyperparameters, Optimizer, OptimizerKind, TensorSlot};
+use quintet_worker::optimizer::{ClippedMean, Hyperparameters, Optimizer, OptimizerKind, TensorSlot};
 use serde::Deserialize;
 
 use crate::error::Result;
@@ -78,9 +78,8 @@ fn losses(device: &Device, dtype: DType, rows: &Rows, adamw: &AdamW) -> Result<V
         gradients.view_mut().fill_zero();
         let sums = model.train(&compute, &batch, options, &mut gradients)?;
         losses.push(sums.loss_sum / sums.target_tokens as f64);
-        optimizer::scale(gradients.as_mut_slice(), 1.0 / sums.target_tokens as f32);
-        optimizer::clip(gradients.as_mut_slice(), adamw.max_grad_norm);
-        optimizer.step(adamw.lr, master.as_mut_slice(), gradients.as_slice());
+        let mean = ClippedMean::new(gradients.as_slice(), sums.target_tokens, adamw.max_grad_norm);
+        optimizer.step(adamw.lr, master.as_mut_slice(), gradients.as_slice(), mean.scale);
     }
     Ok(losses)
 }

@@ -145,8 +145,6 @@ impl RunDirectory {
             }
             return Ok(RunDirectory { start_step: 0, warnings: Vec::new() });
         }
-        // What killed processes left; nobody else saves here.
-        checkpoint::remove_leftovers(&directory.join("checkpoints"))?;
         if let Ok(text) = fs::read_to_string(&job_file) {
             let earlier = job::parse(&job_file, &text)?;
             if let Some(conflict) = job.conflict(&earlier) {

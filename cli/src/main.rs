@@ -15,6 +15,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::args::{Arguments, Command};
+use crate::commands::on_threads;
 use crate::error::Failure;
 
 fn main() -> ExitCode {
@@ -22,12 +23,12 @@ fn main() -> ExitCode {
     let outcome = match arguments.command {
         Command::Train(arguments) => commands::train::run(arguments),
         Command::Coordinator(arguments) => commands::coordinator::run(arguments),
-        Command::Worker(arguments) => commands::worker::run(arguments),
-        Command::Evaluate(arguments) => commands::evaluate::run(arguments),
-        Command::Generate(arguments) => commands::generate::run(arguments),
+        Command::Worker(arguments) => on_threads(arguments.threads, || commands::worker::run(arguments)),
+        Command::Evaluate(arguments) => on_threads(None, || commands::evaluate::run(arguments)),
+        Command::Generate(arguments) => on_threads(None, || commands::generate::run(arguments)),
         Command::Data(arguments) => commands::data::run(arguments),
         Command::Bench(arguments) => commands::bench::run(arguments),
-        Command::Selftest(arguments) => commands::selftest::run(arguments),
+        Command::Selftest(arguments) => on_threads(None, || commands::selftest::run(arguments)),
         Command::Doctor(arguments) => commands::doctor::run(arguments),
     };
     match outcome {

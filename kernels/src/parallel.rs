@@ -39,6 +39,16 @@ pub(crate) fn for_each_row_block(
     });
 }
 
+/// Sets all bytes to zero.
+pub(crate) fn fill_zero(bytes: &mut [u8]) {
+    const BLOCK: usize = 1 << 20;
+    if bytes.len() <= BLOCK {
+        bytes.fill(0);
+    } else {
+        bytes.par_chunks_mut(BLOCK).for_each(|block| block.fill(0));
+    }
+}
+
 /// Rows in a block of an elementwise operation with rows of `cols` elements.
 pub(crate) fn rows_per_task(cols: usize) -> usize {
     (16_384 / cols.max(1)).max(1)

@@ -237,6 +237,12 @@ impl<'a> ViewMut<'a> {
     pub fn fill_zero(self) {
         let Device::Cpu(_) = self.view.device;
         let bytes = self.view.cols * self.view.dtype.bytes();
+        if self.view.is_contiguous() {
+            let length = self.view.rows * bytes;
+            // SAFETY: without gaps these are the bytes of this exclusive view; zeros are a valid element of every type.
+            let all = unsafe { std::slice::from_raw_parts_mut(self.view.address as *mut u8, length) };
+            return crate::parallel::fill_zero(all);
+        }
         for row in 0..self.view.rows {
             let start = self.view.rows_range(row..row + 1).address as *mut u8;
             // SAFETY: the row lies inside this exclusive view, and zero bytes are a valid element of every type.

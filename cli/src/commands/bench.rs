@@ -12,15 +12,13 @@ use quintet_worker::{Precision, TrainingConfig};
 use serde_json::json;
 
 use crate::args::{BenchArguments, BenchCommand, BenchStepArguments};
-use crate::commands::worker::set_threads;
-use crate::commands::{open_device, print_json};
+use crate::commands::{on_threads, open_device, print_json};
 use crate::error::{Failure, Result, exit};
 
 pub(crate) fn run(arguments: BenchArguments) -> Result<u8> {
     match arguments.command {
-        BenchCommand::Step(arguments) => step(&arguments)?,
+        BenchCommand::Step(arguments) => on_threads(arguments.threads, || step(&arguments).map(|()| exit::DONE)),
     }
-    Ok(exit::DONE)
 }
 
 /// Steps that are not timed: they fill the memory pool.
@@ -37,7 +35,6 @@ fn step(arguments: &BenchStepArguments) -> Result<()> {
             return Err(Failure::bad_input(format!("{flag} must be at least 1")));
         }
     }
-    set_threads(arguments.threads)?;
     let device = open_device(arguments.device);
     let precision: Precision = serde_json::from_value(json!(arguments.precision))
         .map_err(|error| Failure::bad_input(format!("--precision: {error}")))?;

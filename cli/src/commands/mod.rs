@@ -26,6 +26,13 @@ fn print_json(value: &serde_json::Value) {
     println!("{value}");
 }
 
+/// Runs what computes inside the pool of threads that its operations share their work with; from outside, each
+/// operation would first have to wake the pool. All cores without a number.
+pub(crate) fn on_threads(threads: Option<usize>, compute: impl FnOnce() -> Result<u8> + Send) -> Result<u8> {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).build();
+    pool.map_err(|error| Failure::failed(format!("cannot start threads: {error}")))?.install(compute)
+}
+
 /// The device of a choice.
 fn open_device(choice: DeviceChoice) -> Device {
     match choice {

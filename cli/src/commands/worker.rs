@@ -25,7 +25,6 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
             arguments.listen
         )));
     }
-    set_threads(arguments.threads)?;
     let (session, welcome) = match Session::connect(&arguments.coordinator, token.as_bytes(), &host_name(), insecure) {
         Ok(joined) => joined,
         // Mostly the run was over before this worker came.
@@ -57,15 +56,6 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
         Err(error @ quintet_worker::Error::Session(_)) if !arguments.supervised => Err(error.into()),
         Err(error) => Ok(Failure::from(error).exit_code),
     }
-}
-
-/// Sets how many threads the operations use.
-pub(crate) fn set_threads(threads: Option<usize>) -> Result<()> {
-    let Some(threads) = threads else { return Ok(()) };
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build_global()
-        .map_err(|error| Failure::failed(format!("cannot start {threads} threads: {error}")))
 }
 
 fn host_name() -> String {

@@ -51,13 +51,13 @@ impl Microkernel {
     }
 }
 
-/// A microkernel of up to `$rows` rows and three vectors of columns, from an instruction set's vector operations.
+/// A microkernel of up to `$rows` rows and `$vectors` vectors of columns, two or three, from an instruction set's vector operations.
 /// An element of the product is one chain of multiply-adds in order of depth, whatever the tile: how a product is cut
 /// into tiles cannot be seen in its bits.
 macro_rules! microkernel {
-    ($features:literal, $lanes:literal, $rows:literal: [$($count:literal)+]) => {
+    ($features:literal, $lanes:literal, $vectors:literal, $rows:literal: [$($count:literal)+]) => {
         const LANES: usize = $lanes;
-        const VECTORS: usize = 3;
+        const VECTORS: usize = $vectors;
 
         pub(in super::super) static MICROKERNEL: Microkernel =
             Microkernel { rows: $rows, cols: VECTORS * LANES, lanes: LANES, run };
@@ -86,7 +86,9 @@ macro_rules! microkernel {
         #[target_feature(enable = $features)]
         unsafe fn kernel<const R: usize, const V: usize>(tile: &Tile) {
             let mut sums = [[zero(); V]; R];
-            let (mut a, mut b) = (tile.a, tile.b);
+            // One pointer for three rows: processors add a register, or twice a register, to an address for nothing.
+            let mut a: [*const f32; 4] = std::array::from_fn(|group| tile.a.wrapping_add(3 * group * tile.a_row_stride));
+            let mut b = tile.b;
             for _ in 0..tile.depth {
                 let mut b_vectors = [zero(); V];
                 for (index, vector) in b_vectors.iter_mut().enumerate() {
@@ -95,12 +97,12 @@ macro_rules! microkernel {
                 }
                 for (row, sums) in sums.iter_mut().enumerate() {
                     // SAFETY: row `row` of `a` at this depth.
-                    let factor = splat(unsafe { *a.add(row * tile.a_row_stride) });
+                    let factor = splat(unsafe { *a[row / 3].add(row % 3 * tile.a_row_stride) });
                     for (sum, &vector) in sums.iter_mut().zip(&b_vectors) {
                         *sum = multiply_add(factor, vector, *sum);
                     }
                 }
-                a = a.wrapping_add(tile.a_depth_stride);
+                a = a.map(|a| a.wrapping_add(tile.a_depth_stride));
                 b = b.wrapping_add(tile.b_depth_stride);
             }
             // SAFETY: the caller's promise is passed on. Not inlined, so that the sums above stay in registers.
@@ -141,8 +143,9 @@ mod avx512 {
 
     use super::{Microkernel, Tile};
 
-    // 24 sums, 3 vectors of b and a factor in 32 registers.
-    microkernel!("avx512f,avx2,fma", 16, 8: [1 2 3 4 5 6 7 8]);
+    // 24 sums, 2 vectors of b and a factor in 32 registers. Of the shapes that fit, 32 columns are the one that divides
+    // the widths of T5.
+    microkernel!("avx512f,avx2,fma", 16, 2, 12: [1 2 3 4 5 6 7 8 9 10 11 12]);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -155,7 +158,7 @@ mod avx2 {
     use super::{Microkernel, Tile};
 
     // 12 sums, 3 vectors of b and a factor in 16 registers.
-    microkernel!("avx2,fma", 8, 4: [1 2 3 4]);
+    microkernel!("avx2,fma", 8, 3, 4: [1 2 3 4]);
 }
 
 /// Plain arithmetic in vectors of four, which every 64-bit processor has; without fused multiply-add, which is slow
@@ -202,9 +205,9 @@ mod portable {
     }
 
     #[cfg(target_arch = "x86_64")]
-    microkernel!("sse2", 4, 4: [1 2 3 4]);
+    microkernel!("sse2", 4, 3, 4: [1 2 3 4]);
     #[cfg(target_arch = "aarch64")]
-    microkernel!("neon", 4, 4: [1 2 3 4]);
+    microkernel!("neon", 4, 3, 4: [1 2 3 4]);
 }
 
 /// Every microkernel that this machine can run.

@@ -19,7 +19,13 @@ use crate::simd::convert;
 use crate::{View, ViewMut};
 
 /// Products summed before the sum is added to the result; part of what a product's bits are.
-const DEPTH_BLOCK: usize = 256;
+const DEPTH_BLOCK: usize = 512;
+
+/// The most rows and columns of a block, so that with [`DEPTH_BLOCK`] its operands stay in a core's cache. Rows that are
+/// not packed are cheap to have many of.
+const PACKED_ROWS: usize = 480;
+const PACKED_COLS: usize = 512;
+const ROWS_IN_PLACE: usize = 1024;
 
 /// An operand: `rows × cols` elements at any strides.
 #[derive(Clone, Copy)]
@@ -67,6 +73,7 @@ impl<'a, T: Float> Matrix<'a, T> {
     }
 
     /// Rows `first..first + count` of column `col`, where rows are next to each other.
+    #[inline(always)]
     fn contiguous_column(&self, col: usize, first: usize, count: usize) -> &'a [T] {
         assert!(self.row_stride == 1 && col < self.cols && first + count <= self.rows);
         // SAFETY: as in `get`; the elements are next to each other.
@@ -167,26 +174,32 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
         self.c.rows * self.c.cols * self.a.cols / 50
     }
 
-    /// The rows and columns of the blocks that tasks compute: large, so that packing pays; several for each thread.
+    /// The rows and columns of the blocks that tasks compute: as many blocks as keep the threads busy, and cut so that
+    /// little is packed twice. Blocks side by side pack the same of `a`, blocks below each other the same of `b`.
     fn block_size(&self, threads: usize) -> (usize, usize) {
         let (tile_rows, tile_cols) = (self.kernel.rows, self.kernel.cols);
-        let (mut rows, mut cols) = (self.c.rows.clamp(1, 480), self.c.cols.clamp(1, 480));
-        let (round_rows, round_cols) =
-            (|rows: usize| rows.next_multiple_of(tile_rows), |cols: usize| cols.next_multiple_of(tile_cols));
-        // Even blocks: 512 is better cut into two of 256 than into 480 and 32.
-        rows = round_rows(self.c.rows.div_ceil(self.c.rows.div_ceil(rows).max(1)).max(1));
-        cols = round_cols(self.c.cols.div_ceil(self.c.cols.div_ceil(cols).max(1)).max(1));
-        let wanted = if threads == 1 { 1 } else { 4 * threads };
-        while self.c.rows.div_ceil(rows) * self.c.cols.div_ceil(cols) < wanted {
-            if rows > 4 * tile_rows && rows >= cols {
-                rows = round_rows(rows / 2);
-            } else if cols > 2 * tile_cols {
-                cols = round_cols(cols / 2);
+        let (rows, cols) = (self.c.rows.max(1), self.c.cols.max(1));
+        let (tiles_down, tiles_across) = (rows.div_ceil(tile_rows), cols.div_ceil(tile_cols));
+        let a_is_packed = !self.reads_a_in_place();
+        let mut down = rows.div_ceil(if a_is_packed { PACKED_ROWS } else { ROWS_IN_PLACE });
+        let mut across = cols.div_ceil(PACKED_COLS);
+        let wanted = match (threads, a_is_packed) {
+            (1, _) => 1,
+            (_, true) => 4 * threads,
+            (_, false) => 8 * threads,
+        };
+        while down * across < wanted {
+            let (rows_can_be_cut, cols_can_be_cut) = (8 * down <= tiles_down, 2 * across <= tiles_across);
+            let cols_are_cheaper = !a_is_packed || rows <= cols;
+            if cols_can_be_cut && (cols_are_cheaper || !rows_can_be_cut) {
+                across *= 2;
+            } else if rows_can_be_cut {
+                down *= 2;
             } else {
                 break;
             }
         }
-        (rows, cols)
+        (tiles_down.div_ceil(down) * tile_rows, tiles_across.div_ceil(across) * tile_cols)
     }
 
     /// Computes a block of `c`. Blocks that run at the same time must not overlap.
@@ -224,11 +237,16 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
         }
     }
 
-    /// `a` as the microkernel reads it: in place if few columns profit from packing it.
+    /// Whether the microkernel reads `a` where it is: its rows lie in order of depth, or few columns profit from packing.
+    fn reads_a_in_place(&self) -> bool {
+        A::DTYPE == crate::DType::F32 && (self.a.col_stride == 1 || self.c.cols <= 2 * self.kernel.cols)
+    }
+
+    /// `a` as the microkernel reads it.
     fn with_a(&self, a: Matrix<A>, f: impl FnOnce(Operand)) {
         let width = self.kernel.rows;
         match a.as_f32() {
-            Some(pointer) if self.c.cols <= 2 * self.kernel.cols => f(Operand {
+            Some(pointer) if self.reads_a_in_place() => f(Operand {
                 pointer,
                 lines: a.rows,
                 depth: a.cols,

@@ -23,9 +23,7 @@ pub(super) fn pack<T: Float>(source: Matrix<T>, width: usize, grain: usize, pane
             panel.fill(0.0);
         }
         if source.row_stride == 1 {
-            for (k, packed) in panel.chunks_exact_mut(width).enumerate() {
-                copy_line(source.contiguous_column(k, first, count), &mut packed[..count]);
-            }
+            copy_lines(source, first, count, width, panel);
         } else {
             pack_transposed(source, first, count, width, panel);
         }
@@ -33,9 +31,18 @@ pub(super) fn pack<T: Float>(source: Matrix<T>, width: usize, grain: usize, pane
 }
 
 multiversion! {
-    fn copy_line<T: Float>(source: &[T], packed: &mut [f32]) {
-        for (packed, value) in packed.iter_mut().zip(source) {
-            *packed = value.to_f32();
+    /// Copies lines `first..first + count`, which are next to each other at every depth, into a panel.
+    fn copy_lines<T: Float>(source: Matrix<T>, first: usize, count: usize, width: usize, panel: &mut [f32]) {
+        for (k, packed) in panel.chunks_exact_mut(width).enumerate() {
+            // In arrays, because a call to copy memory costs more than so few lines do.
+            let (arrays, rest) = source.contiguous_column(k, first, count).as_chunks::<SQUARE>();
+            let (packed_arrays, packed_rest) = packed[..count].as_chunks_mut::<SQUARE>();
+            for (packed, array) in packed_arrays.iter_mut().zip(arrays) {
+                *packed = array.map(T::to_f32);
+            }
+            for (packed, value) in packed_rest.iter_mut().zip(rest) {
+                *packed = value.to_f32();
+            }
         }
     }
 }

@@ -38,7 +38,7 @@ pub struct Progress {
     pub seed: u64,
     /// Identifies the job: its data, model and the settings that must not change midway.
     pub job_fingerprint: String,
-    /// [`digest`] of the parameters.
+    /// BLAKE3 of the parameters' bytes, in hexadecimal.
     pub weights_digest: String,
 }
 
@@ -114,11 +114,6 @@ fn name_of(step: u64) -> String {
 /// Where the checkpoint of a step is, if there is one.
 pub fn path(directory: &Path, step: u64) -> PathBuf {
     directory.join(name_of(step))
-}
-
-/// The digest of parameters: BLAKE3 over their little-endian bytes, in hexadecimal.
-pub fn digest(values: &[f32]) -> String {
-    blake3::hash(bytemuck::cast_slice(values)).to_hex().to_string()
 }
 
 /// Writes the checkpoint of a step into `directory` (which is created) and returns its path.

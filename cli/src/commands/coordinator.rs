@@ -51,6 +51,15 @@ pub(crate) fn serve(
     for warning in &prepared.warnings {
         reporter.line(&format!("warning: {warning}"));
     }
+    let schedule = &prepared.run.settings.schedule;
+    reporter.line(&format!(
+        "{} examples, {} steps of {}, on {} cpu worker(s), into {}",
+        schedule.examples,
+        schedule.total_steps,
+        schedule.global_batch_size,
+        prepared.run.settings.workers_expected,
+        prepared.job.output_dir.display()
+    ));
     if prepared.start_step > 0 {
         reporter.line(&format!("resuming after step {}", prepared.start_step));
     }

@@ -81,6 +81,8 @@ async fn drive(
     launch: impl FnOnce(SocketAddr, &Secret) -> Result<Option<LocalWorkers>>,
     reporter: &mut Reporter,
 ) -> Result<Outcome> {
+    // Before anybody is told where to join: whoever sees a run may want to stop it.
+    let mut stop = StopSignals::new()?;
     // Until the last worker is gone.
     let _lock = prepared.lock;
     if !options.address.ip().is_loopback() && !prepared.run.insecure {
@@ -103,7 +105,6 @@ async fn drive(
     let (control, controls) = mpsc::channel(CONTROLS_WAITING_MAX);
     let serving = server::serve(listener, prepared.run, prepared.files, events, controls);
     tokio::pin!(serving);
-    let mut stop = StopSignals::new()?;
     let outcome = loop {
         tokio::select! {
             biased;

@@ -32,39 +32,6 @@ constexpr u32 WIDTH_SUMS = WIDTH / 8, WIDTH_STEPS = WIDTH / DEPTH;
 constexpr u32 KEY_SUMS = KEYS / 8, KEY_STEPS = KEYS / DEPTH;
 static_assert(HEAD_SIZE <= 128 && WARP_ROWS % 16 == 0 && KEYS % 16 == 0 && 128 % KEYS == 0, "tile sizes");
 
-// To go to ptx.cuh.
-#ifdef EMULATED
-DEVICE u32 to_tf32(float value) { return (__float_as_uint(value) + 0x1000) & 0xffffe000; }
-DEVICE float exp2_fast(float value) { return exp2f(value); }
-#else
-DEVICE u32 to_tf32(float value) { u32 r; asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(value)); return r; }
-DEVICE float exp2_fast(float value) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(value)); return r; }
-#endif
-template <class T> DEVICE u32 pack(float low, float high) {
-#ifdef EMULATED
-    return from_float<T>(low).bits | u32(from_float<T>(high).bits) << 16;
-#else
-    u32 pair;
-    if constexpr (sizeof(T) == 2) {
-#ifdef ELEMENT_BF16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#endif
-    }
-    return pair;
-#endif
-}
-
-DEVICE void copy_async4(void* shared, const void* device, bool valid) {
-#ifdef EMULATED
-    emulator::copy_async(shared, device, 4, valid ? 4 : 0);
-#else
-    const u32 to = u32(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(device), "r"(valid ? 4 : 0) : "memory");
-#endif
-}
-
 constexpr float LOG2_E = 1.4426950408889634f;
 #define INFINITE __uint_as_float(0x7f800000u)
 
@@ -155,7 +122,7 @@ DEVICE void load_right(Right (&right)[2], const element* tile) {
 template <u32 SUMS> DEVICE Left as_left(const float (&sums)[SUMS][4], u32 step) {
     if constexpr (sizeof(element) == 2) {
         const float(&a)[4] = sums[2 * step], (&b)[4] = sums[2 * step + 1];
-        return {pack<element>(a[0], a[1]), pack<element>(a[2], a[3]), pack<element>(b[0], b[1]), pack<element>(b[2], b[3])};
+        return {pack(a[0], a[1], element()), pack(a[2], a[3], element()), pack(b[0], b[1], element()), pack(b[2], b[3], element())};
     } else {
         const float(&a)[4] = sums[step];
         return {__float_as_uint(a[0]), __float_as_uint(a[2]), __float_as_uint(a[1]), __float_as_uint(a[3])};

@@ -119,10 +119,10 @@ DEVICE void load_right(Right (&right)[2], const element* tile) {
 
 // Columns DEPTH·step.. of a row of sums as a left operand: the lanes hold what they need already. A left fragment of
 // 32-bit elements wants columns t and t + 4 where a lane has 2t and 2t + 1, so the columns are taken in that order.
-template <u32 SUMS> DEVICE Left as_left(const float (&sums)[SUMS][4], u32 step) {
-    if constexpr (sizeof(element) == 2) {
+template <u32 SUMS, class T = element> DEVICE Left as_left(const float (&sums)[SUMS][4], u32 step) {
+    if constexpr (sizeof(T) == 2) {
         const float(&a)[4] = sums[2 * step], (&b)[4] = sums[2 * step + 1];
-        return {pack(a[0], a[1], element()), pack(a[2], a[3], element()), pack(b[0], b[1], element()), pack(b[2], b[3], element())};
+        return {pack(a[0], a[1], T()), pack(a[2], a[3], T()), pack(b[0], b[1], T()), pack(b[2], b[3], T())};
     } else {
         const float(&a)[4] = sums[step];
         return {__float_as_uint(a[0]), __float_as_uint(a[2]), __float_as_uint(a[1]), __float_as_uint(a[3])};

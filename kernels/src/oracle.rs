@@ -210,7 +210,9 @@ impl Attention<'_> {
         (out, logsumexp)
     }
 
-    pub(crate) fn backward(&self, d_out: &[f64]) -> AttentionGradients {
+    /// With `out`, `δ` is taken from it as from any other input, and not from the probabilities: a device that does so sees
+    /// the rounding of `out`, which is no fault of its backward pass.
+    pub(crate) fn backward(&self, d_out: &[f64], out: Option<&[f64]>) -> AttentionGradients {
         let (mut d_q, mut d_k, mut d_v) = (vec![0.0; self.q.len()], vec![0.0; self.k.len()], vec![0.0; self.k.len()]);
         let mut d_bias = vec![0.0; self.bias.as_ref().map_or(0, Vec::len)];
         self.for_each_query(|query, head, keys| {
@@ -221,7 +223,13 @@ impl Attention<'_> {
                 key.factor * (0..self.size).map(product).sum::<f64>()
             };
             let d_p: Vec<f64> = keys.iter().map(d_p).collect();
-            let mean = p.iter().zip(&d_p).map(|(p, d_p)| p * d_p).sum::<f64>();
+            let mean = match out {
+                Some(out) => {
+                    let columns = self.at(query, head, 0)..self.at(query, head, 0) + self.size;
+                    out[columns.clone()].iter().zip(&d_out[columns]).map(|(out, d_out)| out * d_out).sum::<f64>()
+                }
+                None => p.iter().zip(&d_p).map(|(p, d_p)| p * d_p).sum::<f64>(),
+            };
             for (index, key) in keys.iter().enumerate() {
                 let d_score = p[index] * (d_p[index] - mean);
                 for col in 0..self.size {
@@ -360,7 +368,7 @@ mod tests {
                 mask: Dropout { probability: 0.3, seed: 4, stream: 5 },
             };
             let d_out = normals(&mut random, 5 * 4);
-            let gradients = inputs.backward(&d_out);
+            let gradients = inputs.backward(&d_out, None);
             let with = |set: &dyn Fn(&mut Attention)| {
                 let mut inputs = inputs.clone();
                 set(&mut inputs);

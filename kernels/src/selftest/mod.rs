@@ -5,6 +5,7 @@
 //! `8 · ε₃₂ · √terms`, where `terms` is how many rounded numbers end up in an element (errors of a sum grow like a random
 //! walk; 8 standard deviations), plus `ε` for each time that the type under test rounds on the way, if it is not f32.
 
+mod attention;
 mod cases;
 
 use std::hash::{DefaultHasher, Hash, Hasher};

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use quintet_data::Tokenizer;
-use quintet_kernels::{DType, Device, ops};
+use quintet_kernels::{DType, Device, Tensor, ops};
 use quintet_t5::{Batch, Config, LossSums, Model, Parameters, TrainOptions};
 
 use crate::config::{ModelSection, Precision, TrainingConfig};
@@ -91,8 +91,6 @@ pub struct Replica {
     master: Parameters,
     /// The weights in the type that the model computes in, where that is not f32.
     compute: Option<Parameters>,
-    /// Of one micro-batch.
-    gradients: Parameters,
     optimizer: Optimizer,
     schedule: Schedule,
     training: TrainingConfig,
@@ -112,12 +110,11 @@ impl Replica {
                 return Err(Error::config("training.precision", problem));
             }
         };
-        let gradients = model.zero_parameters(DType::F32)?;
         let slots: Vec<TensorSlot> = model.layout().tensors().iter().map(TensorSlot::from).collect();
         let optimizer = Optimizer::new(training.optimizer, training.hyperparameters(), &slots);
         let schedule = training.schedule(total_steps);
         let training = training.clone();
-        let mut replica = Replica { model, master, compute, gradients, optimizer, schedule, training, step: 0 };
+        let mut replica = Replica { model, master, compute, optimizer, schedule, training, step: 0 };
         replica.refresh_compute()?;
         Ok(replica)
     }
@@ -149,22 +146,18 @@ impl Replica {
         self.schedule.learning_rate_at(step - 1)
     }
 
-    /// The loss sums of micro-batch `index` of `step`; its gradient's sum is then in [`Replica::gradient`].
-    pub fn compute(&mut self, step: u64, index: u32, batch: &Batch) -> Result<LossSums> {
-        self.gradients.view_mut().fill_zero();
+    /// The loss sums of micro-batch `index` of `step`; its gradient, summed over target tokens, is added to `gradient`,
+    /// an f32 arena.
+    pub fn compute(&self, step: u64, index: u32, batch: &Batch, gradient: Tensor) -> Result<(LossSums, Tensor)> {
         let options = TrainOptions {
             seed: step_seed(self.training.seed, step),
             micro_batch: index,
             label_smoothing: self.training.label_smoothing_factor,
             gradient_checkpointing: self.training.gradient_checkpointing,
         };
-        let weights = self.compute.as_ref().unwrap_or(&self.master);
-        Ok(self.model.train(weights, batch, options, &mut self.gradients)?)
-    }
-
-    /// The gradient of the last micro-batch computed, summed over its target tokens.
-    pub fn gradient(&self) -> &[f32] {
-        self.gradients.as_slice()
+        let mut gradients = Parameters::new(self.model.layout().clone(), gradient);
+        let sums = self.model.train(self.weights(), batch, options, &mut gradients)?;
+        Ok((sums, gradients.into_values()))
     }
 
     /// The clipped mean gradient of a step, from the sum over its global batch.

@@ -16,6 +16,7 @@ use rayon::prelude::*;
 use super::norm::{LANES, sum_by_lanes};
 use super::slots::{BLOCK, FactoredMoments, TensorSlot, TensorSlots};
 use super::{check_dtype, check_shape};
+use crate::error::not_on_gpu_yet;
 use crate::simd::multiversion;
 use crate::{DType, Device, Result, View, ViewMut};
 
@@ -53,6 +54,7 @@ pub fn adafactor(
     assert!(slots.end() <= parameters.cols(), "tensors beyond the arena");
     match parameters.device() {
         Device::Cpu(_) => cpu(rule, slots, parameters, gradient.as_slice(), moments.into_slice()),
+        Device::Gpu(_) => not_on_gpu_yet("adafactor"),
     }
 }
 

@@ -13,6 +13,7 @@ use rayon::prelude::*;
 use super::norm::root_mean_square;
 use super::slots::{BLOCK, TensorSlots};
 use super::{check_dtype, check_shape};
+use crate::error::not_on_gpu_yet;
 use crate::simd::multiversion;
 use crate::{DType, Device, Result, View, ViewMut};
 
@@ -56,6 +57,7 @@ pub fn adamw(
             let gradient = gradient.as_slice();
             cpu(rule, slots, parameters.into_slice(), gradient, exp_avg.into_slice(), exp_avg_sq.into_slice());
         }
+        Device::Gpu(_) => return not_on_gpu_yet("adamw"),
     }
     Ok(())
 }

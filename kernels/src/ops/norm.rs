@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use super::check_dtype;
 use super::slots::BLOCK;
+use crate::error::not_on_gpu_yet;
 use crate::simd::multiversion;
 use crate::{DType, Device, Result, View};
 
@@ -15,6 +16,7 @@ pub fn global_norm(x: View) -> Result<f64> {
     check_dtype!(DType::F32, x);
     match x.device() {
         Device::Cpu(_) => Ok(sum_of_squares(x.as_slice()).sqrt()),
+        Device::Gpu(_) => not_on_gpu_yet("global_norm"),
     }
 }
 
@@ -23,6 +25,7 @@ pub fn find_not_finite(x: View) -> Result<Option<usize>> {
     check_dtype!(DType::F32, x);
     match x.device() {
         Device::Cpu(_) => Ok(find_not_finite_cpu(x.as_slice())),
+        Device::Gpu(_) => not_on_gpu_yet("find_not_finite"),
     }
 }
 

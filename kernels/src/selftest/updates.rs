@@ -94,11 +94,11 @@ fn adamw(bench: &mut Bench, slots: &TensorSlots, scale_by_rms: bool) -> Result<(
     let name = if scale_by_rms { "adamw scaled" } else { "adamw" };
     let zeros = vec![0.0; length];
     let want = whole(slots, &before, exact.iter().map(|tensor| tensor.parameters.clone()));
-    bench.compare(&format!("{name} parameters"), &parameters, &want, 4, 0);
+    bench.compare(&format!("{name} parameters"), &parameters, &want, 4, 0)?;
     let want = whole(slots, &zeros, exact.iter().map(|tensor| tensor.first.clone()));
-    bench.compare(&format!("{name} exp_avg"), &exp_avg, &want, 4, 0);
+    bench.compare(&format!("{name} exp_avg"), &exp_avg, &want, 4, 0)?;
     let want = whole(slots, &zeros, exact.iter().map(|tensor| tensor.second.clone()));
-    bench.compare(&format!("{name} exp_avg_sq"), &exp_avg_sq, &want, 4, 0);
+    bench.compare(&format!("{name} exp_avg_sq"), &exp_avg_sq, &want, 4, 0)?;
     Ok(())
 }
 
@@ -116,7 +116,7 @@ fn adafactor(bench: &mut Bench, slots: &TensorSlots) -> Result<()> {
         }
     }
     let want = whole(slots, &before, exact.iter().map(|tensor| tensor.parameters.clone()));
-    bench.compare("adafactor parameters", &parameters, &want, 8, 0);
+    bench.compare("adafactor parameters", &parameters, &want, 8, 0)?;
     let mut want = vec![0.0; slots.factored_moments_len()];
     for (places, exact) in slots.factored_moments().iter().zip(&exact) {
         match places {
@@ -127,7 +127,7 @@ fn adafactor(bench: &mut Bench, slots: &TensorSlots) -> Result<()> {
             FactoredMoments::Full(range) => want[range.clone()].copy_from_slice(&exact.second),
         }
     }
-    bench.compare("adafactor moments", &moments, &want, 8, 0);
+    bench.compare("adafactor moments", &moments, &want, 8, 0)?;
     Ok(())
 }
 
@@ -137,7 +137,7 @@ fn global_norm(bench: &mut Bench, length: usize) -> Result<()> {
     let want = x.exact.iter().map(|x| x * x).sum::<f64>().sqrt();
     // A number, as a tensor of one element.
     let got = bench.device.upload(&[norm as f32], 1, 1)?;
-    bench.compare("global_norm", &got, &[want], 1, 0);
+    bench.compare("global_norm", &got, &[want], 1, 0)?;
     Ok(())
 }
 
@@ -159,6 +159,6 @@ fn find_not_finite(bench: &mut Bench, length: usize) -> Result<()> {
         look(&values, Some(index))?;
     }
     let got = bench.device.upload(&found, 1, found.len())?;
-    bench.compare("find_not_finite", &got, &want, 0, 0);
+    bench.compare("find_not_finite", &got, &want, 0, 0)?;
     Ok(())
 }

@@ -130,7 +130,7 @@ impl TreeSum {
         let Some(mut buffer) = self.used.pop() else {
             return Ok(self.device.zeros(DType::F32, 1, self.elements)?);
         };
-        buffer.view_mut().fill_zero();
+        buffer.view_mut().fill_zero()?;
         Ok(buffer)
     }
 

@@ -225,7 +225,7 @@ impl Rank {
     fn commit(&mut self, step: u64) -> Result<()> {
         let pending = self.pending.take().filter(|&(pending, _)| pending == step);
         let (_, mean) = pending.expect("a step is committed after this rank reported it"); // why: the coordinator waits
-        self.replica.update(step, self.reduced.as_slice(), mean)
+        self.replica.update(step, self.reduced.view(), mean)
     }
 
     /// What is due on the committed weights, then the next step.
@@ -285,7 +285,7 @@ impl Rank {
                 examples: batch.examples() as u64,
             });
         }
-        if let Some(index) = self.sum.find_not_finite() {
+        if let Some(index) = self.sum.find_not_finite()? {
             let mut tensors = self.replica.master().layout().tensors().iter();
             let name =
                 tensors.find(|tensor| tensor.range.contains(&index)).map_or("the padding", |tensor| &tensor.name);
@@ -295,7 +295,7 @@ impl Rank {
         let ranges: Vec<Range<u32>> =
             (0..place.world_size).map(|rank| share(plan.micro_batches, rank, place.world_size)).collect();
         place.collective.all_reduce_tree(lease.step, &mut self.sum, &ranges, &mut self.reduced)?;
-        let mean = self.replica.mean(self.reduced.as_slice(), target_tokens);
+        let mean = self.replica.mean(self.reduced.view(), target_tokens)?;
         if !mean.norm.is_finite() {
             return Ok(Attempt::Poisoned("the norm of the global gradient".to_string()));
         }

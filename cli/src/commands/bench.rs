@@ -63,8 +63,8 @@ fn step(arguments: &BenchStepArguments) -> Result<()> {
         let (sums, gradient) = replica.compute(number, 0, &batch, sum.lend()?)?;
         sum.push(gradient);
         collective.all_reduce_tree(number, &mut sum, std::slice::from_ref(&(0..1)), &mut reduced)?;
-        let mean = replica.mean(reduced.as_slice(), sums.target_tokens);
-        replica.update(number, reduced.as_slice(), mean)?;
+        let mean = replica.mean(reduced.view(), sums.target_tokens)?;
+        replica.update(number, reduced.view(), mean)?;
         if number > WARM_UP_STEPS as u64 {
             seconds.push(started.elapsed().as_secs_f64());
         }

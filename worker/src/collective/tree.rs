@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use quintet_kernels::{DType, Device, Tensor};
+use quintet_kernels::{DType, Device, Tensor, ops};
 use rayon::prelude::*;
 
 use crate::Result;
@@ -130,7 +130,7 @@ impl TreeSum {
         let Some(mut buffer) = self.used.pop() else {
             return Ok(self.device.zeros(DType::F32, 1, self.elements)?);
         };
-        buffer.view_mut().fill_zero();
+        buffer.view_mut().fill_zero()?;
         Ok(buffer)
     }
 
@@ -165,19 +165,14 @@ impl TreeSum {
         self.stack.last().map_or(self.range.start, |(node, _)| node.end) == self.range.end
     }
 
-    /// Whether every element of every partial sum is finite.
-    pub fn is_finite(&self) -> bool {
-        // No early exit inside a block, so that it vectorises.
-        let block_is_finite = |block: &[f32]| block.iter().fold(true, |all, x| all & x.is_finite());
-        self.stack.iter().all(|(_, sum)| sum.as_slice().par_chunks(BLOCK).all(block_is_finite))
-    }
-
     /// An element that is not finite in some partial sum.
-    pub fn find_not_finite(&self) -> Option<usize> {
-        if self.is_finite() {
-            return None;
+    pub fn find_not_finite(&self) -> Result<Option<usize>> {
+        for (_, sum) in &self.stack {
+            if let Some(index) = ops::find_not_finite(sum.view())? {
+                return Ok(Some(index));
+            }
         }
-        self.stack.iter().find_map(|(_, sum)| sum.as_slice::<f32>().iter().position(|x| !x.is_finite()))
+        Ok(None)
     }
 
     /// The nodes held, left to right, with their sums.
@@ -315,14 +310,12 @@ mod tests {
         let mut gradient = vec![0.0; 100_000];
         gradient[77_777] = f32::MAX;
         push(&mut sum, &gradient);
-        assert!(sum.is_finite());
-        assert_eq!(sum.find_not_finite(), None);
+        assert_eq!(sum.find_not_finite().unwrap(), None);
         for bad in [f32::INFINITY, f32::NAN] {
             sum.begin(0..1, 1);
             gradient[77_777] = bad;
             push(&mut sum, &gradient);
-            assert!(!sum.is_finite());
-            assert_eq!(sum.find_not_finite(), Some(77_777));
+            assert_eq!(sum.find_not_finite().unwrap(), Some(77_777));
         }
     }
 }

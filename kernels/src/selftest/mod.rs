@@ -7,6 +7,7 @@
 
 mod attention;
 mod cases;
+mod updates;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -43,6 +44,8 @@ fn run_with_digest(device: &Device) -> Result<(Vec<Outcome>, u64)> {
         bench.dtype = dtype;
         cases::all(&mut bench)?;
     }
+    bench.dtype = DType::F32;
+    updates::all(&mut bench)?;
     Ok((bench.outcomes, bench.digest.finish()))
 }
 

@@ -25,7 +25,7 @@ pub(super) fn all(bench: &mut Bench) -> Result<()> {
     let ragged = Segments::from_offsets(&[0, 3, 4, 21, 87, 217]);
     let tiny = Segments::from_offsets(&(0..=40).map(|index| index * 7 + index % 3).collect::<Vec<_>>());
     let short = Segments::from_offsets(&[0, 9, 10, 12, 90, 95]);
-    let long = Segments::from_offsets(&[0, 5, 300]);
+    let long = Segments::from_offsets(&[0, 5, 205]);
     let shape = |name, queries: &Segments, keys: &Segments| Shape {
         name,
         queries: queries.clone(),
@@ -44,9 +44,7 @@ pub(super) fn all(bench: &mut Bench) -> Result<()> {
         Shape { reach: None, ..shape("cross", &short, &ragged) },
         Shape { reach: None, ..shape("cross to shorter", &ragged, &short) },
         Shape { heads: 1, size: 64, causal: true, reach: Some(128), ..shape("long decoder", &long, &long) },
-        Shape { heads: 1, size: 64, ..shape("long encoder", &long, &long) },
-        Shape { heads: 2, size: 128, ..shape("large heads", &ragged, &ragged) },
-        Shape { heads: 2, size: 128, reach: None, ..shape("large heads, cross", &short, &ragged) },
+        Shape { heads: 1, size: 128, ..shape("large heads", &ragged, &ragged) },
         shape("biased, without queries", &Segments::from_offsets(&[0, 0, 30, 31, 31, 31]), &short),
         Shape {
             causal: true,
@@ -109,7 +107,7 @@ fn attention(bench: &mut Bench, shape: &Shape) -> Result<()> {
         (bench.output(query_rows, inner)?, bench.typed_output(DType::F32, query_rows, heads)?);
     ops::attention_forward(inputs, out.view_mut(), logsumexp.view_mut())?;
     let (want_out, want_logsumexp) = exact.forward();
-    bench.compare("attention_forward", &out, &want_out, terms, roundings)?;
+    bench.compare_sums("attention_forward", &out, &want_out, terms, roundings)?;
     bench.compare("attention_forward logsumexp", &logsumexp, &want_logsumexp, terms, 0)?;
 
     let mut d_q = bench.output(query_rows, inner)?;
@@ -132,13 +130,13 @@ fn attention(bench: &mut Bench, shape: &Shape) -> Result<()> {
     let out = if on_gpu { Some(download(&out)?) } else { None };
     let want = exact.backward(&d_out.exact, out.as_deref());
     let terms = 2 * terms + shape.queries.longest();
-    let d_kv_exact: Vec<f64> =
-        want.d_k.chunks(inner).zip(want.d_v.chunks(inner)).flat_map(|(d_k, d_v)| [d_k, d_v].concat()).collect();
-    bench.compare("attention_backward d_q", &d_q, &want.d_q, terms, roundings)?;
-    bench.compare("attention_backward d_k and d_v", &d_kv, &d_kv_exact, terms, roundings)?;
+    bench.compare_sums("attention_backward d_q", &d_q, &want.d_q, terms, roundings)?;
+    let d_kv_exact = want.d_k.beside(&want.d_v, inner);
+    bench.compare_sums("attention_backward d_k and d_v", &d_kv, &d_kv_exact, terms, roundings)?;
     if let Some(d_bias) = d_bias {
-        let want = oracle::add(&old_bias, &want.d_bias);
-        bench.compare("attention_backward d_bias", &d_bias, &want, terms * shape.queries.longest(), 0)?;
+        let mut want = want.d_bias;
+        old_bias.iter().enumerate().for_each(|(index, &old)| want.add(index, old, old));
+        bench.compare_sums("attention_backward d_bias", &d_bias, &want, terms * shape.queries.longest(), 0)?;
     }
     Ok(())
 }

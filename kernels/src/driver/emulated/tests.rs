@@ -132,7 +132,7 @@ fn writes_out_of_bounds_are_reported() {
     }
 }
 
-/// Under AddressSanitizer these end the process, with its report; tests/emulator/sanitize.sh looks for that.
+/// With the sanitizers these end the process, with their report; tests/emulator/sanitize.sh looks for that.
 #[test]
 #[ignore = "ends the process where it works: run by tests/emulator/sanitize.sh"]
 fn planted_write_out_of_device_memory() {
@@ -145,6 +145,13 @@ fn planted_write_out_of_device_memory() {
 fn planted_write_out_of_shared_memory() {
     assert!(is_sanitized());
     let _ = run(1, "copy_shared", false, 1);
+}
+
+#[test]
+#[ignore = "ends the process where it works: run by tests/emulator/sanitize.sh"]
+fn planted_overflow() {
+    assert!(is_sanitized());
+    let _ = run(1, "overflow", false, 1);
 }
 
 #[test]

@@ -28,7 +28,7 @@ pub(super) fn all(bench: &mut Bench) -> Result<()> {
 }
 
 /// Passes over what is not written for GPUs yet.
-fn landed(result: Result<()>) -> Result<()> {
+pub(super) fn landed(result: Result<()>) -> Result<()> {
     match result {
         Err(crate::Error::NotOnGpuYet(_)) => Ok(()),
         result => result,

@@ -13,11 +13,16 @@ use libloading::Library;
 
 use crate::{Error, Result, SearchPath};
 
+/// The newest version of the toolkit that was tried.
+pub(crate) const NEWEST_MAJOR: u32 = 13;
+
 /// A library by the names of the files that hold it, the best first.
 #[derive(Clone, Debug)]
 pub(crate) struct Wanted {
     pub(crate) title: &'static str,
     pub(crate) files: Vec<String>,
+    /// Whether pip and conda have it, so that Python environments are searched.
+    pub(crate) packaged: bool,
     /// How to get it: the end of a sentence.
     pub(crate) remedy: String,
 }
@@ -28,6 +33,7 @@ impl Wanted {
         Wanted {
             title: "the NVIDIA driver",
             files: vec!["libcuda.so.1".into()],
+            packaged: false,
             remedy: "install it (https://www.nvidia.com/drivers), or start the container with GPUs".into(),
         }
     }
@@ -41,21 +47,23 @@ impl Wanted {
     }
 
     pub(crate) fn nccl(driver_major: u32) -> Self {
-        let package = format!("nvidia-nccl-cu{}", driver_major.clamp(12, 13));
+        let package = format!("nvidia-nccl-cu{}", driver_major.clamp(12, NEWEST_MAJOR));
         Wanted {
             title: "NCCL",
             files: vec!["libnccl.so.2".into()],
+            packaged: true,
             remedy: format!("`pip install {package}`, or install the package libnccl2"),
         }
     }
 
     /// A part of the toolkit, which must not be of a newer major version than what the driver supports.
     fn of_toolkit(title: &'static str, stem: &str, package: &str, driver_major: u32) -> Self {
-        let newest = driver_major.clamp(12, 13);
+        let newest = driver_major.clamp(12, NEWEST_MAJOR);
         let package = if newest == 12 { format!("{package}-cu12") } else { package.to_string() };
         Wanted {
             title,
             files: (12..=newest).rev().map(|major| format!("{stem}.{major}")).collect(),
+            packaged: true,
             remedy: format!("`pip install {package}`, or install the CUDA {newest} toolkit"),
         }
     }
@@ -72,7 +80,7 @@ impl Shared {
     /// Opens the first file that can be opened, in the order of [`places`], and within a place of [`Wanted::files`].
     pub(crate) fn open(wanted: &Wanted, search_path: &SearchPath) -> Result<&'static Shared> {
         let mut broken = None;
-        for place in places(search_path) {
+        for place in places(search_path, wanted.packaged) {
             for file in &wanted.files {
                 let path = match &place {
                     Place::Loader => PathBuf::from(file),
@@ -93,10 +101,17 @@ impl Shared {
                 }
             }
         }
+        let mut problem = "is neither in LD_LIBRARY_PATH nor in the system's library folders or a CUDA toolkit".to_string();
+        if wanted.packaged {
+            problem += " nor in a Python environment";
+        }
+        if let Some(error) = broken {
+            problem = format!("cannot be loaded ({error})");
+        }
         Err(Error::MissingLibrary {
             title: wanted.title,
             files: wanted.files.join(" or "),
-            broken: broken.map_or(String::new(), |error| format!(" (one cannot be loaded: {error})")),
+            problem,
             remedy: wanted.remedy.clone(),
         })
     }
@@ -141,14 +156,16 @@ enum Place {
     Loader,
 }
 
-/// Where libraries are looked for, in order: what the user set, what the system knows, a toolkit, Python environments.
-/// Lazy, because the last of them costs the start of an interpreter.
-fn places(path: &SearchPath) -> impl Iterator<Item = Place> {
-    let set = path.libraries.iter().cloned().map(Place::Folder);
-    let toolkits = std::iter::once(()).flat_map(|()| toolkit_folders(path)).map(Place::Folder);
+/// Where libraries are looked for, in order: what the user set, what the system knows, a toolkit, and Python
+/// environments if it is `packaged`. Lazy, because the last of them costs the start of an interpreter.
+fn places(path: &SearchPath, packaged: bool) -> impl Iterator<Item = Place> {
+    let once = || std::iter::once(());
+    let set = path.libraries.iter().cloned();
+    let toolkits = once().flat_map(|()| toolkit_folders(path));
     let active = path.python_environments.iter().flat_map(|prefix| environment_folders(prefix));
-    let python = std::iter::once(()).flat_map(|()| python_folders(path));
-    set.chain([Place::Loader]).chain(toolkits).chain(active.chain(python).map(Place::Folder))
+    let packages = active.chain(once().flat_map(|()| python_folders(path)));
+    let packages = packages.take(if packaged { usize::MAX } else { 0 });
+    set.map(Place::Folder).chain([Place::Loader]).chain(toolkits.chain(packages).map(Place::Folder))
 }
 
 /// The library folders of `CUDA_HOME`, then of /usr/local/cuda, then of its numbered siblings, the newest first.
@@ -244,7 +261,7 @@ mod tests {
 
     /// Positions of these folders among the places.
     fn order(path: &SearchPath, folders: &[PathBuf]) -> Vec<Option<usize>> {
-        let places: Vec<Option<PathBuf>> = places(path)
+        let places: Vec<Option<PathBuf>> = places(path, true)
             .map(|place| match place {
                 Place::Folder(folder) => Some(folder),
                 Place::Loader => None,
@@ -307,7 +324,8 @@ mod tests {
     #[test]
     fn opens_what_the_loader_finds_and_knows_its_path() {
         let directory = tempfile::tempdir().unwrap();
-        let wanted = Wanted { title: "libm", files: vec!["libm.so.6".into()], remedy: String::new() };
+        let files = vec!["libm.so.6".into()];
+        let wanted = Wanted { title: "libm", files, packaged: false, remedy: String::new() };
         let library = Shared::open(&wanted, &search_path(directory.path())).unwrap();
         assert!(library.path.is_absolute() && library.path.is_file(), "{}", library.path.display());
         // SAFETY: the type of C's cos.

@@ -1,7 +1,7 @@
 //! Matrix products by cuBLASLt.
 
 use std::collections::HashMap;
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::{Mutex, PoisonError};
@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use cudarc::cublaslt::sys::{
     cublasComputeType_t as ComputeType, cublasLtMatmulAlgo_t as Algorithm,
     cublasLtMatmulDescAttributes_t as ProductAttribute, cublasLtMatmulPreferenceAttributes_t as PreferenceAttribute,
-    cublasLtReductionScheme_t as ReductionScheme, cublasOperation_t as Operation, cudaDataType_t as DataType,
+    cublasLtReductionScheme_t as ReductionScheme, cudaDataType_t as DataType,
 };
 use cudarc::driver::sys::CUstream;
 
@@ -54,6 +54,10 @@ functions!(Functions {
         algorithm: *const Algorithm, workspace: *mut c_void, workspace_bytes: usize, stream: CUstream,
     ) -> c_int;
 });
+
+/// `CUBLAS_OP_N` and `CUBLAS_OP_T`.
+const AS_IT_LIES: c_int = 0;
+const TRANSPOSED: c_int = 1;
 
 const SUCCESS: c_int = 0;
 const NOT_SUPPORTED: c_int = 15;
@@ -226,11 +230,11 @@ impl Blas {
         self.check("cublasLtMatmulDescCreate", status)?;
         let sides = [ProductAttribute::CUBLASLT_MATMUL_DESC_TRANSA, ProductAttribute::CUBLASLT_MATMUL_DESC_TRANSB];
         for (attribute, matrix) in sides.into_iter().zip([problem.a, problem.b]) {
-            let operation = if matrix.transposed { Operation::CUBLAS_OP_T } else { Operation::CUBLAS_OP_N };
+            let operation = if matrix.transposed { TRANSPOSED } else { AS_IT_LIES };
             let set = functions.cublasLtMatmulDescSetAttribute;
-            // SAFETY: the attribute is a `cublasOperation_t`, and is copied.
+            // SAFETY: the attribute is an integer of 32 bits, and is copied.
             let status = unsafe {
-                set(description.product, attribute, (&raw const operation).cast(), size_of::<Operation>())
+                set(description.product, attribute, (&raw const operation).cast(), size_of::<c_int>())
             };
             self.check("cublasLtMatmulDescSetAttribute", status)?;
         }

@@ -64,7 +64,7 @@ impl DriverLibrary {
             return Err(Error::MissingLibrary {
                 title: wanted.title,
                 files: wanted.files.join(" or "),
-                broken: format!(" (the system's loader does not find {})", library.path.display()),
+                problem: format!("is at {}, where the system's loader does not look", library.path.display()),
                 remedy: "put its folder into LD_LIBRARY_PATH".into(),
             });
         }

@@ -36,7 +36,7 @@ impl Random {
 
 /// The dropout factor of element `index`, by Philox4x32-7 one block at a time.
 pub(crate) fn dropout_factor(mask: Dropout, index: u64) -> f64 {
-    let block = index / 64 * 16 + index % 16;
+    let block = index / 128 * 16 + index % 16;
     let mut x = [block as u32, (block >> 32) as u32, mask.stream as u32, (mask.stream >> 32) as u32];
     let mut key = [mask.seed as u32, (mask.seed >> 32) as u32];
     for _ in 0..7 {
@@ -44,8 +44,10 @@ pub(crate) fn dropout_factor(mask: Dropout, index: u64) -> f64 {
         x = [(b >> 32) as u32 ^ x[1] ^ key[0], b as u32, (a >> 32) as u32 ^ x[3] ^ key[1], a as u32];
         key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
     }
-    let uniform = f64::from(x[(index / 16 % 4) as usize]) / 4_294_967_296.0;
-    if uniform < f64::from(mask.probability) { 0.0 } else { 1.0 / (1.0 - f64::from(mask.probability)) }
+    let half = (index / 16 % 8) as usize;
+    let number = f64::from(x[half % 4] >> (half / 4 * 16) & 0xffff) / 65536.0;
+    let dropped_share = (f64::from(mask.probability) * 65536.0).round() / 65536.0;
+    if number < dropped_share { 0.0 } else { 1.0 / (1.0 - dropped_share) }
 }
 
 /// The factors of a tensor of `count` elements.

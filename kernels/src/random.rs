@@ -12,7 +12,7 @@ use crate::simd::multiversion;
 /// Which elements to drop: a pure function of the key, the stream and the element's index.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
-    /// The share of elements that become zero; the others are divided by `1 - probability`.
+    /// The share of elements that become zero, to a 65536th; the others are divided by `1 -` that share.
     pub probability: f32,
     /// The key of the generator: one per run and step.
     pub seed: u64,
@@ -20,12 +20,15 @@ pub struct Dropout {
     pub stream: u64,
 }
 
-/// Elements whose numbers are computed together: 16 Philox blocks of 4 words.
-const GROUP: usize = 64;
+/// Elements whose numbers are computed together: 16 Philox blocks of 4 words of 2 numbers.
+const GROUP: usize = 128;
 const BLOCKS: usize = 16;
 
 /// Elements that [`Dropout::for_each_piece`] hands out at a time.
-const PIECE: usize = 4 * GROUP;
+const PIECE: usize = 2 * GROUP;
+
+/// A number decides with this many bits.
+const DECISION_BITS: u32 = 16;
 
 impl Dropout {
     /// Keeps everything.
@@ -35,22 +38,29 @@ impl Dropout {
         self.probability == 0.0
     }
 
-    /// What a kept element is multiplied with.
-    pub(crate) fn scale(&self) -> f32 {
-        1.0 / (1.0 - self.probability)
+    /// Numbers below this drop their element.
+    pub(crate) fn threshold(&self) -> u32 {
+        assert!((0.0..1.0).contains(&self.probability), "dropout probability {}", self.probability);
+        let numbers = 1 << DECISION_BITS;
+        ((f64::from(self.probability) * f64::from(numbers)).round() as u32).min(numbers - 1)
     }
 
-    /// The factor of each element from index `first` on: 0 where it is dropped, else `1 / (1 - probability)`.
+    /// What a kept element is multiplied with: the reciprocal of the share that is kept.
+    pub(crate) fn scale(&self) -> f32 {
+        let numbers = 1 << DECISION_BITS;
+        (f64::from(numbers) / f64::from(numbers - self.threshold())) as f32
+    }
+
+    /// The factor of each element from index `first` on: 0 where it is dropped, else [`Dropout::scale`].
     ///
-    /// Element `e` is dropped if word `e / 16 mod 4` of block `16 · (e / 64) + e mod 16` is below `probability · 2^32`:
-    /// a vector of blocks gives whole vectors of consecutive elements.
+    /// Element `e` belongs to block `16 · (e / 128) + e mod 16`, and to its half-word `h = e / 16 mod 8`: the low half of
+    /// word `h`, or the high half of word `h − 4`. A vector of blocks then gives whole vectors of consecutive elements.
     pub(crate) fn factors(&self, first: u64, factors: &mut [f32]) {
-        assert!((0.0..1.0).contains(&self.probability), "dropout probability {}", self.probability);
         if self.is_none() {
             factors.fill(1.0);
             return;
         }
-        let threshold = (f64::from(self.probability) * 4_294_967_296.0) as u32;
+        let threshold = self.threshold();
         let group = GROUP as u64;
         let mut element = first;
         let mut rest = factors;
@@ -87,13 +97,15 @@ impl Dropout {
 }
 
 multiversion! {
-    /// The factors of the 64 elements of group `group`.
+    /// The factors of the 128 elements of group `group`.
     fn group_factors(seed: u64, stream: u64, group: u64, threshold: u32, scale: f32, factors: &mut [f32]) {
         let words = philox(seed, stream, group * BLOCKS as u64);
-        let threshold = u64::from(threshold);
-        for (factors, words) in factors.chunks_exact_mut(BLOCKS).zip(&words) {
-            for (factor, &word) in factors.iter_mut().zip(words) {
-                *factor = if word < threshold { 0.0 } else { scale };
+        let (low, high) = factors.split_at_mut(GROUP / 2);
+        for ((low, high), words) in low.chunks_exact_mut(BLOCKS).zip(high.chunks_exact_mut(BLOCKS)).zip(&words) {
+            for ((low, high), &word) in low.iter_mut().zip(high).zip(words) {
+                let word = word as u32;
+                *low = if word & 0xffff < threshold { 0.0 } else { scale };
+                *high = if word >> DECISION_BITS < threshold { 0.0 } else { scale };
             }
         }
     }
@@ -144,7 +156,7 @@ mod tests {
         let mask = Dropout { probability: 0.3, seed: 7, stream: 9 };
         let mut whole = [0.0; 300];
         mask.factors(0, &mut whole);
-        for (first, length) in [(0, 1), (5, 59), (63, 2), (64, 64), (70, 200), (299, 1)] {
+        for (first, length) in [(0, 1), (5, 59), (63, 2), (64, 64), (70, 200), (128, 128), (127, 2), (299, 1)] {
             let mut part = vec![f32::NAN; length];
             mask.factors(first as u64, &mut part);
             assert_eq!(part, whole[first..first + length], "{first} {length}");
@@ -168,6 +180,8 @@ mod tests {
             let both = base.iter().zip(other).filter(|(a, b)| **a == 0.0 && **b == 0.0).count() as f64 / count as f64;
             assert!((both - 0.01).abs() < 0.001, "{index}: {both}");
         }
-        assert!(base.iter().all(|&factor| factor == 0.0 || factor == 1.0 / 0.9));
+        // 6554 of 65536 numbers drop.
+        let scale = 65536.0 / (65536.0 - 6554.0);
+        assert!(base.iter().all(|&factor| factor == 0.0 || factor == scale));
     }
 }

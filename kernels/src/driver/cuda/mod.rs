@@ -7,6 +7,7 @@ mod blas;
 mod nvrtc;
 mod plan;
 mod query;
+pub(crate) mod resources;
 mod staging;
 mod timer;
 mod transfer;
@@ -15,7 +16,6 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_void};
 use std::fs;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
@@ -28,7 +28,6 @@ use self::transfer::Transfer;
 use super::{Argument, Launch, Module, Product, cache, sources};
 use crate::{DType, Error, Result, SearchPath};
 
-pub(crate) use self::nvrtc::Nvrtc as Compiler;
 pub(crate) use self::query::{DriverLibrary, library_versions};
 pub(crate) use self::timer::Event;
 
@@ -49,8 +48,6 @@ pub(crate) struct Cuda {
     workspace: sys::CUdeviceptr,
     /// Dropped by hand, before the context.
     blas: Option<Blas>,
-    /// Whether products of f32 may round their operands to tf32.
-    tf32: AtomicBool,
     /// For messages.
     last_kernel: Mutex<&'static str>,
 }
@@ -102,18 +99,8 @@ impl Cuda {
             transfer: Mutex::new(transfer),
             workspace,
             blas: Some(blas),
-            tf32: AtomicBool::new(false),
             last_kernel: Mutex::new("none"),
         })
-    }
-
-    /// Whether products of f32 may round their operands to tf32 (10 bits of mantissa) from now on.
-    pub(crate) fn set_tf32(&self, tf32: bool) {
-        self.tf32.store(tf32, Ordering::Relaxed);
-    }
-
-    pub(crate) fn tf32(&self) -> bool {
-        self.tf32.load(Ordering::Relaxed)
     }
 
     /// Device memory, aligned to 256 bytes.
@@ -200,7 +187,8 @@ impl Cuda {
         })
     }
 
-    pub(crate) fn gemm(&self, product: Product) -> Result<()> {
+    /// A product whose operands, if they are f32, may be rounded to `tf32`.
+    pub(crate) fn gemm(&self, product: Product, tf32: bool) -> Result<()> {
         let (m, n, k) = product.shape();
         let Some(blas) = &self.blas else { return Ok(()) };
         if m == 0 || n == 0 || (k == 0 && product.accumulate) {
@@ -211,7 +199,7 @@ impl Cuda {
             return self.fill_rows_zero(&product);
         }
         *lock(&self.last_kernel) = "a matrix product";
-        blas.multiply(&Problem::new(&product, self.tf32()), self.stream)
+        blas.multiply(&Problem::new(&product, tf32), self.stream)
     }
 
     /// The sum over nothing.
@@ -356,7 +344,7 @@ impl Drop for Context {
 /// The module's machine code, from the disk if it was compiled before by this version of NVRTC from the same text.
 pub(crate) fn cubin(nvrtc: &Nvrtc, architecture: &str, module: Module) -> Result<Vec<u8>> {
     let options = options(architecture, module);
-    let source = sources::kernels(module.source);
+    let source = sources::text(&module);
     let version = nvrtc.version();
     let mut inputs: Vec<&[u8]> = vec![version.as_bytes(), source.as_bytes()];
     inputs.extend(options.iter().map(|option| option.as_bytes()));
@@ -370,7 +358,7 @@ pub(crate) fn cubin(nvrtc: &Nvrtc, architecture: &str, module: Module) -> Result
 
 fn compile(nvrtc: &Nvrtc, options: &[String], module: Module) -> Result<nvrtc::Compiled> {
     let name = format!("{}.cu", module.source);
-    let compiled = nvrtc.compile((&name, sources::kernels(module.source)), sources::HEADERS, options);
+    let compiled = nvrtc.compile((&name, sources::text(&module)), sources::HEADERS, options);
     compiled.map_err(|error| match error {
         Error::Compile { log, .. } => Error::Compile { module: format!("{} for {}", module.describe(), options[0]), log },
         other => other,

@@ -59,7 +59,7 @@ fn report(nvrtc: &Nvrtc, architecture: &str, module: Module) -> Result<Vec<Kerne
     for kernel in &mut kernels {
         kernel.architecture = architecture.to_string();
         kernel.module = module.describe();
-        kernel.hot = is_hot(sources::kernels(module.source), &kernel.kernel);
+        kernel.hot = is_hot(sources::text(&module), &kernel.kernel);
     }
     Ok(kernels)
 }

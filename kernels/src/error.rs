@@ -25,7 +25,9 @@ pub enum Error {
     UnfitLibrary { path: String, problem: String },
     #[error("no GPU that can be used: {reason}")]
     NoGpu { reason: String },
-    #[error("the NVIDIA driver is too old: it runs CUDA {found}, and at least {needed} is needed; update it (https://www.nvidia.com/drivers)")]
+    #[error(
+        "the NVIDIA driver is too old: it runs CUDA {found}, and at least {needed} is needed; update it (https://www.nvidia.com/drivers)"
+    )]
     DriverTooOld { found: String, needed: String },
     #[error("CUDA: {action} failed: {reason}")]
     Cuda { action: String, reason: String },

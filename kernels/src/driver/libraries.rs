@@ -101,7 +101,8 @@ impl Shared {
                 }
             }
         }
-        let mut problem = "is neither in LD_LIBRARY_PATH nor in the system's library folders or a CUDA toolkit".to_string();
+        let mut problem =
+            "is neither in LD_LIBRARY_PATH nor in the system's library folders or a CUDA toolkit".to_string();
         if wanted.packaged {
             problem += " nor in a Python environment";
         }
@@ -311,7 +312,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let wanted = Wanted { files: vec!["libabsent.so.7".into()], ..Wanted::nvrtc(13) };
         let error = Shared::open(&wanted, &search_path(directory.path())).unwrap_err().to_string();
-        assert!(error.contains("NVRTC (libabsent.so.7)") && error.contains("pip install nvidia-cuda-nvrtc"), "{error}");
+        assert!(
+            error.starts_with("NVRTC is missing: libabsent.so.7 is") && error.contains("pip install nvidia-cuda-nvrtc"),
+            "{error}"
+        );
         assert!(!error.contains('\n') && !error.contains("cannot be loaded"), "{error}");
 
         // One that is there but no library: said too, because that is what has to be mended.

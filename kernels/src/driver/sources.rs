@@ -29,7 +29,8 @@ const VARIANTS: &[(&str, &[Constants])] = &[];
 pub(crate) fn modules() -> impl Iterator<Item = Module<'static>> {
     KERNELS.iter().flat_map(|(source, _)| {
         let elements = [DType::F32, DType::Bf16, DType::F16];
-        let modules = move |element| variants(source).iter().map(move |constants| Module { source, element, constants });
+        let modules =
+            move |element| variants(source).iter().map(move |constants| Module { source, element, constants });
         elements.into_iter().flat_map(modules)
     })
 }

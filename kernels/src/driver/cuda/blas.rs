@@ -220,22 +220,21 @@ impl Blas {
     }
 
     fn describe(&self, problem: &Problem) -> Result<Description<'_>> {
-        let compute = if problem.tf32 { ComputeType::CUBLAS_COMPUTE_32F_FAST_TF32 } else { ComputeType::CUBLAS_COMPUTE_32F };
+        let compute =
+            if problem.tf32 { ComputeType::CUBLAS_COMPUTE_32F_FAST_TF32 } else { ComputeType::CUBLAS_COMPUTE_32F };
         let functions = &self.functions;
         let mut description = Description { functions, product: ptr::null_mut(), layouts: [ptr::null_mut(); 3] };
         // SAFETY: the descriptor outlives the call.
-        let status = unsafe {
-            (functions.cublasLtMatmulDescCreate)(&mut description.product, compute, DataType::CUDA_R_32F)
-        };
+        let status =
+            unsafe { (functions.cublasLtMatmulDescCreate)(&mut description.product, compute, DataType::CUDA_R_32F) };
         self.check("cublasLtMatmulDescCreate", status)?;
         let sides = [ProductAttribute::CUBLASLT_MATMUL_DESC_TRANSA, ProductAttribute::CUBLASLT_MATMUL_DESC_TRANSB];
         for (attribute, matrix) in sides.into_iter().zip([problem.a, problem.b]) {
             let operation = if matrix.transposed { TRANSPOSED } else { AS_IT_LIES };
             let set = functions.cublasLtMatmulDescSetAttribute;
             // SAFETY: the attribute is an integer of 32 bits, and is copied.
-            let status = unsafe {
-                set(description.product, attribute, (&raw const operation).cast(), size_of::<c_int>())
-            };
+            let status =
+                unsafe { set(description.product, attribute, (&raw const operation).cast(), size_of::<c_int>()) };
             self.check("cublasLtMatmulDescSetAttribute", status)?;
         }
         for (layout, matrix) in description.layouts.iter_mut().zip([problem.a, problem.b, problem.d]) {
@@ -372,5 +371,68 @@ fn data_type(dtype: DType) -> DataType {
         DType::Bf16 => DataType::CUDA_R_16BF,
         DType::F16 => DataType::CUDA_R_16F,
         DType::U32 => panic!("a product of u32"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::libraries::NEWEST_MAJOR;
+
+    /// The library, without a GPU: it can describe, but neither choose nor multiply.
+    fn blas() -> Option<Blas> {
+        match load(NEWEST_MAJOR, &SearchPath::default()) {
+            Ok((library, functions)) => {
+                let (chosen, exact) = Default::default();
+                Some(Blas { functions, library, handle: ptr::null_mut(), workspace: 0, chosen, exact })
+            }
+            Err(error) => {
+                eprintln!("SKIPPED: no product is described to cuBLASLt, because {error}");
+                None
+            }
+        }
+    }
+
+    /// Every attribute has the size that the library expects, and every layout is one that it accepts.
+    #[test]
+    fn products_can_be_described() {
+        let Some(blas) = blas() else { return };
+        let types = [(DType::F32, DType::F32), (DType::Bf16, DType::F32), (DType::F16, DType::F16)];
+        for ((input, output), transposed) in
+            types.into_iter().flat_map(|types| [[false, true], [true, false]].map(|sides| (types, sides)))
+        {
+            let key = PlanKey {
+                sizes: [768, 4096, 64],
+                transposed,
+                input,
+                output,
+                alignment: [16, 8, 16],
+                accumulate: true,
+                tf32: input == DType::F32,
+            };
+            let problem = key.representative();
+            blas.describe(&problem).unwrap();
+            blas.preference(&problem).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_refusal_names_the_product_as_it_was_asked_for() {
+        let Some(blas) = blas() else { return };
+        let key = PlanKey {
+            sizes: [2, 3, 4],
+            transposed: [false; 2],
+            input: DType::Bf16,
+            output: DType::F32,
+            alignment: [16; 3],
+            accumulate: false,
+            tf32: false,
+        };
+        let problem = key.representative();
+        let error = blas.ask(&problem, &blas.describe(&problem).unwrap()).unwrap_err().to_string();
+        assert!(
+            error.contains("the product [3, 4] x [4, 2] of Bf16 as F32") && error.contains("cuBLASLt says"),
+            "{error}"
+        );
     }
 }

@@ -143,9 +143,8 @@ impl Cuda {
     pub(crate) fn copy(&self, to: usize, from: usize, bytes: usize) -> Result<()> {
         self.bind()?;
         // SAFETY: both are `bytes` long, on this device, and not freed before the stream is done with them.
-        let outcome = unsafe {
-            result::memcpy_dtod_async(to as sys::CUdeviceptr, from as sys::CUdeviceptr, bytes, self.stream)
-        };
+        let outcome =
+            unsafe { result::memcpy_dtod_async(to as sys::CUdeviceptr, from as sys::CUdeviceptr, bytes, self.stream) };
         self.check("a copy on the GPU", outcome)
     }
 
@@ -360,7 +359,9 @@ fn compile(nvrtc: &Nvrtc, options: &[String], module: Module) -> Result<nvrtc::C
     let name = format!("{}.cu", module.source);
     let compiled = nvrtc.compile((&name, sources::text(&module)), sources::HEADERS, options);
     compiled.map_err(|error| match error {
-        Error::Compile { log, .. } => Error::Compile { module: format!("{} for {}", module.describe(), options[0]), log },
+        Error::Compile { log, .. } => {
+            Error::Compile { module: format!("{} for {}", module.describe(), options[0]), log }
+        }
         other => other,
     })
 }

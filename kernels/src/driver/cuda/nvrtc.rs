@@ -117,8 +117,7 @@ impl Nvrtc {
         self.check("nvrtcCreateProgram", status)?;
         let count = options.pointers.len() as c_int;
         // SAFETY: the program was created above; the options are `count` strings.
-        let status =
-            unsafe { (self.functions.nvrtcCompileProgram)(program.program, count, options.pointers.as_ptr()) };
+        let status = unsafe { (self.functions.nvrtcCompileProgram)(program.program, count, options.pointers.as_ptr()) };
         let log = self.log(&program)?;
         if status == COMPILATION {
             return Err(Error::Compile { module: source.0.to_string(), log });
@@ -191,4 +190,57 @@ impl Texts {
 
 fn c_string(text: &str) -> CString {
     CString::new(text).expect("a source has no zero byte")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::libraries::NEWEST_MAJOR;
+
+    /// The compiler, where this machine has one: tests/cuda/compile.sh sees to it.
+    fn nvrtc() -> Option<Nvrtc> {
+        match Nvrtc::open(NEWEST_MAJOR, &SearchPath::default()) {
+            Ok(nvrtc) => Some(nvrtc),
+            Err(error) => {
+                eprintln!("SKIPPED: nothing is compiled by NVRTC, because {error}");
+                None
+            }
+        }
+    }
+
+    const OPTIONS: [&str; 2] = ["--gpu-architecture=sm_80", "-DVALUE=7"];
+
+    fn compile(nvrtc: &Nvrtc, text: &str) -> Result<Compiled> {
+        let header = ("value.cuh", "inline __device__ int value() { return VALUE; }\n");
+        nvrtc.compile(("kernel.cu", text), &[header], &OPTIONS.map(String::from))
+    }
+
+    #[test]
+    fn compiles_with_headers_and_constants() {
+        let Some(nvrtc) = nvrtc() else { return };
+        let text = "#include \"value.cuh\"\nextern \"C\" __global__ void kernel(int* x) { *x = value(); }";
+        let compiled = compile(&nvrtc, text).unwrap();
+        assert!(compiled.cubin.starts_with(b"\x7fELF"), "{}", compiled.log);
+    }
+
+    #[test]
+    fn an_error_of_the_compiler_is_shown() {
+        let Some(nvrtc) = nvrtc() else { return };
+        let error = compile(&nvrtc, "extern \"C\" __global__ void kernel() {\n  unknown();\n}").err().unwrap();
+        let message = error.to_string();
+        assert!(matches!(error, Error::Compile { .. }) && message.contains("kernel.cu(2)"), "{message}");
+        assert!(message.contains("unknown"), "{message}");
+    }
+
+    #[test]
+    fn an_architecture_is_the_newest_of_the_devices_generation() {
+        let Some(mut nvrtc) = nvrtc() else { return };
+        nvrtc.architectures = vec![75, 80, 86, 90, 100];
+        assert_eq!(nvrtc.architecture((9, 0)).unwrap(), "sm_90a");
+        assert_eq!(nvrtc.architecture((8, 0)).unwrap(), "sm_80");
+        assert_eq!(nvrtc.architecture((8, 9)).unwrap(), "sm_86");
+        assert_eq!(nvrtc.architecture((10, 3)).unwrap(), "sm_100");
+        let error = nvrtc.architecture((12, 0)).unwrap_err().to_string();
+        assert!(error.contains("compute capability 12.0") && error.contains("install a newer"), "{error}");
+    }
 }

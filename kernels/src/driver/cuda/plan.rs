@@ -178,14 +178,8 @@ mod tests {
         let problem = Problem::new(&product, true);
         assert_eq!(problem.sizes(), [7, 5, 3]);
         assert!(!problem.tf32, "only f32 can be rounded to tf32");
-        let expected = |address, dtype, rows, cols, stride, transposed| Matrix {
-            address,
-            dtype,
-            rows,
-            cols,
-            stride,
-            transposed,
-        };
+        let expected =
+            |address, dtype, rows, cols, stride, transposed| Matrix { address, dtype, rows, cols, stride, transposed };
         assert_eq!(problem.a, expected(b.view().address(), DType::Bf16, 3, 7, 3, true));
         assert_eq!(problem.b, expected(a.view().address() + 16, DType::Bf16, 3, 5, 16, false));
         assert_eq!((problem.d.rows, problem.d.cols, problem.d.stride), (7, 5, 12));

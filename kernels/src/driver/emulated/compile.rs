@@ -50,6 +50,15 @@ pub fn set_compiler(compiler: OsString) {
     let _ = COMPILER.set(compiler);
 }
 
+/// The compiler of the emulated device: the first line of what it says it is.
+///
+/// # Errors
+/// There is none; the message says how to get one.
+pub fn emulator_compiler() -> Result<String> {
+    let compiler = COMPILER.get().cloned().unwrap_or_else(|| "g++".into());
+    Ok(compiler_version(&compiler)?.lines().next().unwrap_or_default().to_string())
+}
+
 /// Whether AddressSanitizer's runtime is in the process, so that what it has instrumented can be loaded.
 pub(super) fn is_sanitized() -> bool {
     static SANITIZED: OnceLock<bool> = OnceLock::new();

@@ -91,7 +91,7 @@ impl Model {
         let loss = CrossEntropy { scale: self.config.head_scale(), label_smoothing: 0.0 };
         let mut losses = self.device.empty(DType::F32, batch.target_tokens(), 1)?;
         ops::cross_entropy_forward(forward.decoded.view(), head, batch.labels.view(), loss, losses.view_mut())?;
-        Ok(sums(&losses))
+        sums(&losses)
     }
 
     /// The loss of a micro-batch, and the gradient of its **sum** over target tokens, added to `gradients` (f32).
@@ -129,7 +129,7 @@ impl Model {
         self.decoder(batch, &encoded).backward(&mut backward, decoder, d_decoded, Some(&mut d_encoded))?;
         drop(encoded);
         self.encoder(batch).backward(&mut backward, encoder, d_encoded, None)?;
-        Ok(sums(&losses))
+        sums(&losses)
     }
 
     fn forward(&self, pass: &Pass, batch: &Batch, keep: Keep) -> Result<Forward> {
@@ -160,7 +160,7 @@ impl Model {
 }
 
 /// Sums in f64, in the order of the rows.
-fn sums(losses: &Tensor) -> LossSums {
-    let losses = losses.as_slice::<f32>();
-    LossSums { loss_sum: losses.iter().map(|&loss| f64::from(loss)).sum(), target_tokens: losses.len() as u64 }
+fn sums(losses: &Tensor) -> Result<LossSums> {
+    let losses = losses.download::<f32>()?;
+    Ok(LossSums { loss_sum: losses.iter().map(|&loss| f64::from(loss)).sum(), target_tokens: losses.len() as u64 })
 }

@@ -261,13 +261,19 @@ impl Parameters {
         self.values.view_mut()
     }
 
-    /// The whole arena of an f32 one on the host.
-    pub fn as_slice(&self) -> &[f32] {
-        self.values.as_slice()
+    /// Elements `range` of the arena, `[1, len]`.
+    pub fn range(&self, range: Range<usize>) -> View<'_> {
+        self.values.view().columns(range)
     }
 
-    pub fn as_mut_slice(&mut self) -> &mut [f32] {
-        self.values.as_mut_slice()
+    /// Writes elements of an f32 arena, from the host.
+    pub fn write(&mut self, range: Range<usize>, values: &[f32]) -> Result<()> {
+        Ok(self.values.view_mut().reshape(range.start, 1, range.len()).write(values)?)
+    }
+
+    /// A copy of an f32 arena on the host.
+    pub fn download(&self) -> Result<Vec<f32>> {
+        Ok(self.values.download()?)
     }
 
     pub(crate) fn slot(&self, slot: Slot) -> View<'_> {

@@ -42,7 +42,7 @@ pub struct Progress {
     pub weights_digest: String,
 }
 
-/// What a checkpoint holds. The tensors are borrowed and written as they are, without a copy.
+/// What a checkpoint holds. The tensors are borrowed and written as they are, without a copy of them all.
 pub struct Snapshot<'a> {
     pub progress: Progress,
     pub model: &'a [NamedTensor<'a>],

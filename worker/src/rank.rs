@@ -128,7 +128,7 @@ impl Rank {
             dataset_fingerprint: fingerprint,
             collective_address: listener.local_addr().to_string(),
             committed_step: replica.step(),
-            weights_digest: replica.digest().as_bytes().to_vec(),
+            weights_digest: replica.digest()?.as_bytes().to_vec(),
         }))?;
         let order = Order::new(train.len(), job.training.seed, job.data.shuffle);
         let packer = Packer::new(train, tokenizer.clone(), order, limits(&job.data));
@@ -235,7 +235,7 @@ impl Rank {
             // Tokenization of the next step runs while the actions do.
             self.request_ahead(place, lease);
         }
-        self.digest = actions.digest.then(|| self.replica.digest());
+        self.digest = if actions.digest { Some(self.replica.digest()?) } else { None };
         if actions.evaluate {
             self.evaluate(session, place, step)?;
         }
@@ -249,7 +249,7 @@ impl Rank {
             }
             session.send(Report::Finished(Finished {
                 generation: place.generation,
-                weights_digest: self.replica.digest().as_bytes().to_vec(),
+                weights_digest: self.replica.digest()?.as_bytes().to_vec(),
             }))?;
         }
         let Some(lease) = lease else { return Ok(()) };
@@ -360,7 +360,7 @@ impl Rank {
             .map(|tensor| checkpoint::NamedTensor {
                 name: tensor.name.clone(),
                 shape: tensor.shape.clone(),
-                values: &replica.master().as_slice()[tensor.range.clone()],
+                values: replica.master().range(tensor.range.clone()),
             })
             .collect();
         let progress = Progress {
@@ -369,7 +369,7 @@ impl Rank {
             position: plan.positions.end,
             seed: self.job.training.seed,
             job_fingerprint: self.job.fingerprint.clone(),
-            weights_digest: replica.digest().to_hex().to_string(),
+            weights_digest: replica.digest()?.to_hex().to_string(),
         };
         let directory = self.job.checkpoints();
         checkpoint::save(&directory, &Snapshot { progress, model: &model, optimizer: &replica.optimizer().state() })?;
@@ -419,7 +419,7 @@ fn restore(job: &RankJob, replica: &mut Replica) -> Result<()> {
         |name, shape, values| loaded.model.read(name, shape, values),
         |name, shape, values| loaded.optimizer.read(name, shape, values),
     )?;
-    if replica.digest().to_hex().as_str() != loaded.progress.weights_digest {
+    if replica.digest()?.to_hex().as_str() != loaded.progress.weights_digest {
         let problem = "holds weights that do not match their digest".to_string();
         return Err(Error::Checkpoint { path: loaded.path, problem });
     }

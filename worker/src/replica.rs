@@ -41,7 +41,7 @@ fn fresh_model(
     let config = fresh_config(section, tokenizer)?;
     let model = Model::new(device, config)?;
     let mut parameters = model.zero_parameters(DType::F32)?;
-    quintet_t5::initialize(model.config(), seed, &mut parameters);
+    quintet_t5::initialize(model.config(), seed, &mut parameters)?;
     Ok((model, parameters))
 }
 
@@ -175,8 +175,13 @@ impl Replica {
     }
 
     /// BLAKE3 of the weights' bytes: equal on all replicas, or something is broken.
-    pub fn digest(&self) -> blake3::Hash {
-        blake3::hash(bytemuck::cast_slice(self.master.as_slice()))
+    pub fn digest(&self) -> Result<blake3::Hash> {
+        let mut hasher = blake3::Hasher::new();
+        self.master.view().read_in_pieces(|values: &[f32]| -> Result<()> {
+            hasher.update(bytemuck::cast_slice(values));
+            Ok(())
+        })?;
+        Ok(hasher.finalize())
     }
 
     /// Takes over the weights and optimizer state that `read` fills in, by name and shape.
@@ -189,8 +194,9 @@ impl Replica {
     ) -> Result<()> {
         let layout = self.model.layout().clone();
         for tensor in layout.tensors() {
-            let values = &mut self.master.as_mut_slice()[tensor.range.clone()];
-            read_weight(&tensor.name, &tensor.shape, values)?;
+            let mut values = vec![0.0; tensor.range.len()];
+            read_weight(&tensor.name, &tensor.shape, &mut values)?;
+            self.master.write(tensor.range.clone(), &values)?;
         }
         self.optimizer.load_state(optimizer_steps, read_state)?;
         self.step = step;

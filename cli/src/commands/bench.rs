@@ -106,7 +106,7 @@ fn open(device: &Device, name: &str) -> Result<(Model, Parameters)> {
     if let Some(config) = preset(name) {
         let model = Model::new(device, config)?;
         let mut weights = model.zero_parameters(DType::F32)?;
-        quintet_t5::initialize(model.config(), 42, &mut weights);
+        quintet_t5::initialize(model.config(), 42, &mut weights)?;
         return Ok((model, weights));
     }
     let directory = Path::new(name);

@@ -4,7 +4,7 @@ use quintet_kernels::ops::{self, Attention};
 use quintet_kernels::{DType, Dropout, Segments, Tensor, View};
 
 use crate::layers::FeedForward;
-use crate::parameters::{CrossAttentionLayout, Parameters, SelfAttentionLayout};
+use crate::parameters::{CrossAttentionLayout, SelfAttentionLayout, Weights};
 use crate::pass::{Pass, Site};
 use crate::stack::{self, Keep, Stack};
 use crate::{Model, Result};
@@ -22,15 +22,15 @@ impl Model {
     /// The most probable next token, again and again, for each source of a batch.
     ///
     /// `source_ids` are concatenated, `source_offsets` say where each begins (`cu_seqlens`).
-    pub fn generate_greedy(
-        &self,
-        weights: &Parameters,
+    pub fn generate_greedy<'a>(
+        &'a self,
+        weights: impl Into<Weights<'a>>,
         source_ids: &[u32],
         source_offsets: &[u32],
         max_new_tokens: usize,
     ) -> Result<Vec<Generated>> {
         let sources = Segments::from_offsets(source_offsets);
-        let pass = self.inference_pass(weights);
+        let pass = self.inference_pass(weights.into());
         let mut decoder = Decoder::new(self, &pass, source_ids, &sources, max_new_tokens)?;
         let config = self.config();
         let mut outputs = vec![Generated { token_ids: Vec::new(), score: 0.0 }; sources.len()];

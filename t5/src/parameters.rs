@@ -285,6 +285,45 @@ impl Parameters {
     }
 }
 
+/// The weights of a pass: in the type that it computes in, and in f32 those that fp16 would ruin.
+#[derive(Clone, Copy)]
+pub struct Weights<'a> {
+    compute: &'a Parameters,
+    master: &'a Parameters,
+}
+
+impl<'a> Weights<'a> {
+    /// `compute` holds the values of `master`, rounded.
+    pub fn new(compute: &'a Parameters, master: &'a Parameters) -> Self {
+        assert_eq!(master.dtype(), DType::F32, "type of the master weights");
+        Weights { compute, master }
+    }
+
+    pub(crate) fn dtype(self) -> DType {
+        self.compute.dtype()
+    }
+
+    pub(crate) fn layout(self) -> &'a Layout {
+        &self.compute.layout
+    }
+
+    pub(crate) fn slot(self, slot: Slot) -> View<'a> {
+        self.compute.slot(slot)
+    }
+
+    /// In f32.
+    pub(crate) fn master_slot(self, slot: Slot) -> View<'a> {
+        self.master.slot(slot)
+    }
+}
+
+impl<'a> From<&'a Parameters> for Weights<'a> {
+    fn from(parameters: &'a Parameters) -> Self {
+        assert_ne!(parameters.dtype(), DType::F16, "f16 needs some weights in f32 too");
+        Weights { compute: parameters, master: parameters }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

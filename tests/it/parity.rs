@@ -29,7 +29,7 @@ struct Reference {
 }
 
 const PLAIN: TrainOptions =
-    TrainOptions { seed: 0, micro_batch: 0, label_smoothing: 0.0, gradient_checkpointing: false };
+    TrainOptions { seed: 0, micro_batch: 0, label_smoothing: 0.0, gradient_checkpointing: false, gradient_scale: 1.0 };
 
 impl Reference {
     fn open(name: &'static str) -> Self {
@@ -87,7 +87,7 @@ impl Reference {
         let step = |_| {
             let (sums, gradients) = self.train(&weights, &batch, PLAIN);
             let max_norm = settings["max_grad_norm"].as_f64().unwrap_or(0.0);
-            let clipped = ClippedMean::new(gradients.view(), sums.target_tokens, max_norm).unwrap();
+            let clipped = ClippedMean::new(gradients.view(), sums.target_tokens as f64, max_norm).unwrap();
             optimizer.step(number("lr"), weights.view_mut(), gradients.view(), clipped.scale).unwrap();
             mean(sums)
         };

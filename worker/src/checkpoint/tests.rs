@@ -15,6 +15,7 @@ fn progress(step: u64) -> Progress {
         seed: 42,
         job_fingerprint: "job".to_owned(),
         weights_digest: blake3::hash(bytemuck::cast_slice(&MODEL)).to_hex().to_string(),
+        loss_scaler: None,
     }
 }
 

@@ -3,7 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::pool::{MemoryStatistics, Pool};
+use crate::driver::{Driver, Gpu, cuda, emulated};
+use crate::pool::{Memory, MemoryStatistics, Pool};
 use crate::tensor::{DType, Tensor};
 use crate::{Element, Result};
 
@@ -12,37 +13,47 @@ use crate::{Element, Result};
 pub enum Device {
     /// The host's cores: the calling thread's rayon pool, with SIMD found at run time.
     Cpu(Cpu),
+    /// A GPU, real or emulated: the same kernels, launched in the same way.
+    Gpu(Gpu),
 }
 
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Cpu {
     pub(crate) pool: Arc<Pool>,
 }
 
 impl Device {
     pub fn cpu() -> Self {
-        Device::Cpu(Cpu::default())
+        Device::Cpu(Cpu { pool: Pool::new(Memory::Host) })
+    }
+
+    /// The NVIDIA GPU of this number.
+    pub fn cuda(ordinal: usize) -> Result<Self> {
+        Ok(Device::Gpu(Gpu::new(Driver::Cuda(cuda::Cuda::new(ordinal)?))))
+    }
+
+    /// The CUDA kernels, compiled for the host by the system's C++ compiler. Slow, and for tests: the order in which
+    /// threads and blocks run is drawn from `seed`, so that results that depend on it show.
+    pub fn emulated(seed: u64) -> Result<Self> {
+        Ok(Device::Gpu(Gpu::new(Driver::Emulated(emulated::Emulated::new(seed)))))
     }
 
     pub fn name(&self) -> &'static str {
         match self {
             Device::Cpu(_) => "cpu",
+            Device::Gpu(gpu) => gpu.name(),
         }
     }
 
     /// A `[rows, cols]` tensor of unspecified contents, from the pool.
     pub fn empty(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor> {
-        match self {
-            Device::Cpu(cpu) => {
-                let block = cpu.pool.take(rows * cols * dtype.bytes())?;
-                Ok(Tensor::new(self.clone(), block, dtype, rows, cols))
-            }
-        }
+        let block = self.pool().take(rows * cols * dtype.bytes())?;
+        Ok(Tensor::new(self.clone(), block, dtype, rows, cols))
     }
 
     pub fn zeros(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor> {
         let mut tensor = self.empty(dtype, rows, cols)?;
-        tensor.view_mut().fill_zero();
+        tensor.view_mut().fill_zero()?;
         Ok(tensor)
     }
 
@@ -50,20 +61,28 @@ impl Device {
     pub fn upload<T: Element>(&self, values: &[T], rows: usize, cols: usize) -> Result<Tensor> {
         assert_eq!(values.len(), rows * cols, "{rows} x {cols} tensor from {} values", values.len());
         let mut tensor = self.empty(T::DTYPE, rows, cols)?;
-        tensor.as_mut_slice().copy_from_slice(values);
+        tensor.view_mut().write(values)?;
         Ok(tensor)
     }
 
     pub fn memory(&self) -> MemoryStatistics {
-        match self {
-            Device::Cpu(cpu) => cpu.pool.statistics(),
-        }
+        self.pool().statistics()
     }
 
     /// Forgets the largest use so far, so that the next reading is of what follows.
     pub fn reset_peak_memory(&self) {
+        self.pool().reset_peak();
+    }
+
+    /// Whether both are the same device, not just of the same kind.
+    pub(crate) fn is_same(&self, other: &Device) -> bool {
+        Arc::ptr_eq(self.pool(), other.pool())
+    }
+
+    fn pool(&self) -> &Arc<Pool> {
         match self {
-            Device::Cpu(cpu) => cpu.pool.reset_peak(),
+            Device::Cpu(cpu) => &cpu.pool,
+            Device::Gpu(gpu) => &gpu.pool,
         }
     }
 }

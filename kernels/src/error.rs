@@ -1,4 +1,6 @@
-//! What a machine can refuse: memory today, a driver or a library when there is a GPU.
+//! What a machine can refuse: memory, a driver, a library, a compiler.
+
+use std::path::PathBuf;
 
 /// A failure of the device, never a mistake of the caller (those panic).
 #[derive(Debug, thiserror::Error)]
@@ -7,6 +9,25 @@ pub enum Error {
         "out of memory on {device}: {requested_bytes} bytes wanted, {live_bytes} in use; lower micro_batch_size or turn on gradient_checkpointing"
     )]
     OutOfMemory { device: &'static str, requested_bytes: usize, live_bytes: usize },
+    #[error("device emulated: no C++ compiler `{compiler}`: {reason}; install g++ (apt install g++), or set CXX")]
+    NoCompiler { compiler: String, reason: String },
+    #[error("the kernels of {module} do not compile:\n{log}")]
+    Compile { module: String, log: String },
+    #[error("cannot load the kernels of {module}: {reason}")]
+    Load { module: String, reason: String },
+    #[error("kernel {kernel} failed: {reason}")]
+    Kernel { kernel: &'static str, reason: String },
+    #[error("cannot keep compiled kernels in {}: {source}", path.display())]
+    Cache { path: PathBuf, source: std::io::Error },
+    #[error("this build has no CUDA driver yet")]
+    NoCuda,
+    #[error("operation {0} is not written for GPUs yet")]
+    NotOnGpuYet(&'static str),
 }
 
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// Stands where an operation's launch will be.
+pub(crate) fn not_on_gpu_yet<T>(operation: &'static str) -> Result<T> {
+    Err(Error::NotOnGpuYet(operation))
+}

@@ -1,6 +1,6 @@
 //! The element types of activations and weights, and their conversion from and to f32, in which everything is computed.
 
-use half::bf16;
+use half::{bf16, f16};
 
 use crate::Element;
 
@@ -39,6 +39,18 @@ impl Float for bf16 {
     }
 }
 
+impl Float for f16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f16::to_f32(self)
+    }
+
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        f16::from_f32(value)
+    }
+}
+
 /// Runs `$body` with `$T` the Rust type of a floating-point `DType`.
 macro_rules! with_float {
     ($dtype:expr, $T:ident => $body:expr) => {
@@ -49,6 +61,10 @@ macro_rules! with_float {
             }
             $crate::DType::Bf16 => {
                 type $T = half::bf16;
+                $body
+            }
+            $crate::DType::F16 => {
+                type $T = half::f16;
                 $body
             }
             $crate::DType::U32 => panic!("an operation on floating-point numbers got u32"),

@@ -6,12 +6,13 @@
 //!
 //! Conventions that every operation keeps:
 //! - rows are tokens of a padding-free batch, columns are features; a weight is `[out, in]`;
-//! - activations and weights are f32 or bf16, sums are accumulated in f32, parameter gradients are f32;
+//! - activations and weights are f32, bf16 or f16, sums are accumulated in f32, parameter gradients are f32;
 //! - gradients of parameters accumulate (`+=`), gradients of activations overwrite unless a flag says otherwise;
 //! - a result does not depend on the number of threads, to the bit;
 //! - a wrong shape, type or device is a bug of the caller and panics; an [`Error`] is something the machine did.
 
 mod device;
+mod driver;
 mod error;
 mod float;
 mod gemm;
@@ -25,6 +26,9 @@ mod simd;
 mod tensor;
 
 pub use device::Device;
+pub use driver::Gpu;
+pub use driver::cache::set_cache_directory;
+pub use driver::emulated::set_compiler;
 pub use error::{Error, Result};
 pub use pool::MemoryStatistics;
 pub use random::Dropout;

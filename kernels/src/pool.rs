@@ -3,9 +3,11 @@
 //! Freed blocks are kept in lists by size class and handed out again. Classes are an eighth of a power of two apart, so
 //! that batches of slightly different length share blocks and at most an eighth is wasted.
 
+use std::alloc::{self, Layout};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::driver::Driver;
 use crate::{Error, Result};
 
 /// The unit of host memory: one cache line, so that every block is aligned for the widest vector loads.
@@ -24,83 +26,167 @@ pub struct MemoryStatistics {
     pub system_allocations: usize,
 }
 
-#[derive(Default)]
+/// Where a pool's blocks come from.
+pub(crate) enum Memory {
+    Host,
+    Gpu(Arc<Driver>),
+}
+
 pub(crate) struct Pool {
+    memory: Memory,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    free: HashMap<usize, Vec<Box<[Line]>>>,
+    /// Addresses of blocks by their bytes.
+    free: HashMap<usize, Vec<usize>>,
     statistics: MemoryStatistics,
 }
 
 /// A block on loan from a pool; dropping it gives it back.
 pub(crate) struct Block {
     pool: Arc<Pool>,
-    lines: Option<Box<[Line]>>,
+    address: usize,
+    bytes: usize,
 }
 
 impl Pool {
+    pub(crate) fn new(memory: Memory) -> Arc<Self> {
+        Arc::new(Pool { memory, state: Mutex::default() })
+    }
+
     /// A block of at least `bytes`, its contents left over from its last use.
     pub(crate) fn take(self: &Arc<Self>, bytes: usize) -> Result<Block> {
-        let class = size_class(bytes.div_ceil(LINE_BYTES).max(1));
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let lines = match state.free.get_mut(&class).and_then(Vec::pop) {
-            Some(lines) => lines,
+        let bytes = self.memory.block_bytes(bytes);
+        let mut state = self.lock();
+        let address = match state.free.get_mut(&bytes).and_then(Vec::pop) {
+            Some(address) => address,
             None => {
-                let lines = try_allocate(class).ok_or(Error::OutOfMemory {
-                    device: "cpu",
-                    requested_bytes: class * LINE_BYTES,
-                    live_bytes: state.statistics.live_bytes,
-                })?;
+                let address = self.allocate(&mut state, bytes)?;
                 state.statistics.system_allocations += 1;
-                lines
+                address
             }
         };
         let statistics = &mut state.statistics;
-        statistics.live_bytes += class * LINE_BYTES;
+        statistics.live_bytes += bytes;
         statistics.peak_bytes = statistics.peak_bytes.max(statistics.live_bytes);
-        Ok(Block { pool: self.clone(), lines: Some(lines) })
+        Ok(Block { pool: self.clone(), address, bytes })
+    }
+
+    /// Asks the system, if need be a second time after giving back what lies unused.
+    fn allocate(&self, state: &mut State, bytes: usize) -> Result<usize> {
+        if let Some(address) = self.memory.allocate(bytes)? {
+            return Ok(address);
+        }
+        self.release(state);
+        self.memory.allocate(bytes)?.ok_or(Error::OutOfMemory {
+            device: self.memory.name(),
+            requested_bytes: bytes,
+            live_bytes: state.statistics.live_bytes,
+        })
+    }
+
+    fn release(&self, state: &mut State) {
+        for (bytes, addresses) in state.free.drain() {
+            addresses.into_iter().for_each(|address| self.memory.free(address, bytes));
+        }
     }
 
     pub(crate) fn statistics(&self) -> MemoryStatistics {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).statistics
+        self.lock().statistics
     }
 
     pub(crate) fn reset_peak(&self) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
         state.statistics.peak_bytes = state.statistics.live_bytes;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let mut state = std::mem::take(&mut *self.lock());
+        self.release(&mut state);
     }
 }
 
 impl Block {
     pub(crate) fn address(&self) -> usize {
-        self.lines.as_ref().map_or(0, |lines| lines.as_ptr() as usize)
+        self.address
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
-        if let Some(lines) = self.lines.take() {
-            let mut state = self.pool.state.lock().unwrap_or_else(PoisonError::into_inner);
-            state.statistics.live_bytes -= lines.len() * LINE_BYTES;
-            state.free.entry(lines.len()).or_default().push(lines);
+        let mut state = self.pool.lock();
+        state.statistics.live_bytes -= self.bytes;
+        if self.pool.memory.keeps_free_blocks() {
+            state.free.entry(self.bytes).or_default().push(self.address);
+        } else {
+            self.pool.memory.free(self.address, self.bytes);
         }
     }
+}
+
+impl Memory {
+    fn name(&self) -> &'static str {
+        match self {
+            Memory::Host => "cpu",
+            Memory::Gpu(driver) => driver.name(),
+        }
+    }
+
+    /// What is asked of the system for `bytes`: a size class, except where blocks are not used again.
+    fn block_bytes(&self, bytes: usize) -> usize {
+        if self.keeps_free_blocks() { size_class(bytes.div_ceil(LINE_BYTES).max(1)) * LINE_BYTES } else { bytes }
+    }
+
+    /// The emulator does not keep any, so that it sees who uses a block that was freed, or writes beyond its end.
+    fn keeps_free_blocks(&self) -> bool {
+        !matches!(self, Memory::Gpu(driver) if driver.is_emulated())
+    }
+
+    /// The address of a new block; none when memory is short.
+    fn allocate(&self, bytes: usize) -> Result<Option<usize>> {
+        match self {
+            Memory::Host => Ok(host_layout(bytes).and_then(|layout| {
+                // SAFETY: a block has at least a line of bytes. Zeroed, so that it is initialised for every element type.
+                let address = unsafe { alloc::alloc_zeroed(layout) };
+                (!address.is_null()).then_some(address as usize)
+            })),
+            Memory::Gpu(driver) => match driver.allocate(bytes) {
+                Ok(address) => Ok(Some(address)),
+                Err(Error::OutOfMemory { .. }) => Ok(None),
+                Err(error) => Err(error),
+            },
+        }
+    }
+
+    fn free(&self, address: usize, bytes: usize) {
+        match self {
+            Memory::Host => {
+                if let Some(layout) = host_layout(bytes) {
+                    // SAFETY: the block came from `allocate` with the same layout, and nobody has it any more.
+                    unsafe { alloc::dealloc(address as *mut u8, layout) }
+                }
+            }
+            Memory::Gpu(driver) => driver.free(address),
+        }
+    }
+}
+
+fn host_layout(bytes: usize) -> Option<Layout> {
+    Layout::from_size_align(bytes, LINE_BYTES).ok()
 }
 
 /// The smallest `m · 2^e ≥ lines` with `8 ≤ m ≤ 16`; below 8, `lines` itself.
 fn size_class(lines: usize) -> usize {
     let exponent = lines.ilog2().saturating_sub(3);
     lines.div_ceil(1 << exponent) << exponent
-}
-
-fn try_allocate(lines: usize) -> Option<Box<[Line]>> {
-    let mut block = Vec::new();
-    block.try_reserve_exact(lines).ok()?;
-    block.resize(lines, bytemuck::Zeroable::zeroed());
-    Some(block.into_boxed_slice())
 }
 
 #[cfg(test)]
@@ -118,7 +204,7 @@ mod tests {
 
     #[test]
     fn blocks_are_reused_and_counted() {
-        let pool = Arc::new(Pool::default());
+        let pool = Pool::new(Memory::Host);
         let first = pool.take(1000).unwrap();
         let address = first.address();
         assert_eq!(address % 64, 0);

@@ -1,18 +1,21 @@
 //! Tensors own device memory; views name a rectangle of it.
 
+use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::OnceLock;
 
-use half::bf16;
+use half::{bf16, f16};
 
-use crate::Device;
 use crate::pool::Block;
+use crate::{Device, Result};
 
 /// The type of a tensor's elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
     F32,
     Bf16,
+    F16,
     U32,
 }
 
@@ -20,7 +23,17 @@ impl DType {
     pub fn bytes(self) -> usize {
         match self {
             DType::F32 | DType::U32 => 4,
-            DType::Bf16 => 2,
+            DType::Bf16 | DType::F16 => 2,
+        }
+    }
+
+    /// As tables and kernels call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            DType::F32 => "f32",
+            DType::Bf16 => "bf16",
+            DType::F16 => "f16",
+            DType::U32 => "u32",
         }
     }
 }
@@ -36,6 +49,9 @@ impl Element for f32 {
 impl Element for bf16 {
     const DTYPE: DType = DType::Bf16;
 }
+impl Element for f16 {
+    const DTYPE: DType = DType::F16;
+}
 impl Element for u32 {
     const DTYPE: DType = DType::U32;
 }
@@ -47,6 +63,12 @@ pub struct Tensor {
     dtype: DType,
     rows: usize,
     cols: usize,
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} tensor [{}, {}] on {}", self.dtype.name(), self.rows, self.cols, self.device.name())
+    }
 }
 
 impl Tensor {
@@ -86,7 +108,14 @@ impl Tensor {
         ViewMut { view: self.view(), life: PhantomData }
     }
 
-    /// The elements in order, where the host can reach them.
+    /// A copy of the elements in order, from any device; waits for what is under way there.
+    pub fn download<T: Element>(&self) -> Result<Vec<T>> {
+        let mut values = vec![T::zeroed(); self.rows * self.cols];
+        self.view().read(&mut values)?;
+        Ok(values)
+    }
+
+    /// The elements in order, on the CPU.
     pub fn as_slice<T: Element>(&self) -> &[T] {
         self.view().as_slice()
     }
@@ -149,29 +178,74 @@ impl<'a> View<'a> {
         View { address: self.address + offset * self.dtype.bytes(), rows, cols, stride: cols, ..self }
     }
 
-    fn is_contiguous(&self) -> bool {
+    pub(crate) fn is_contiguous(&self) -> bool {
         self.stride == self.cols || self.rows <= 1
     }
 
-    /// The elements of a view without gaps, where the host can reach them.
+    /// Copies the elements of a view without gaps to the host, from any device; waits for what is under way there.
+    pub fn read<T: Element>(&self, values: &mut [T]) -> Result<()> {
+        assert!(self.is_contiguous(), "read of a view with gaps");
+        assert_eq!(self.dtype, T::DTYPE);
+        assert_eq!(values.len(), self.rows * self.cols, "values for a {} x {} view", self.rows, self.cols);
+        match self.device {
+            Device::Cpu(_) => values.copy_from_slice(self.as_slice()),
+            Device::Gpu(gpu) => gpu.download(self.address, bytemuck::cast_slice_mut(values))?,
+        }
+        Ok(())
+    }
+
+    /// Of the first element, in the device's address space.
+    pub(crate) fn address(&self) -> usize {
+        self.address
+    }
+
+    /// The same memory as one of `device`, which can reach it too.
+    pub(crate) fn on_device<'b>(self, device: &'b Device) -> View<'b>
+    where
+        'a: 'b,
+    {
+        View { device, ..self }
+    }
+
+    /// The elements of a view without gaps, on the CPU.
     pub fn as_slice<T: Element>(&self) -> &'a [T] {
         assert!(self.is_contiguous(), "slice of a view with gaps");
         assert_eq!(self.dtype, T::DTYPE);
-        let Device::Cpu(_) = self.device;
+        self.assert_on_cpu();
         // SAFETY: a view is only made from a tensor borrowed for 'a, and stays inside it; the memory was initialised
         // when the pool allocated it, blocks are aligned for every element type, and offsets are whole elements.
         unsafe { std::slice::from_raw_parts(self.address as *const T, self.rows * self.cols) }
     }
 
-    /// One row, where the host can reach it.
+    /// One row, on the CPU.
     pub fn row<T: Element>(&self, index: usize) -> &'a [T] {
         self.rows_range(index..index + 1).as_slice()
     }
 
     pub(crate) fn as_ptr<T: Element>(&self) -> *const T {
         assert_eq!(self.dtype, T::DTYPE);
-        let Device::Cpu(_) = self.device;
+        self.assert_on_cpu();
         self.address as *const T
+    }
+
+    fn assert_on_cpu(&self) {
+        assert!(matches!(self.device, Device::Cpu(_)), "host access to memory of {}", self.device.name());
+    }
+}
+
+impl View<'_> {
+    /// Zeroes the first `rows` rows, which have no gaps; only for [`ViewMut::fill_zero`].
+    fn fill_zero(&self, rows: usize) -> Result<()> {
+        let length = rows * self.cols * self.dtype.bytes();
+        match self.device {
+            Device::Cpu(_) => {
+                // SAFETY: without gaps these are the bytes of an exclusive view; zeros are a valid element of every type.
+                let all = unsafe { std::slice::from_raw_parts_mut(self.address as *mut u8, length) };
+                crate::parallel::fill_zero(all);
+                Ok(())
+            }
+            Device::Gpu(gpu) => gpu.fill_zero(self.address, length),
+        }
     }
 }
 
@@ -234,20 +308,36 @@ impl<'a> ViewMut<'a> {
         unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr(), length) }
     }
 
-    pub fn fill_zero(self) {
-        let Device::Cpu(_) = self.view.device;
-        let bytes = self.view.cols * self.view.dtype.bytes();
+    /// Copies values from the host to a view without gaps, on any device.
+    pub fn write<T: Element>(self, values: &[T]) -> Result<()> {
+        assert!(self.view.is_contiguous(), "write to a view with gaps");
+        assert_eq!(self.view.dtype, T::DTYPE);
+        let (rows, cols) = (self.view.rows, self.view.cols);
+        assert_eq!(values.len(), rows * cols, "values for a {rows} x {cols} view");
+        match self.view.device {
+            Device::Cpu(_) => self.into_slice().copy_from_slice(values),
+            Device::Gpu(gpu) => gpu.upload(self.view.address, bytemuck::cast_slice(values))?,
+        }
+        Ok(())
+    }
+
+    pub fn fill_zero(self) -> Result<()> {
         if self.view.is_contiguous() {
-            let length = self.view.rows * bytes;
-            // SAFETY: without gaps these are the bytes of this exclusive view; zeros are a valid element of every type.
-            let all = unsafe { std::slice::from_raw_parts_mut(self.view.address as *mut u8, length) };
-            return crate::parallel::fill_zero(all);
+            return self.view.fill_zero(self.view.rows);
         }
-        for row in 0..self.view.rows {
-            let start = self.view.rows_range(row..row + 1).address as *mut u8;
-            // SAFETY: the row lies inside this exclusive view, and zero bytes are a valid element of every type.
-            unsafe { start.write_bytes(0, bytes) }
-        }
+        (0..self.view.rows).try_for_each(|row| self.view.rows_range(row..row + 1).fill_zero(1))
+    }
+
+    pub(crate) fn address(&self) -> usize {
+        self.view.address
+    }
+
+    /// As [`View::on_device`].
+    pub(crate) fn on_device<'b>(self, device: &'b Device) -> ViewMut<'b>
+    where
+        'a: 'b,
+    {
+        ViewMut { view: self.view.on_device(device), life: PhantomData }
     }
 
     pub(crate) fn as_mut_ptr<T: Element>(&self) -> *mut T {
@@ -256,26 +346,60 @@ impl<'a> ViewMut<'a> {
 }
 
 /// Which rows of a padding-free batch belong to which sequence.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Segments {
     starts: Vec<usize>,
     lengths: Vec<usize>,
+    /// Starts and then lengths, uploaded when first asked for.
+    on_device: OnceLock<Tensor>,
 }
+
+impl Clone for Segments {
+    fn clone(&self) -> Self {
+        Segments::new(self.starts.clone(), self.lengths.clone())
+    }
+}
+
+impl PartialEq for Segments {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.starts, &self.lengths) == (&other.starts, &other.lengths)
+    }
+}
+
+impl Eq for Segments {}
 
 impl Segments {
     /// From `cu_seqlens`: sequence `i` is rows `offsets[i]..offsets[i + 1]`.
     pub fn from_offsets(offsets: &[u32]) -> Self {
         assert!(offsets.first() == Some(&0) && offsets.is_sorted(), "offsets must rise from 0");
-        Segments {
-            starts: offsets[..offsets.len() - 1].iter().map(|&offset| offset as usize).collect(),
-            lengths: offsets.windows(2).map(|pair| (pair[1] - pair[0]) as usize).collect(),
-        }
+        Segments::new(
+            offsets[..offsets.len() - 1].iter().map(|&offset| offset as usize).collect(),
+            offsets.windows(2).map(|pair| (pair[1] - pair[0]) as usize).collect(),
+        )
+    }
+
+    fn new(starts: Vec<usize>, lengths: Vec<usize>) -> Self {
+        Segments { starts, lengths, on_device: OnceLock::new() }
+    }
+
+    /// Starts and lengths, `[2, sequences]` (u32), on `device`: the same one at each call.
+    pub(crate) fn on_device(&self, device: &Device) -> Result<View<'_>> {
+        let tensor = match self.on_device.get() {
+            Some(tensor) => tensor,
+            None => {
+                let values: Vec<u32> = self.starts.iter().chain(&self.lengths).map(|&value| value as u32).collect();
+                let tensor = device.upload(&values, 2, self.len())?;
+                self.on_device.get_or_init(|| tensor)
+            }
+        };
+        assert!(tensor.device().is_same(device), "segments of another device");
+        Ok(tensor.view())
     }
 
     /// `count` sequences that begin `stride` rows apart, each `length` rows long: a key/value cache that is being filled.
     pub fn strided(count: usize, stride: usize, length: usize) -> Self {
         assert!(length <= stride);
-        Segments { starts: (0..count).map(|index| index * stride).collect(), lengths: vec![length; count] }
+        Segments::new((0..count).map(|index| index * stride).collect(), vec![length; count])
     }
 
     /// The number of sequences.
@@ -316,7 +440,7 @@ mod tests {
         assert_eq!(view.row::<f32>(1), [9.0, 10.0]);
         let (left, right) = tensor.view_mut().split_columns(3);
         assert_eq!((left.cols(), right.cols()), (3, 1));
-        right.fill_zero();
+        right.fill_zero().unwrap();
         assert_eq!(tensor.as_slice::<f32>(), [0., 1., 2., 0., 4., 5., 6., 0., 8., 9., 10., 0.]);
     }
 

@@ -151,7 +151,7 @@ impl Replica {
 
     /// The loss sums of micro-batch `index` of `step`; its gradient's sum is then in [`Replica::gradient`].
     pub fn compute(&mut self, step: u64, index: u32, batch: &Batch) -> Result<LossSums> {
-        self.gradients.view_mut().fill_zero();
+        self.gradients.view_mut().fill_zero()?;
         let options = TrainOptions {
             seed: step_seed(self.training.seed, step),
             micro_batch: index,

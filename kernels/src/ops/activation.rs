@@ -16,6 +16,7 @@ pub fn relu_forward(x: View, mask: Dropout, h: ViewMut) -> Result<()> {
     check_shape!(x, h.rows(), h.cols());
     check_dtype!(x.dtype(), h);
     match h.device() {
+        Device::Gpu(_) => return crate::error::not_on_gpu_yet("relu_forward"),
         Device::Cpu(_) => with_float!(x.dtype(), T => relu_forward_cpu::<T>(x, mask, h)),
     }
     Ok(())
@@ -50,6 +51,7 @@ pub fn relu_backward(x: View, d_h: View, mask: Dropout, d_x: ViewMut) -> Result<
     check_shape!(d_h, d_x.rows(), d_x.cols());
     check_dtype!(x.dtype(), d_h, d_x);
     match d_x.device() {
+        Device::Gpu(_) => return crate::error::not_on_gpu_yet("relu_backward"),
         Device::Cpu(_) => with_float!(x.dtype(), T => relu_backward_cpu::<T>(x, d_h, mask, d_x)),
     }
     Ok(())
@@ -83,6 +85,7 @@ pub fn gated_gelu_forward(x: View, mask: Dropout, h: ViewMut) -> Result<()> {
     check_shape!(x, h.rows(), 2 * h.cols());
     check_dtype!(x.dtype(), h);
     match h.device() {
+        Device::Gpu(_) => return crate::error::not_on_gpu_yet("gated_gelu_forward"),
         Device::Cpu(_) => with_float!(x.dtype(), T => gated_gelu_forward_cpu::<T>(x, mask, h)),
     }
     Ok(())
@@ -117,6 +120,7 @@ pub fn gated_gelu_backward(x: View, d_h: View, mask: Dropout, d_x: ViewMut) -> R
     check_shape!(d_x, d_h.rows(), 2 * d_h.cols());
     check_dtype!(x.dtype(), d_h, d_x);
     match d_x.device() {
+        Device::Gpu(_) => return crate::error::not_on_gpu_yet("gated_gelu_backward"),
         Device::Cpu(_) => with_float!(x.dtype(), T => gated_gelu_backward_cpu::<T>(x, d_h, mask, d_x)),
     }
     Ok(())

@@ -206,6 +206,7 @@ pub fn attention_forward(inputs: Attention, out: ViewMut, logsumexp: ViewMut) ->
     check_shape!(logsumexp, inputs.q.rows(), inputs.heads);
     check_dtype!(inputs.q.dtype(), out);
     match out.device() {
+        Device::Gpu(_) => return crate::error::not_on_gpu_yet("attention_forward"),
         Device::Cpu(_) => with_float!(out.dtype(), T => forward_cpu::<T>(inputs, out, logsumexp)),
     }
     Ok(())
@@ -298,6 +299,7 @@ pub fn attention_backward(
     let distances = |bias: View| (bias.rows(), bias.cols());
     assert_eq!(inputs.bias.map(distances), d_bias.as_ref().map(|d_bias| distances(d_bias.view())), "shape of d_bias");
     match out.device() {
+        Device::Gpu(_) => return crate::error::not_on_gpu_yet("attention_backward"),
         Device::Cpu(_) => with_float!(out.dtype(), T => backward_cpu::<T>(inputs, logsumexp, d_out, gradients)),
     }
 }

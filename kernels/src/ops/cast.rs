@@ -10,6 +10,7 @@ use crate::{Device, Result, View, ViewMut};
 pub fn cast(x: View, y: ViewMut) -> Result<()> {
     check_shape!(x, y.rows(), y.cols());
     match y.device() {
+        Device::Gpu(_) => return crate::error::not_on_gpu_yet("cast"),
         Device::Cpu(_) => with_float!(x.dtype(), X => with_float!(y.dtype(), Y => cpu::<X, Y>(x, y))),
     }
     Ok(())

@@ -64,6 +64,7 @@ fn run(
     check_dtype!(h.dtype(), w);
     check_dtype!(DType::F32, losses);
     match losses.device() {
+        Device::Gpu(_) => return crate::error::not_on_gpu_yet("run"),
         Device::Cpu(_) => with_float!(h.dtype(), T => cpu::<T>(h, w, labels, loss, losses, gradients)),
     }
 }

@@ -16,6 +16,7 @@ pub fn embedding_forward(ids: View, table: View, mask: Dropout, y: ViewMut) -> R
     check_shape!(table, table.rows(), y.cols());
     check_dtype!(table.dtype(), y);
     match y.device() {
+        Device::Gpu(_) => return crate::error::not_on_gpu_yet("embedding_forward"),
         Device::Cpu(_) => with_float!(y.dtype(), T => forward_cpu::<T>(ids, table, mask, y)),
     }
     Ok(())
@@ -40,6 +41,7 @@ pub fn embedding_backward(ids: View, d_y: View, mask: Dropout, d_table: ViewMut)
     check_shape!(d_table, d_table.rows(), d_y.cols());
     check_dtype!(DType::F32, d_table);
     match d_table.device() {
+        Device::Gpu(_) => return crate::error::not_on_gpu_yet("embedding_backward"),
         Device::Cpu(_) => with_float!(d_y.dtype(), T => backward_cpu::<T>(ids, d_y, mask, d_table)),
     }
     Ok(())

@@ -49,6 +49,7 @@ pub fn relative_bias_forward(table: View, buckets: RelativeBuckets, bias: ViewMu
     check_shape!(bias, table.cols(), 2 * buckets.max_distance + 1);
     check_dtype!(DType::F32, bias);
     match bias.device() {
+        Device::Gpu(_) => return crate::error::not_on_gpu_yet("relative_bias_forward"),
         Device::Cpu(_) => crate::float::with_float!(table.dtype(), T => forward_cpu::<T>(table, buckets, bias)),
     }
     Ok(())
@@ -70,6 +71,7 @@ pub fn relative_bias_backward(d_bias: View, buckets: RelativeBuckets, d_table: V
     check_shape!(d_bias, d_table.cols(), 2 * buckets.max_distance + 1);
     check_dtype!(DType::F32, d_bias, d_table);
     match d_table.device() {
+        Device::Gpu(_) => return crate::error::not_on_gpu_yet("relative_bias_backward"),
         Device::Cpu(_) => {
             let heads = d_table.cols();
             let d_table = d_table.into_slice::<f32>();

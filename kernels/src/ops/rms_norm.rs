@@ -20,6 +20,7 @@ pub fn rms_norm_forward(x: View, weight: View, eps: f32, y: ViewMut, rstd: ViewM
     check_shape!(rstd, y.rows(), 1);
     check_dtype!(x.dtype(), weight, y);
     match y.device() {
+        Device::Gpu(_) => return crate::error::not_on_gpu_yet("rms_norm_forward"),
         Device::Cpu(_) => with_float!(x.dtype(), T => forward_cpu::<T>(x, weight, eps, y, rstd)),
     }
     Ok(())
@@ -58,6 +59,7 @@ pub fn rms_norm_backward(d_y: View, x: View, weight: View, rstd: View, d_x: View
     check_dtype!(x.dtype(), weight, d_y, d_x);
     check_dtype!(DType::F32, rstd, d_weight);
     match d_x.device() {
+        Device::Gpu(_) => return crate::error::not_on_gpu_yet("rms_norm_backward"),
         Device::Cpu(_) => with_float!(x.dtype(), T => backward_cpu::<T>(d_y, x, weight, rstd, d_x, d_weight)),
     }
 }

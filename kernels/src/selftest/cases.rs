@@ -1,52 +1,66 @@
 //! The cases: shapes that are no multiple of anything, sequences of very different length, and a few usual sizes.
 
 use super::{Bench, Input};
+use crate::float::{Float, with_float};
 use crate::ops::{self, Attention, AttentionGradients, CrossEntropy, IGNORED_LABEL, RelativeBuckets};
 use crate::oracle;
-use crate::{DType, Dropout, Result, Segments};
+use crate::{DType, Dropout, Result, Segments, Tensor};
 
 const MASK: Dropout = Dropout { probability: 0.1, seed: 11, stream: 12 };
 
 pub(super) fn all(bench: &mut Bench) -> Result<()> {
     for (rows, cols) in [(1, 1), (3, 70), (200, 96), (130, 513)] {
         bench.shape = format!("{rows}x{cols}");
-        elementwise(bench, rows, cols)?;
-        activations(bench, rows, cols)?;
-        rms_norm(bench, rows, cols)?;
-        embedding(bench, rows, cols)?;
+        for case in [casts, residuals, activations, rms_norm, embedding] {
+            landed(case(bench, rows, cols))?;
+        }
     }
     for (rows, inputs, outputs) in [(1, 5, 3), (19, 33, 65), (150, 128, 512), (300, 700, 96)] {
         bench.shape = format!("{rows}x{inputs}->{outputs}");
-        linear(bench, rows, inputs, outputs)?;
+        landed(linear(bench, rows, inputs, outputs))?;
     }
     for (rows, width, vocabulary) in [(5, 8, 3), (600, 24, 80), (70, 64, 5000)] {
         bench.shape = format!("{rows}x{width}, vocabulary {vocabulary}");
-        cross_entropy(bench, rows, width, vocabulary)?;
+        landed(cross_entropy(bench, rows, width, vocabulary))?;
     }
-    relative_bias(bench)?;
-    attentions(bench)
+    landed(relative_bias(bench))?;
+    landed(attentions(bench))
 }
 
-fn elementwise(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
-    let (x, delta) = (bench.input(rows, cols, 1.0)?, bench.input(rows, cols, 1.0)?);
-    for other in [DType::F32, DType::Bf16] {
+/// Passes over what is not written for GPUs yet.
+fn landed(result: Result<()>) -> Result<()> {
+    match result {
+        Err(crate::Error::NotOnGpuYet(_)) => Ok(()),
+        result => result,
+    }
+}
+
+fn casts(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
+    let x = bench.input(rows, cols, 1.0)?;
+    for other in [DType::F32, DType::Bf16, DType::F16] {
         let mut y = bench.typed_output(other, rows, cols)?;
         ops::cast(x.tensor.view(), y.view_mut())?;
-        if other == DType::F32 {
-            bench.compare("cast to f32", &y, &x.exact, 0, 0);
-        } else {
-            let rounded: Vec<f64> = x.exact.iter().map(|&x| half::bf16::from_f32(x as f32).to_f64()).collect();
-            bench.compare("cast to bf16", &y, &rounded, 0, 0);
-        }
+        let round = |&x: &f64| match other {
+            DType::Bf16 => half::bf16::from_f32(x as f32).to_f64(),
+            DType::F16 => half::f16::from_f32(x as f32).to_f64(),
+            _ => x,
+        };
+        let rounded: Vec<f64> = x.exact.iter().map(round).collect();
+        bench.compare(&format!("cast to {}", other.name()), &y, &rounded, 0, 0)?;
     }
+    Ok(())
+}
+
+fn residuals(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
+    let (x, delta) = (bench.input(rows, cols, 1.0)?, bench.input(rows, cols, 1.0)?);
     for mask in [Dropout::NONE, MASK] {
         let dropped = oracle::multiply(&delta.exact, &oracle::dropout_factors(mask, rows * cols));
         let mut y = bench.output(rows, cols)?;
         ops::dropout(delta.tensor.view(), mask, y.view_mut())?;
-        bench.compare("dropout", &y, &dropped, 2, 1);
+        bench.compare("dropout", &y, &dropped, 2, 1)?;
         let mut y = bench.output(rows, cols)?;
         ops::residual_forward(x.tensor.view(), delta.tensor.view(), mask, y.view_mut())?;
-        bench.compare("residual_forward", &y, &oracle::add(&x.exact, &dropped), 2, 1);
+        bench.compare("residual_forward", &y, &oracle::add(&x.exact, &dropped), 2, 1)?;
     }
     Ok(())
 }
@@ -59,19 +73,19 @@ fn activations(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
     let mut h = bench.output(rows, cols)?;
     ops::gated_gelu_forward(x.tensor.view(), MASK, h.view_mut())?;
     let want = oracle::multiply(&oracle::gated_gelu(&x.exact, cols), &factors);
-    bench.compare("gated_gelu_forward", &h, &want, 10, 1);
+    bench.compare("gated_gelu_forward", &h, &want, 10, 1)?;
     let mut d_x = bench.output(rows, 2 * cols)?;
     ops::gated_gelu_backward(x.tensor.view(), d_h.tensor.view(), MASK, d_x.view_mut())?;
     let want = oracle::gated_gelu_backward(&x.exact, &d_dropped, cols);
-    bench.compare("gated_gelu_backward", &d_x, &want, 10, 1);
+    bench.compare("gated_gelu_backward", &d_x, &want, 10, 1)?;
 
     let x = bench.input(rows, cols, 1.0)?;
     let mut h = bench.output(rows, cols)?;
     ops::relu_forward(x.tensor.view(), MASK, h.view_mut())?;
-    bench.compare("relu_forward", &h, &oracle::multiply(&oracle::relu(&x.exact), &factors), 2, 1);
+    bench.compare("relu_forward", &h, &oracle::multiply(&oracle::relu(&x.exact), &factors), 2, 1)?;
     let mut d_x = bench.output(rows, cols)?;
     ops::relu_backward(x.tensor.view(), d_h.tensor.view(), MASK, d_x.view_mut())?;
-    bench.compare("relu_backward", &d_x, &oracle::relu_backward(&x.exact, &d_dropped), 2, 1);
+    bench.compare("relu_backward", &d_x, &oracle::relu_backward(&x.exact, &d_dropped), 2, 1)?;
     Ok(())
 }
 
@@ -81,8 +95,8 @@ fn rms_norm(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
     let (mut y, mut rstd) = (bench.output(rows, cols)?, bench.typed_output(DType::F32, rows, 1)?);
     ops::rms_norm_forward(x.tensor.view(), weight.tensor.view(), eps, y.view_mut(), rstd.view_mut())?;
     let (want_y, want_rstd) = oracle::rms_norm(&x.exact, &weight.exact, f64::from(eps));
-    bench.compare("rms_norm_forward", &y, &want_y, cols, 2);
-    bench.compare("rms_norm_forward rstd", &rstd, &want_rstd, cols, 0);
+    bench.compare("rms_norm_forward", &y, &want_y, cols, 2)?;
+    bench.compare("rms_norm_forward rstd", &rstd, &want_rstd, cols, 0)?;
 
     let (d_x, d_weight) = (bench.input(rows, cols, 1.0)?, bench.typed_input(DType::F32, 1, cols, 1.0)?);
     let (Input { tensor: mut got_x, exact: old_x }, Input { tensor: mut got_weight, exact: old_weight }) =
@@ -96,8 +110,8 @@ fn rms_norm(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
         got_weight.view_mut(),
     )?;
     let (d_x, d_weight) = oracle::rms_norm_backward(&d_y.exact, &x.exact, &weight.exact, f64::from(eps));
-    bench.compare("rms_norm_backward d_x", &got_x, &oracle::add(&old_x, &d_x), cols, 1);
-    bench.compare("rms_norm_backward d_weight", &got_weight, &oracle::add(&old_weight, &d_weight), rows + cols, 1);
+    bench.compare("rms_norm_backward d_x", &got_x, &oracle::add(&old_x, &d_x), cols, 1)?;
+    bench.compare("rms_norm_backward d_weight", &got_weight, &oracle::add(&old_weight, &d_weight), rows + cols, 1)?;
     Ok(())
 }
 
@@ -109,12 +123,12 @@ fn embedding(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
     let mut y = bench.output(rows, cols)?;
     ops::embedding_forward(ids_tensor.view(), table.tensor.view(), MASK, y.view_mut())?;
     let want = oracle::multiply(&oracle::embedding(&ids, &table.exact, cols), &factors);
-    bench.compare("embedding_forward", &y, &want, 2, 1);
+    bench.compare("embedding_forward", &y, &want, 2, 1)?;
     let Input { tensor: mut d_table, exact: old } = bench.typed_input(DType::F32, vocabulary, cols, 1.0)?;
     ops::embedding_backward(ids_tensor.view(), d_y.tensor.view(), MASK, d_table.view_mut())?;
     let dropped = oracle::multiply(&d_y.exact, &factors);
     let want = oracle::add(&old, &oracle::embedding_backward(&ids, &dropped, vocabulary, cols));
-    bench.compare("embedding_backward", &d_table, &want, rows + 1, 0);
+    bench.compare("embedding_backward", &d_table, &want, rows + 1, 0)?;
     Ok(())
 }
 
@@ -133,24 +147,24 @@ fn linear(bench: &mut Bench, rows: usize, inputs: usize, outputs: usize) -> Resu
     for dtype in [bench.dtype, DType::F32] {
         let mut y = bench.typed_output(dtype, rows, outputs)?;
         ops::linear_forward(x.tensor.view(), w.tensor.view(), y.view_mut(), false)?;
-        bench.compare("linear_forward", &y, &product, inputs, usize::from(dtype != DType::F32));
+        bench.compare("linear_forward", &y, &product, inputs, usize::from(dtype != DType::F32))?;
     }
     let Input { tensor: mut y, exact: old } = bench.input(rows, outputs, 1.0)?;
     ops::linear_forward(x.tensor.view(), w.tensor.view(), y.view_mut(), true)?;
-    bench.compare("linear_forward accumulate", &y, &oracle::add(&old, &product), inputs, 1);
+    bench.compare("linear_forward accumulate", &y, &oracle::add(&old, &product), inputs, 1)?;
 
     let product = oracle::matmul(&d_y_exact, &w.exact, outputs);
     let mut d_x = bench.output(rows, inputs)?;
     ops::linear_backward_input(d_y, w.tensor.view(), d_x.view_mut(), false)?;
-    bench.compare("linear_backward_input", &d_x, &product, outputs, 1);
+    bench.compare("linear_backward_input", &d_x, &product, outputs, 1)?;
     let Input { tensor: mut d_x, exact: old } = bench.input(rows, inputs, 1.0)?;
     ops::linear_backward_input(d_y, w.tensor.view(), d_x.view_mut(), true)?;
-    bench.compare("linear_backward_input accumulate", &d_x, &oracle::add(&old, &product), outputs, 1);
+    bench.compare("linear_backward_input accumulate", &d_x, &oracle::add(&old, &product), outputs, 1)?;
 
     let Input { tensor: mut d_w, exact: old } = bench.typed_input(DType::F32, outputs, inputs, 1.0)?;
     ops::linear_backward_weight(d_y, x.tensor.view(), d_w.view_mut())?;
     let want = oracle::add(&old, &oracle::matmul(&oracle::transpose(&d_y_exact, outputs), &x.exact, rows));
-    bench.compare("linear_backward_weight", &d_w, &want, rows + 1, 0);
+    bench.compare("linear_backward_weight", &d_w, &want, rows + 1, 0)?;
     Ok(())
 }
 
@@ -169,7 +183,7 @@ fn cross_entropy(bench: &mut Bench, rows: usize, width: usize, vocabulary: usize
 
     let mut losses = bench.typed_output(DType::F32, rows, 1)?;
     ops::cross_entropy_forward(h.tensor.view(), w.tensor.view(), labels.view(), loss, losses.view_mut())?;
-    bench.compare("cross_entropy_forward", &losses, &want, terms, 0);
+    bench.compare("cross_entropy_forward", &losses, &want, terms, 0)?;
 
     let mut losses = bench.typed_output(DType::F32, rows, 1)?;
     let mut d_h = bench.output(rows, width)?;
@@ -183,11 +197,11 @@ fn cross_entropy(bench: &mut Bench, rows: usize, width: usize, vocabulary: usize
         d_h.view_mut(),
         d_w.view_mut(),
     )?;
-    bench.compare("cross_entropy_forward_backward losses", &losses, &want, terms, 0);
+    bench.compare("cross_entropy_forward_backward losses", &losses, &want, terms, 0)?;
     let d_h_exact = oracle::matmul(&gradient, &w.exact, vocabulary);
-    bench.compare("cross_entropy_forward_backward d_h", &d_h, &d_h_exact, terms, 1);
+    bench.compare("cross_entropy_forward_backward d_h", &d_h, &d_h_exact, terms, 1)?;
     let d_w_exact = oracle::matmul(&oracle::transpose(&gradient, vocabulary), &h.exact, rows);
-    bench.compare("cross_entropy_forward_backward d_w", &d_w, &oracle::add(&old, &d_w_exact), terms + rows, 0);
+    bench.compare("cross_entropy_forward_backward d_w", &d_w, &oracle::add(&old, &d_w_exact), terms + rows, 0)?;
     Ok(())
 }
 
@@ -199,12 +213,12 @@ fn relative_bias(bench: &mut Bench) -> Result<()> {
         let table = bench.input(num_buckets, heads, 1.0)?;
         let mut bias = bench.typed_output(DType::F32, heads, distances)?;
         ops::relative_bias_forward(table.tensor.view(), buckets, bias.view_mut())?;
-        bench.compare("relative_bias_forward", &bias, &oracle::relative_bias(&table.exact, buckets, heads), 0, 0);
+        bench.compare("relative_bias_forward", &bias, &oracle::relative_bias(&table.exact, buckets, heads), 0, 0)?;
         let d_bias = bench.typed_input(DType::F32, heads, distances, 1.0)?;
         let Input { tensor: mut d_table, exact: old } = bench.typed_input(DType::F32, num_buckets, heads, 1.0)?;
         ops::relative_bias_backward(d_bias.tensor.view(), buckets, d_table.view_mut())?;
         let want = oracle::add(&old, &oracle::relative_bias_backward(&d_bias.exact, buckets, heads));
-        bench.compare("relative_bias_backward", &d_table, &want, max_distance, 0);
+        bench.compare("relative_bias_backward", &d_table, &want, max_distance, 0)?;
     }
     Ok(())
 }
@@ -302,14 +316,14 @@ fn attention(bench: &mut Bench, shape: &Shape) -> Result<()> {
         (bench.output(query_rows, inner)?, bench.typed_output(DType::F32, query_rows, heads)?);
     ops::attention_forward(inputs, out.view_mut(), logsumexp.view_mut())?;
     let (want_out, want_logsumexp) = exact.forward();
-    bench.compare("attention_forward", &out, &want_out, terms, 1);
-    bench.compare("attention_forward logsumexp", &logsumexp, &want_logsumexp, terms, 0);
+    bench.compare("attention_forward", &out, &want_out, terms, 1)?;
+    bench.compare("attention_forward logsumexp", &logsumexp, &want_logsumexp, terms, 0)?;
 
     let mut d_q = bench.output(query_rows, inner)?;
     let mut d_kv = bench.output(key_rows, 2 * inner)?;
     // Cached keys have gaps, which belong to nobody.
-    d_kv.view_mut().fill_zero();
-    poison_keys(&mut d_kv, &shape.keys);
+    d_kv.view_mut().fill_zero()?;
+    poison_keys(&mut d_kv, &shape.keys)?;
     let d_bias = match shape.reach {
         Some(reach) => Some(bench.typed_input(DType::F32, heads, 2 * reach + 1, 0.1)?),
         None => None,
@@ -326,22 +340,23 @@ fn attention(bench: &mut Bench, shape: &Shape) -> Result<()> {
     let terms = 2 * terms + shape.queries.longest();
     let d_kv_exact: Vec<f64> =
         want.d_k.chunks(inner).zip(want.d_v.chunks(inner)).flat_map(|(d_k, d_v)| [d_k, d_v].concat()).collect();
-    bench.compare("attention_backward d_q", &d_q, &want.d_q, terms, 1);
-    bench.compare("attention_backward d_k and d_v", &d_kv, &d_kv_exact, terms, 1);
+    bench.compare("attention_backward d_q", &d_q, &want.d_q, terms, 1)?;
+    bench.compare("attention_backward d_k and d_v", &d_kv, &d_kv_exact, terms, 1)?;
     if let Some(d_bias) = d_bias {
         let want = oracle::add(&old_bias, &want.d_bias);
-        bench.compare("attention_backward d_bias", &d_bias, &want, terms * shape.queries.longest(), 0);
+        bench.compare("attention_backward d_bias", &d_bias, &want, terms * shape.queries.longest(), 0)?;
     }
     Ok(())
 }
 
-fn poison_keys(d_kv: &mut crate::Tensor, keys: &Segments) {
-    let cols = d_kv.cols();
+fn poison_keys(d_kv: &mut Tensor, keys: &Segments) -> Result<()> {
+    let (dtype, cols) = (d_kv.dtype(), d_kv.cols());
     for sequence in 0..keys.len() {
-        let range = keys.rows(sequence).start * cols..keys.rows(sequence).end * cols;
-        match d_kv.dtype() {
-            DType::Bf16 => d_kv.as_mut_slice::<half::bf16>()[range].fill(half::bf16::NAN),
-            _ => d_kv.as_mut_slice::<f32>()[range].fill(f32::NAN),
-        }
+        let rows = keys.rows(sequence);
+        with_float!(dtype, T => {
+            let poison = vec![<T as Float>::from_f32(f32::NAN); rows.len() * cols];
+            d_kv.view_mut().rows_range(rows).write(&poison)?;
+        });
     }
+    Ok(())
 }

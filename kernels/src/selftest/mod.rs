@@ -9,17 +9,18 @@ mod cases;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use half::bf16;
+use half::{bf16, f16};
 
+use crate::float::{Float, with_float};
 use crate::oracle::Random;
-use crate::{DType, Device, Element, Result, Tensor};
+use crate::{DType, Device, Result, Tensor};
 
 /// What an operation did.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outcome {
     /// The operation, and which of its results.
     pub op: String,
-    /// Of activations and weights: `"f32"` or `"bf16"`.
+    /// Of activations and weights: `"f32"`, `"bf16"` or `"f16"`.
     pub dtype: &'static str,
     pub shape: String,
     pub max_error: f64,
@@ -37,7 +38,7 @@ fn run_with_digest(device: &Device) -> Result<(Vec<Outcome>, u64)> {
     let (random, shape) = (Random::new(20), String::new());
     let mut bench =
         Bench { device, dtype: DType::F32, random, shape, outcomes: Vec::new(), digest: DefaultHasher::new() };
-    for dtype in [DType::F32, DType::Bf16] {
+    for dtype in [DType::F32, DType::Bf16, DType::F16] {
         bench.dtype = dtype;
         cases::all(&mut bench)?;
     }
@@ -69,7 +70,7 @@ impl Bench<'_> {
     fn typed_input(&mut self, dtype: DType, rows: usize, cols: usize, scale: f32) -> Result<Input> {
         let values: Vec<f32> = self.random.normals(rows * cols).into_iter().map(|value| value * scale).collect();
         let tensor = self.upload(dtype, &values, rows, cols)?;
-        let exact = download(&tensor);
+        let exact = download(&tensor)?;
         Ok(Input { tensor, exact })
     }
 
@@ -83,14 +84,10 @@ impl Bench<'_> {
     }
 
     fn upload(&self, dtype: DType, values: &[f32], rows: usize, cols: usize) -> Result<Tensor> {
-        match dtype {
-            DType::F32 => self.device.upload(values, rows, cols),
-            DType::Bf16 => {
-                let values: Vec<bf16> = values.iter().map(|&value| bf16::from_f32(value)).collect();
-                self.device.upload(&values, rows, cols)
-            }
-            DType::U32 => panic!("random integers are drawn with `ids`"),
-        }
+        with_float!(dtype, T => {
+            let values: Vec<T> = values.iter().map(|&value| <T as Float>::from_f32(value)).collect();
+            self.device.upload(&values, rows, cols)
+        })
     }
 
     fn ids(&mut self, rows: usize, limit: usize) -> Result<(Tensor, Vec<u32>)> {
@@ -99,8 +96,8 @@ impl Bench<'_> {
     }
 
     /// Compares a result; `roundings` to the type under test were made on the way to it.
-    fn compare(&mut self, op: &str, got: &Tensor, want: &[f64], terms: usize, roundings: usize) {
-        let got = download(got);
+    fn compare(&mut self, op: &str, got: &Tensor, want: &[f64], terms: usize, roundings: usize) -> Result<()> {
+        let got = download(got)?;
         got.iter().for_each(|value| value.to_bits().hash(&mut self.digest));
         assert_eq!(got.len(), want.len(), "{op}: elements of the result and of the oracle's");
         let rms = (want.iter().map(|want| want * want).sum::<f64>() / want.len().max(1) as f64).sqrt();
@@ -109,31 +106,28 @@ impl Bench<'_> {
             if error.is_nan() { f64::INFINITY } else { error }
         };
         let max_error = got.iter().zip(want).map(error).fold(0.0, f64::max);
-        let (dtype, epsilon) = match self.dtype {
-            DType::F32 => ("f32", 0.0),
-            _ => ("bf16", f64::from(bf16::EPSILON)),
+        let epsilon = match self.dtype {
+            DType::Bf16 => f64::from(bf16::EPSILON),
+            DType::F16 => f64::from(f16::EPSILON),
+            DType::F32 | DType::U32 => 0.0,
         };
         let tolerance = 8.0 * f64::from(f32::EPSILON) * (terms as f64).sqrt() + roundings as f64 * epsilon;
         self.outcomes.push(Outcome {
             op: op.to_owned(),
-            dtype,
+            dtype: self.dtype.name(),
             shape: self.shape.clone(),
             max_error,
             tolerance,
             passed: max_error <= tolerance,
         });
+        Ok(())
     }
 }
 
-fn download(tensor: &Tensor) -> Vec<f64> {
-    fn wide<T: Element + Into<f64>>(tensor: &Tensor) -> Vec<f64> {
-        tensor.as_slice::<T>().iter().map(|&value| value.into()).collect()
-    }
-    match tensor.dtype() {
-        DType::F32 => wide::<f32>(tensor),
-        DType::Bf16 => wide::<bf16>(tensor),
-        DType::U32 => wide::<u32>(tensor),
-    }
+fn download(tensor: &Tensor) -> Result<Vec<f64>> {
+    with_float!(tensor.dtype(), T => {
+        Ok(tensor.download::<T>()?.into_iter().map(|value| f64::from(Float::to_f32(value))).collect())
+    })
 }
 
 #[cfg(test)]

@@ -75,7 +75,7 @@ fn losses(device: &Device, dtype: DType, rows: &Rows, adamw: &AdamW) -> Result<V
     let mut losses = Vec::with_capacity(STEPS);
     for _ in 0..STEPS {
         ops::cast(master.view(), compute.view_mut())?;
-        gradients.view_mut().fill_zero();
+        gradients.view_mut().fill_zero()?;
         let sums = model.train(&compute, &batch, options, &mut gradients)?;
         losses.push(sums.loss_sum / sums.target_tokens as f64);
         let mean = ClippedMean::new(gradients.as_slice(), sums.target_tokens, adamw.max_grad_norm);

@@ -1,0 +1,2 @@
+// Kernels with a mistake each, which the emulator must find.
+#include "element.cuh"

@@ -1,0 +1,47 @@
+//! The kernels' sources, which are part of the program.
+
+/// A file's name and text.
+pub(crate) type Source = (&'static str, &'static str);
+
+/// A file of kernels for each operation.
+const KERNELS: &[Source] = &[("residual", include_str!("../../cuda/residual.cu"))];
+
+/// What they include.
+pub(crate) const HEADERS: &[Source] = &[
+    ("element.cuh", include_str!("../../cuda/element.cuh")),
+    ("ptx.cuh", include_str!("../../cuda/ptx.cuh")),
+    ("random.cuh", include_str!("../../cuda/random.cuh")),
+    ("reduce.cuh", include_str!("../../cuda/reduce.cuh")),
+];
+
+/// The text of the file of kernels of this stem.
+pub(crate) fn kernels(stem: &str) -> &'static str {
+    let found = KERNELS.iter().chain(super::emulated::TEST_KERNELS).find(|(name, _)| *name == stem);
+    found.unwrap_or_else(|| panic!("no kernels/cuda/{stem}.cu")).1
+}
+
+/// The names of the kernels that a source declares: `KERNEL name(` or `KERNEL LAUNCH_BOUNDS(n) name(` at the beginning of
+/// a line.
+pub(crate) fn kernel_names(text: &str) -> Vec<&str> {
+    let declarations = text.lines().filter_map(|line| line.strip_prefix("KERNEL "));
+    declarations
+        .filter_map(|rest| {
+            let rest = match rest.strip_prefix("LAUNCH_BOUNDS(") {
+                Some(bounds) => bounds.split_once(") ")?.1,
+                None => rest,
+            };
+            Some(rest.split_once('(')?.0.trim())
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_found_by_their_declarations() {
+        let text = "// KERNEL no(\nKERNEL one(float* x) {\n  KERNEL no(\nKERNEL LAUNCH_BOUNDS(32 * 8) two(u32 n)\n{";
+        assert_eq!(kernel_names(text), ["one", "two"]);
+    }
+}

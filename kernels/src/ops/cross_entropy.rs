@@ -5,6 +5,7 @@
 //! That gradient, by logit, is `softmax(logits) − s/V`, and less `1 − s` at the label.
 
 use super::{check_dtype, check_shape};
+use crate::driver::{Argument, Gpu, Launch, Module, Product, has_whole_vectors};
 use crate::float::{Float, with_float};
 use crate::gemm::{Matrix, MatrixMut, gemm};
 use crate::parallel::{SharedMut, for_each_task};
@@ -64,7 +65,7 @@ fn run(
     check_dtype!(h.dtype(), w);
     check_dtype!(DType::F32, losses);
     match losses.device() {
-        Device::Gpu(_) => return crate::error::not_on_gpu_yet("run"),
+        Device::Gpu(gpu) => launch(gpu, h, w, labels, loss, losses, gradients),
         Device::Cpu(_) => with_float!(h.dtype(), T => cpu::<T>(h, w, labels, loss, losses, gradients)),
     }
 }
@@ -134,4 +135,71 @@ multiversion! {
             *logit = (exp(*logit * scale - logsumexp) - background) * scale;
         }
     }
+}
+
+/// As on the CPU, with chunks of 256 MiB of f32 logits (but 512 rows at least, below which products do not fill a GPU and
+/// reading and writing `d_w` costs as much as they do). The products' operands must have one type, so the gradient by the
+/// logits is rounded to that of `h`, in the place of the logits; it lacks their scale, which the products multiply with.
+fn launch(
+    gpu: &Gpu,
+    h: View,
+    w: View,
+    labels: View,
+    loss: CrossEntropy,
+    losses: ViewMut,
+    mut gradients: Option<(ViewMut, ViewMut)>,
+) -> Result<()> {
+    const CHUNK_LOGITS: usize = 64 << 20;
+    const CHUNK_ROWS_MIN: usize = 512;
+    const CHUNK_ROWS_MULTIPLE: usize = 128;
+    assert!(labels.is_contiguous() && losses.view().is_contiguous(), "labels or losses with gaps");
+    let (rows, vocabulary) = (h.rows(), w.rows());
+    let chunk = (CHUNK_LOGITS / vocabulary / CHUNK_ROWS_MULTIPLE * CHUNK_ROWS_MULTIPLE).max(CHUNK_ROWS_MIN).min(rows);
+    let mut logits = losses.device().empty(DType::F32, chunk, vocabulary)?;
+    for start in (0..rows).step_by(chunk.max(1)) {
+        let range = start..rows.min(start + chunk);
+        let h = h.rows_range(range.clone());
+        let mut logits = logits.view_mut().rows_range(0..range.len());
+        let (b, alpha) = (w, loss.scale);
+        let c = logits.reborrow();
+        gpu.gemm(Product { a: h, a_transposed: false, b, b_transposed: true, c, alpha, accumulate: false })?;
+        let element = h.dtype();
+        let differentiate = gradients.is_some().then_some(loss.label_smoothing);
+        let (labels, losses) = (labels.rows_range(range.clone()), losses.view().rows_range(range.clone()));
+        launch_rows(gpu, element, logits.view(), labels, losses, differentiate)?;
+        if let Some((d_h, d_w)) = &mut gradients {
+            let a = logits.view().with_elements_of(element);
+            let c = d_h.reborrow().rows_range(range);
+            gpu.gemm(Product { a, a_transposed: false, b, b_transposed: false, c, alpha, accumulate: false })?;
+            let c = d_w.reborrow();
+            gpu.gemm(Product { a, a_transposed: true, b: h, b_transposed: false, c, alpha, accumulate: true })?;
+        }
+    }
+    Ok(())
+}
+
+/// The losses of some rows; with `smoothing`, their logits become the gradient.
+fn launch_rows(
+    gpu: &Gpu,
+    element: DType,
+    logits: View,
+    labels: View,
+    losses: View,
+    smoothing: Option<f32>,
+) -> Result<()> {
+    const THREADS_MAX: usize = 512;
+    let vocabulary = logits.cols();
+    let threads = vocabulary.div_ceil(16).next_multiple_of(32).min(THREADS_MAX);
+    let function = if smoothing.is_some() { "cross_entropy_forward_backward" } else { "cross_entropy_forward" };
+    let mut arguments = vec![logits.into(), labels.into(), losses.into(), vocabulary.into()];
+    arguments.extend(smoothing.map(Argument::F32));
+    arguments.push(has_whole_vectors(&[logits]).into());
+    gpu.launch(Launch {
+        module: Module { source: "cross_entropy", element, constants: &[] },
+        function,
+        grid: [logits.rows() as u32, 1, 1],
+        block: threads as u32,
+        shared_bytes: (threads / 32 * 8).next_multiple_of(16),
+        arguments: &arguments,
+    })
 }

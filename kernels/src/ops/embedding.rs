@@ -1,7 +1,9 @@
 //! Token embeddings, with the dropout that follows them.
 
+use super::elementwise::Elementwise;
 use super::residual::scale;
 use super::{check_dtype, check_shape};
+use crate::driver::{Gpu, Launch, Module, dropout_arguments, has_whole_vectors};
 use crate::float::{Float, with_float};
 use crate::parallel::{SharedMut, for_each_row_block, for_each_task, rows_per_task};
 use crate::simd::multiversion;
@@ -16,7 +18,7 @@ pub fn embedding_forward(ids: View, table: View, mask: Dropout, y: ViewMut) -> R
     check_shape!(table, table.rows(), y.cols());
     check_dtype!(table.dtype(), y);
     match y.device() {
-        Device::Gpu(_) => return crate::error::not_on_gpu_yet("embedding_forward"),
+        Device::Gpu(gpu) => forward_gpu(gpu, ids, table, mask, y)?,
         Device::Cpu(_) => with_float!(y.dtype(), T => forward_cpu::<T>(ids, table, mask, y)),
     }
     Ok(())
@@ -41,7 +43,7 @@ pub fn embedding_backward(ids: View, d_y: View, mask: Dropout, d_table: ViewMut)
     check_shape!(d_table, d_table.rows(), d_y.cols());
     check_dtype!(DType::F32, d_table);
     match d_table.device() {
-        Device::Gpu(_) => return crate::error::not_on_gpu_yet("embedding_backward"),
+        Device::Gpu(gpu) => backward_gpu(gpu, ids, d_y, mask, d_table)?,
         Device::Cpu(_) => with_float!(d_y.dtype(), T => backward_cpu::<T>(ids, d_y, mask, d_table)),
     }
     Ok(())
@@ -70,4 +72,54 @@ multiversion! {
             *sum += d_y.to_f32() * factor;
         }
     }
+}
+
+fn forward_gpu(gpu: &Gpu, ids: View, table: View, mask: Dropout, y: ViewMut) -> Result<()> {
+    assert!(ids.is_contiguous(), "ids with gaps");
+    Elementwise {
+        source: "embedding",
+        function: "embedding_forward",
+        element: y.dtype(),
+        constants: &[],
+        first: &[ids.into(), table.rows().into()],
+        views: &[table, y.view()],
+        cols: y.cols(),
+        mask: Some(mask),
+    }
+    .launch(gpu)
+}
+
+fn backward_gpu(gpu: &Gpu, ids: View, d_y: View, mask: Dropout, d_table: ViewMut) -> Result<()> {
+    assert!(ids.is_contiguous(), "ids with gaps");
+    const THREADS: usize = 256;
+    /// Rows that a block looks through at a time, with 13 bytes of shared memory for each.
+    const WINDOW: usize = 8 * THREADS;
+    /// Each block looks through all ids: that many blocks keep a GPU busy, a power of two.
+    const BLOCKS_MAX: usize = 512;
+    /// Rows that a block is worth.
+    const BLOCK_ROWS: usize = 16;
+    let blocks = ids.rows().div_ceil(BLOCK_ROWS).next_power_of_two().min(BLOCKS_MAX);
+    let [seed, stream, threshold, scale] = dropout_arguments(mask);
+    gpu.launch(Launch {
+        module: Module { source: "embedding", element: d_y.dtype(), constants: &[] },
+        function: "embedding_backward",
+        grid: [blocks as u32, 1, 1],
+        block: THREADS as u32,
+        shared_bytes: THREADS / 32 * 4 + WINDOW * 13,
+        arguments: &[
+            ids.into(),
+            d_y.into(),
+            d_y.stride().into(),
+            (&d_table).into(),
+            d_table.stride().into(),
+            d_y.rows().into(),
+            d_y.cols().into(),
+            d_table.rows().into(),
+            has_whole_vectors(&[d_y, d_table.view()]).into(),
+            seed,
+            stream,
+            threshold,
+            scale,
+        ],
+    })
 }

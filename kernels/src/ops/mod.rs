@@ -7,6 +7,7 @@ mod activation;
 mod attention;
 mod cast;
 mod cross_entropy;
+mod elementwise;
 mod embedding;
 mod linear;
 mod relative_bias;

@@ -3,7 +3,7 @@
 //! Written from the mathematics alone, sharing no code with the operations. Matrices are row by row; `rows`, `cols` and
 //! the like are told apart by the legend of [`crate::ops`]. The gradients are checked against finite differences.
 
-use crate::ops::RelativeBuckets;
+use crate::ops::{Adafactor, AdamW, RelativeBuckets, TensorSlot};
 use crate::{Dropout, Segments};
 
 /// Random inputs for tests: SplitMix64 (Steele, Lea and Flood 2014).
@@ -294,6 +294,54 @@ pub(crate) fn cross_entropy(logits: &[f64], labels: &[Option<usize>], smoothing:
     };
     let losses = labels.iter().enumerate().map(&mut loss).collect();
     (losses, gradient)
+}
+
+/// A tensor under an update by AdamW or Adafactor, and its moments, element by element as the papers' formulas have it.
+pub(crate) struct Updated {
+    pub(crate) parameters: Vec<f64>,
+    /// The first moments (AdamW) or the means over columns, one a row (Adafactor of a matrix).
+    pub(crate) first: Vec<f64>,
+    /// The second moments, or the means over rows.
+    pub(crate) second: Vec<f64>,
+}
+
+impl Updated {
+    pub(crate) fn adamw(&mut self, rule: &AdamW, slot: &TensorSlot, gradient: &[f64]) {
+        let square: f64 = self.parameters.iter().map(|p| p * p).sum();
+        let rms = (square / self.parameters.len() as f64).sqrt();
+        let scale = if rule.scale_by_rms && slot.is_matrix { rms.max(1e-3) } else { 1.0 };
+        let rate = rule.learning_rate * scale;
+        let decay = if slot.decays { rule.weight_decay } else { 0.0 };
+        let unbias = |beta: f64| 1.0 - beta.powi(rule.step as i32);
+        for (i, g) in gradient.iter().enumerate() {
+            self.first[i] = rule.beta1 * self.first[i] + (1.0 - rule.beta1) * g;
+            self.second[i] = rule.beta2 * self.second[i] + (1.0 - rule.beta2) * g * g;
+            let (m, v) = (self.first[i] / unbias(rule.beta1), self.second[i] / unbias(rule.beta2));
+            self.parameters[i] -= rate * (decay * self.parameters[i] + m / (v.sqrt() + rule.epsilon));
+        }
+    }
+
+    pub(crate) fn adafactor(&mut self, rule: &Adafactor, slot: &TensorSlot, gradient: &[f64]) {
+        let (rows, cols) = (slot.rows, slot.cols);
+        let beta = 1.0 - (rule.step as f64).powf(-0.8);
+        let square = |index: usize| gradient[index] * gradient[index] + 1e-30;
+        let row_means = (0..rows).map(|r| (0..cols).map(|c| square(r * cols + c)).sum::<f64>() / cols as f64);
+        let col_means = (0..cols).map(|c| (0..rows).map(|r| square(r * cols + c)).sum::<f64>() / rows as f64);
+        let blend = |old: &mut f64, mean: f64| *old = beta * *old + (1.0 - beta) * mean;
+        self.first.iter_mut().zip(row_means).for_each(|(old, mean)| blend(old, mean));
+        self.second.iter_mut().zip(col_means).for_each(|(old, mean)| blend(old, mean));
+        let row_mean = self.first.iter().sum::<f64>() / rows as f64;
+        let moment = |index: usize| match slot.is_matrix {
+            true => self.first[index / cols] / row_mean * self.second[index % cols],
+            false => self.second[index],
+        };
+        let update: Vec<f64> = gradient.iter().enumerate().map(|(i, g)| g / moment(i).sqrt()).collect();
+        let rms = (update.iter().map(|u| u * u).sum::<f64>() / update.len() as f64).sqrt();
+        let decay = if slot.decays { rule.weight_decay } else { 0.0 };
+        for (p, u) in self.parameters.iter_mut().zip(&update) {
+            *p -= rule.learning_rate * (decay * *p + u / rms.max(1.0));
+        }
+    }
 }
 
 #[cfg(test)]

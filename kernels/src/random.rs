@@ -100,12 +100,15 @@ multiversion! {
     /// The factors of the 128 elements of group `group`.
     fn group_factors(seed: u64, stream: u64, group: u64, threshold: u32, scale: f32, factors: &mut [f32]) {
         let words = philox(seed, stream, group * BLOCKS as u64);
-        let (low, high) = factors.split_at_mut(GROUP / 2);
-        for ((low, high), words) in low.chunks_exact_mut(BLOCKS).zip(high.chunks_exact_mut(BLOCKS)).zip(&words) {
-            for ((low, high), &word) in low.iter_mut().zip(high).zip(words) {
-                let word = word as u32;
-                *low = if word & 0xffff < threshold { 0.0 } else { scale };
-                *high = if word >> DECISION_BITS < threshold { 0.0 } else { scale };
+        let (low, high) = factors.as_chunks_mut::<BLOCKS>().0.split_at_mut(words.len());
+        for ((low, high), words) in low.iter_mut().zip(high).zip(words) {
+            // In loops of their own over arrays, or they become vectors of four.
+            let words = words.map(|word| word as u32);
+            for lane in 0..BLOCKS {
+                low[lane] = if words[lane] & 0xffff < threshold { 0.0 } else { scale };
+            }
+            for lane in 0..BLOCKS {
+                high[lane] = if words[lane] >> DECISION_BITS < threshold { 0.0 } else { scale };
             }
         }
     }

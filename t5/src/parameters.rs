@@ -234,6 +234,16 @@ impl Parameters {
         Ok(Parameters { layout, values })
     }
 
+    /// An arena over `values[1, len]`.
+    pub fn new(layout: Arc<Layout>, values: Tensor) -> Self {
+        assert_eq!((values.rows(), values.cols()), (1, layout.len()), "values of another layout");
+        Parameters { layout, values }
+    }
+
+    pub fn into_values(self) -> Tensor {
+        self.values
+    }
+
     pub fn layout(&self) -> &Arc<Layout> {
         &self.layout
     }

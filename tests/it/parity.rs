@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use quintet_kernels::{DType, Device, ops};
 use quintet_t5::{Batch, LossSums, Model, Parameters, TrainOptions, load_pretrained, save_pretrained};
-use quintet_worker::optimizer::{ClippedMean, Hyperparameters, Optimizer, OptimizerKind, TensorSlot, global_norm};
+use quintet_worker::optimizer::{ClippedMean, Hyperparameters, NamedSlot, Optimizer, OptimizerKind};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -80,24 +80,25 @@ impl Reference {
             epsilon: settings["eps"].as_f64().unwrap_or_default(),
             weight_decay: number("weight_decay"),
         };
-        let mut optimizer = Optimizer::new(kind, hyperparameters, &self.slots());
+        let mut optimizer = Optimizer::new(self.model.device(), kind, hyperparameters, self.slots()).unwrap();
         let mut weights = self.copy_of_weights();
         let batch = self.batch();
         let steps = settings["losses"].as_array().unwrap().len();
         let step = |_| {
             let (sums, gradients) = self.train(&weights, &batch, PLAIN);
             let max_norm = settings["max_grad_norm"].as_f64().unwrap_or(0.0);
-            let clipped = ClippedMean::new(gradients.as_slice(), sums.target_tokens, max_norm);
-            optimizer.step(number("lr"), weights.as_mut_slice(), gradients.as_slice(), clipped.scale);
+            let clipped = ClippedMean::new(gradients.view(), sums.target_tokens, max_norm).unwrap();
+            optimizer.step(number("lr"), weights.view_mut(), gradients.view(), clipped.scale).unwrap();
             mean(sums)
         };
         (0..steps).map(step).collect()
     }
 
     /// As torch's plain optimizers see the parameters: all of them decay.
-    fn slots(&self) -> Vec<TensorSlot> {
-        let tensors = self.model.layout().tensors().iter();
-        tensors.map(|tensor| TensorSlot { decays: true, ..TensorSlot::from(tensor) }).collect()
+    fn slots(&self) -> Vec<NamedSlot> {
+        let mut slots: Vec<NamedSlot> = self.model.layout().tensors().iter().map(NamedSlot::from).collect();
+        slots.iter_mut().for_each(|tensor| tensor.slot.decays = true);
+        slots
     }
 
     fn copy_of_weights(&self) -> Parameters {
@@ -129,6 +130,10 @@ fn mean(sums: LossSums) -> f64 {
 
 fn norm(values: impl IntoIterator<Item = f64>) -> f64 {
     values.into_iter().map(|value| value * value).sum::<f64>().sqrt()
+}
+
+fn global_norm(arena: &Parameters) -> f64 {
+    ops::global_norm(arena.view()).unwrap()
 }
 
 /// ‖got·scale − want‖ / ‖want‖
@@ -171,7 +176,7 @@ fn every_gradient_is_that_of_hugging_face() {
             let distance = relative_distance(got, scale, &reference.gradients[&tensor.name]);
             assert!(distance <= 1e-4, "{name}: {} is off by {distance:e}", tensor.name);
         }
-        let grad_norm = global_norm(gradients.as_slice()) * scale;
+        let grad_norm = global_norm(&gradients) * scale;
         assert_close(name, grad_norm, reference.number("grad_norm"), 1e-5);
     }
 }
@@ -183,7 +188,7 @@ fn label_smoothing_changes_the_gradient_and_not_the_reported_loss() {
         let options = TrainOptions { label_smoothing: smoothing["epsilon"].as_f64().unwrap() as f32, ..PLAIN };
         let (sums, gradients) = reference.train(&reference.weights, &reference.batch(), options);
         assert_close(reference.name, mean(sums), reference.number("loss"), 1e-5);
-        let grad_norm = global_norm(gradients.as_slice()) / sums.target_tokens as f64;
+        let grad_norm = global_norm(&gradients) / sums.target_tokens as f64;
         assert_close(reference.name, grad_norm, smoothing["grad_norm"].as_f64().unwrap(), 1e-4);
     }
 }
@@ -269,7 +274,7 @@ fn bf16_follows_f32() {
         assert_ne!(rounded_sums.loss_sum, sums.loss_sum, "{}: bf16 rounds", reference.name);
         let pairs = exact.as_slice().iter().zip(gradients.as_slice());
         let dot: f64 = pairs.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
-        let norms = global_norm(exact.as_slice()) * global_norm(gradients.as_slice());
+        let norms = global_norm(&exact) * global_norm(&gradients);
         assert!(dot / norms > 0.99, "{}: cosine {}", reference.name, dot / norms);
     }
 }

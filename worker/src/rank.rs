@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use quintet_data::{
     DataConfig, Dataset, Limits, Loader, Order, PackedBatch, Packer, Schedule as StepSchedule, Splits, Tokenizer, share,
 };
-use quintet_kernels::Device;
+use quintet_kernels::{DType, Device, Tensor};
 use quintet_proto::v1::{Actions, Evaluated, Failed, Finished, Lease, MicroBatch, NotFinite, Plan};
 use quintet_proto::v1::{Ready, Saved, StepDone, StepFailed, Stop};
 
@@ -88,7 +88,7 @@ struct Rank {
     listener: Listener,
     sum: TreeSum,
     /// The gradient of the global batch, summed over ranks, of the step that waits for its commit.
-    reduced: Vec<f32>,
+    reduced: Tensor,
     pending: Option<(u64, ClippedMean)>,
     /// The digest that the next report carries.
     digest: Option<blake3::Hash>,
@@ -134,6 +134,7 @@ impl Rank {
         let packer = Packer::new(train, tokenizer.clone(), order, limits(&job.data));
         let loader = Loader::new(packer, TOKENIZER_THREADS);
         let elements = replica.master().layout().len();
+        let reduced = device.zeros(DType::F32, 1, elements)?;
         Ok(Rank {
             job,
             replica,
@@ -143,8 +144,8 @@ impl Rank {
             loader,
             requested: VecDeque::new(),
             listener,
-            sum: TreeSum::new(elements),
-            reduced: vec![0.0; elements],
+            sum: TreeSum::new(&device, elements),
+            reduced,
             pending: None,
             digest: None,
         })
@@ -224,7 +225,7 @@ impl Rank {
     fn commit(&mut self, step: u64) -> Result<()> {
         let pending = self.pending.take().filter(|&(pending, _)| pending == step);
         let (_, mean) = pending.expect("a step is committed after this rank reported it"); // why: the coordinator waits
-        self.replica.update(step, &self.reduced, mean)
+        self.replica.update(step, self.reduced.view(), mean)
     }
 
     /// What is due on the committed weights, then the next step.
@@ -271,8 +272,8 @@ impl Rank {
         for index in range {
             let packed = self.next_batch(lease.step, index)?;
             let batch = evaluation::upload(self.replica.model(), &packed)?;
-            let sums = self.replica.compute(lease.step, index, &batch)?;
-            self.sum.push(self.replica.gradient());
+            let (sums, gradient) = self.replica.compute(lease.step, index, &batch, self.sum.lend()?)?;
+            self.sum.push(gradient);
             if !sums.loss_sum.is_finite() {
                 return Ok(Attempt::Poisoned(format!("the loss of micro-batch {index}")));
             }
@@ -284,7 +285,7 @@ impl Rank {
                 examples: batch.examples() as u64,
             });
         }
-        if let Some(index) = self.sum.find_not_finite() {
+        if let Some(index) = self.sum.find_not_finite()? {
             let mut tensors = self.replica.master().layout().tensors().iter();
             let name =
                 tensors.find(|tensor| tensor.range.contains(&index)).map_or("the padding", |tensor| &tensor.name);
@@ -294,7 +295,7 @@ impl Rank {
         let ranges: Vec<Range<u32>> =
             (0..place.world_size).map(|rank| share(plan.micro_batches, rank, place.world_size)).collect();
         place.collective.all_reduce_tree(lease.step, &mut self.sum, &ranges, &mut self.reduced)?;
-        let mean = self.replica.mean(&self.reduced, target_tokens);
+        let mean = self.replica.mean(self.reduced.view(), target_tokens)?;
         if !mean.norm.is_finite() {
             return Ok(Attempt::Poisoned("the norm of the global gradient".to_string()));
         }

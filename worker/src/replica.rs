@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use quintet_data::Tokenizer;
-use quintet_kernels::{DType, Device, ops};
+use quintet_kernels::{DType, Device, Tensor, View, ops};
 use quintet_t5::{Batch, Config, LossSums, Model, Parameters, TrainOptions};
 
 use crate::config::{ModelSection, Precision, TrainingConfig};
-use crate::optimizer::{ClippedMean, Optimizer, TensorSlot};
+use crate::optimizer::{ClippedMean, NamedSlot, Optimizer};
 use crate::schedule::Schedule;
 use crate::{Error, Result};
 
@@ -91,8 +91,6 @@ pub struct Replica {
     master: Parameters,
     /// The weights in the type that the model computes in, where that is not f32.
     compute: Option<Parameters>,
-    /// Of one micro-batch.
-    gradients: Parameters,
     optimizer: Optimizer,
     schedule: Schedule,
     training: TrainingConfig,
@@ -112,12 +110,11 @@ impl Replica {
                 return Err(Error::config("training.precision", problem));
             }
         };
-        let gradients = model.zero_parameters(DType::F32)?;
-        let slots: Vec<TensorSlot> = model.layout().tensors().iter().map(TensorSlot::from).collect();
-        let optimizer = Optimizer::new(training.optimizer, training.hyperparameters(), &slots);
+        let slots = model.layout().tensors().iter().map(NamedSlot::from).collect();
+        let optimizer = Optimizer::new(model.device(), training.optimizer, training.hyperparameters(), slots)?;
         let schedule = training.schedule(total_steps);
         let training = training.clone();
-        let mut replica = Replica { model, master, compute, gradients, optimizer, schedule, training, step: 0 };
+        let mut replica = Replica { model, master, compute, optimizer, schedule, training, step: 0 };
         replica.refresh_compute()?;
         Ok(replica)
     }
@@ -149,33 +146,30 @@ impl Replica {
         self.schedule.learning_rate_at(step - 1)
     }
 
-    /// The loss sums of micro-batch `index` of `step`; its gradient's sum is then in [`Replica::gradient`].
-    pub fn compute(&mut self, step: u64, index: u32, batch: &Batch) -> Result<LossSums> {
-        self.gradients.view_mut().fill_zero()?;
+    /// The loss sums of micro-batch `index` of `step`; its gradient, summed over target tokens, is added to `gradient`,
+    /// an f32 arena.
+    pub fn compute(&self, step: u64, index: u32, batch: &Batch, gradient: Tensor) -> Result<(LossSums, Tensor)> {
         let options = TrainOptions {
             seed: step_seed(self.training.seed, step),
             micro_batch: index,
             label_smoothing: self.training.label_smoothing_factor,
             gradient_checkpointing: self.training.gradient_checkpointing,
         };
-        let weights = self.compute.as_ref().unwrap_or(&self.master);
-        Ok(self.model.train(weights, batch, options, &mut self.gradients)?)
-    }
-
-    /// The gradient of the last micro-batch computed, summed over its target tokens.
-    pub fn gradient(&self) -> &[f32] {
-        self.gradients.as_slice()
+        let mut gradients = Parameters::new(self.model.layout().clone(), gradient);
+        let sums = self.model.train(self.weights(), batch, options, &mut gradients)?;
+        Ok((sums, gradients.into_values()))
     }
 
     /// The clipped mean gradient of a step, from the sum over its global batch.
-    pub fn mean(&self, sum: &[f32], target_tokens: u64) -> ClippedMean {
+    pub fn mean(&self, sum: View, target_tokens: u64) -> Result<ClippedMean> {
         ClippedMean::new(sum, target_tokens, self.training.max_grad_norm)
     }
 
     /// Applies a committed step, whose gradient is `mean` of `sum`, and counts it.
-    pub fn update(&mut self, step: u64, sum: &[f32], mean: ClippedMean) -> Result<()> {
+    pub fn update(&mut self, step: u64, sum: View, mean: ClippedMean) -> Result<()> {
         assert_eq!(step, self.step + 1, "steps are applied in order");
-        self.optimizer.step(self.learning_rate(step), self.master.as_mut_slice(), sum, mean.scale);
+        let rate = self.learning_rate(step);
+        self.optimizer.step(rate, self.master.view_mut(), sum, mean.scale)?;
         self.step = step;
         self.refresh_compute()
     }
@@ -211,11 +205,9 @@ impl Replica {
     }
 }
 
-impl From<&quintet_t5::NamedTensor> for TensorSlot {
+impl From<&quintet_t5::NamedTensor> for NamedSlot {
     fn from(tensor: &quintet_t5::NamedTensor) -> Self {
-        let is_matrix = tensor.shape.len() == 2;
-        let (rows, cols) = if is_matrix { (tensor.shape[0], tensor.shape[1]) } else { (1, tensor.range.len()) };
-        TensorSlot::new(tensor.name.clone(), tensor.range.clone(), rows, cols, is_matrix)
+        NamedSlot::new(tensor.name.clone(), tensor.range.start, &tensor.shape)
     }
 }
 

@@ -51,19 +51,20 @@ fn step(arguments: &BenchStepArguments) -> Result<()> {
     let mut replica = Replica::new(model, weights, &training, u64::MAX)?;
     // As a rank that is the only one does it.
     let mut collective = Collective::local();
-    let mut reduced = vec![0.0; replica.gradient().len()];
-    let mut sum = TreeSum::new(reduced.len());
+    let elements = replica.master().layout().len();
+    let mut reduced = device.zeros(DType::F32, 1, elements)?;
+    let mut sum = TreeSum::new(&device, elements);
     let resting = device.memory().live_bytes;
     device.reset_peak_memory();
     let mut seconds = Vec::with_capacity(arguments.steps);
     for number in 1..=(WARM_UP_STEPS + arguments.steps) as u64 {
         let started = Instant::now();
-        let tokens = replica.compute(number, 0, &batch)?.target_tokens;
         sum.begin(0..1, 1);
-        sum.push(replica.gradient());
+        let (sums, gradient) = replica.compute(number, 0, &batch, sum.lend()?)?;
+        sum.push(gradient);
         collective.all_reduce_tree(number, &mut sum, std::slice::from_ref(&(0..1)), &mut reduced)?;
-        let mean = replica.mean(&reduced, tokens);
-        replica.update(number, &reduced, mean)?;
+        let mean = replica.mean(reduced.view(), sums.target_tokens)?;
+        replica.update(number, reduced.view(), mean)?;
         if number > WARM_UP_STEPS as u64 {
             seconds.push(started.elapsed().as_secs_f64());
         }

@@ -51,6 +51,17 @@ impl Microkernel {
     }
 }
 
+/// Asks for a cache line, of any address.
+#[inline(always)]
+fn prefetch(_address: *const f32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint that reads nothing; every x86-64 processor has it.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(_address.cast());
+    }
+}
+
 /// A microkernel of up to `$rows` rows and `$vectors` vectors of columns, two or three, from an instruction set's vector operations.
 /// An element of the product is one chain of multiply-adds in order of depth, whatever the tile: how a product is cut
 /// into tiles cannot be seen in its bits.
@@ -85,6 +96,14 @@ macro_rules! microkernel {
 
         #[target_feature(enable = $features)]
         unsafe fn kernel<const R: usize, const V: usize>(tile: &Tile) {
+            if tile.accumulate {
+                // What the sums are added to comes from memory while they are computed.
+                for row in 0..R {
+                    for index in 0..V {
+                        prefetch(tile.c.wrapping_add(row * tile.c_stride + index * LANES));
+                    }
+                }
+            }
             let mut sums = [[zero(); V]; R];
             // One pointer for three rows: processors add a register, or twice a register, to an address for nothing.
             let mut a: [*const f32; 4] = std::array::from_fn(|group| tile.a.wrapping_add(3 * group * tile.a_row_stride));
@@ -141,7 +160,7 @@ mod avx512 {
         _mm512_set1_ps as splat, _mm512_setzero_ps as zero, _mm512_storeu_ps as store,
     };
 
-    use super::{Microkernel, Tile};
+    use super::{Microkernel, Tile, prefetch};
 
     // 24 sums, 2 vectors of b and a factor in 32 registers. Of the shapes that fit, 32 columns are the one that divides
     // the widths of T5.
@@ -155,7 +174,7 @@ mod avx2 {
         _mm256_set1_ps as splat, _mm256_setzero_ps as zero, _mm256_storeu_ps as store,
     };
 
-    use super::{Microkernel, Tile};
+    use super::{Microkernel, Tile, prefetch};
 
     // 12 sums, 3 vectors of b and a factor in 16 registers.
     microkernel!("avx2,fma", 8, 3, 4: [1 2 3 4]);
@@ -164,7 +183,7 @@ mod avx2 {
 /// Plain arithmetic in vectors of four, which every 64-bit processor has; without fused multiply-add, which is slow
 /// where there is no instruction for it.
 mod portable {
-    use super::{Microkernel, Tile};
+    use super::{Microkernel, Tile, prefetch};
 
     type Vector = [f32; 4];
 

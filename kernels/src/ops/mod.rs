@@ -4,25 +4,33 @@
 //! V vocabulary, R the largest distance that a relative bias tells apart.
 
 mod activation;
+mod adafactor;
+mod adamw;
 mod attention;
 mod cast;
 mod cross_entropy;
 mod elementwise;
 mod embedding;
 mod linear;
+mod norm;
 mod relative_bias;
 mod residual;
 mod rms_norm;
+mod slots;
 
 pub use activation::{gated_gelu_backward, gated_gelu_forward, relu_backward, relu_forward};
+pub use adafactor::{Adafactor, adafactor};
+pub use adamw::{AdamW, adamw};
 pub use attention::{Attention, AttentionGradients, attention_backward, attention_forward};
 pub use cast::cast;
 pub use cross_entropy::{CrossEntropy, IGNORED_LABEL, cross_entropy_forward, cross_entropy_forward_backward};
 pub use embedding::{embedding_backward, embedding_forward};
 pub use linear::{linear_backward_input, linear_backward_weight, linear_forward};
+pub use norm::{find_not_finite, global_norm};
 pub use relative_bias::{RelativeBuckets, relative_bias_backward, relative_bias_forward};
 pub use residual::{dropout, residual_forward};
 pub use rms_norm::{rms_norm_backward, rms_norm_forward};
+pub use slots::{FactoredMoments, TensorSlot, TensorSlots};
 
 /// A wrong shape is a bug of the caller.
 macro_rules! check_shape {

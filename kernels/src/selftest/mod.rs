@@ -6,6 +6,7 @@
 //! walk; 8 standard deviations), plus `ε` for each time that the type under test rounds on the way, if it is not f32.
 
 mod cases;
+mod updates;
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -42,6 +43,8 @@ fn run_with_digest(device: &Device) -> Result<(Vec<Outcome>, u64)> {
         bench.dtype = dtype;
         cases::all(&mut bench)?;
     }
+    bench.dtype = DType::F32;
+    updates::all(&mut bench)?;
     Ok((bench.outcomes, bench.digest.finish()))
 }
 

@@ -12,6 +12,8 @@ mod tree;
 
 use std::ops::Range;
 
+use quintet_kernels::Tensor;
+
 pub use rendezvous::{Interrupter, Listener, Membership};
 pub use tcp::{GATHER_BYTES_MAX, Mesh};
 pub use tree::{LEAVES_MAX, Node, TreeSum, nodes_of};
@@ -64,7 +66,7 @@ impl Collective {
         step: u64,
         sum: &mut TreeSum,
         ranges: &[Range<u32>],
-        output: &mut Vec<f32>,
+        output: &mut Tensor,
     ) -> Result<()> {
         assert_eq!(ranges.len(), self.world_size() as usize, "one range a rank");
         match self {
@@ -73,7 +75,7 @@ impl Collective {
                 sum.take_total(output);
                 Ok(())
             }
-            Self::Tcp(mesh) => mesh.all_reduce_tree(step, sum, ranges, output),
+            Self::Tcp(mesh) => mesh.all_reduce_tree(step, sum, ranges, output.as_mut_slice()),
         }
     }
 

@@ -3,6 +3,8 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
+use quintet_kernels::{DType, Device};
+
 use super::*;
 use crate::Error;
 
@@ -41,11 +43,12 @@ fn gradient(leaf: u32, element: usize) -> f32 {
 }
 
 fn partial(range: Range<u32>, leaves: u32, elements: usize) -> TreeSum {
-    let mut sum = TreeSum::new(elements);
+    let mut sum = TreeSum::new(&Device::cpu(), elements);
     sum.begin(range.clone(), leaves);
     for leaf in range {
-        let values: Vec<f32> = (0..elements).map(|element| gradient(leaf, element)).collect();
-        sum.push(&values);
+        let mut buffer = sum.lend().unwrap();
+        (0..).zip(buffer.as_mut_slice()).for_each(|(element, sum)| *sum = gradient(leaf, element));
+        sum.push(buffer);
     }
     sum
 }
@@ -66,12 +69,12 @@ fn any_number_of_ranks_gives_the_bits_of_one() {
     let expected: Vec<Vec<u32>> = cases
         .iter()
         .map(|&(leaves, elements)| {
-            let mut total = vec![0.0; elements];
+            let mut total = Device::cpu().zeros(DType::F32, 1, elements).unwrap();
             let mut sum = partial(0..leaves, leaves, elements);
             let whole = 0..leaves;
             let mut local = Collective::local();
             local.all_reduce_tree(0, &mut sum, std::slice::from_ref(&whole), &mut total).unwrap();
-            total.iter().map(|x| x.to_bits()).collect()
+            total.as_slice::<f32>().iter().map(|x| x.to_bits()).collect()
         })
         .collect();
     for world in 2..=4 {
@@ -79,9 +82,9 @@ fn any_number_of_ranks_gives_the_bits_of_one() {
             for (step, (&(leaves, elements), expected)) in (0u64..).zip(cases.iter().zip(&expected)) {
                 let ranges = ranges(world, leaves, step);
                 let mut sum = partial(ranges[rank as usize].clone(), leaves, elements);
-                let mut total = vec![f32::NAN; elements];
+                let mut total = Device::cpu().upload(&vec![f32::NAN; elements], 1, elements).unwrap();
                 collective.all_reduce_tree(step, &mut sum, &ranges, &mut total).unwrap();
-                let bits: Vec<u32> = total.iter().map(|x| x.to_bits()).collect();
+                let bits: Vec<u32> = total.as_slice::<f32>().iter().map(|x| x.to_bits()).collect();
                 assert!(bits == *expected, "world {world} rank {rank} {ranges:?} × {elements}");
             }
         });
@@ -164,7 +167,7 @@ fn a_death_in_the_middle_of_a_reduction_frees_all_others() {
         }
         // More than the sockets hold, so that the senders are blocked when rank 2 is gone.
         let mut sum = partial(ranges[rank as usize].clone(), leaves, elements);
-        let mut total = vec![0.0; elements];
+        let mut total = Device::cpu().zeros(DType::F32, 1, elements).unwrap();
         let error = collective.all_reduce_tree(1, &mut sum, &ranges, &mut total).unwrap_err();
         assert!(matches!(error, Error::PeerLost { .. }), "{error}");
     });

@@ -9,7 +9,10 @@
 
 use std::ops::Range;
 
+use quintet_kernels::{DType, Device, Tensor, ops};
 use rayon::prelude::*;
+
+use crate::Result;
 
 /// More micro-batches in one step than anybody runs; keeps index arithmetic inside `u32`.
 pub const LEAVES_MAX: u32 = 1 << 30;
@@ -80,19 +83,26 @@ pub(super) fn merge_plan(nodes: &[Node], leaves: u32) -> Vec<(usize, usize)> {
 /// A worker's part of the tree: the gradient sums of a contiguous range of micro-batches,
 /// merged as each completes, so that at most `log2(range) + 2` buffers are alive.
 ///
-/// Buffers return to a free list: after the first step nothing is allocated.
+/// A gradient is written into a buffer that this lends and takes back, and is never copied.
+/// Buffers return to free lists: after the first step nothing is allocated.
 pub struct TreeSum {
+    /// Whose memory the buffers are: the host's.
+    device: Device,
     elements: usize,
     leaves: u32,
     range: Range<u32>,
-    stack: Vec<(Node, Vec<f32>)>,
-    free: Vec<Vec<f32>>,
+    stack: Vec<(Node, Tensor)>,
+    /// Free buffers that hold zeros, as adding one up leaves it.
+    zeros: Vec<Tensor>,
+    /// Free buffers that hold anything.
+    used: Vec<Tensor>,
 }
 
 impl TreeSum {
     /// A sum of gradient buffers of `elements` elements; `begin` comes before the first leaf.
-    pub fn new(elements: usize) -> Self {
-        Self { elements, leaves: 0, range: 0..0, stack: Vec::new(), free: Vec::new() }
+    pub fn new(device: &Device, elements: usize) -> Self {
+        let (device, stack) = (device.clone(), Vec::new());
+        Self { device, elements, leaves: 0, range: 0..0, stack, zeros: Vec::new(), used: Vec::new() }
     }
 
     /// Elements of one gradient buffer.
@@ -104,30 +114,32 @@ impl TreeSum {
     /// abandoned step left is dropped.
     pub fn begin(&mut self, range: Range<u32>, leaves: u32) {
         assert!(leaves <= LEAVES_MAX && range.start <= range.end && range.end <= leaves);
-        self.free.extend(self.stack.drain(..).map(|(_, buffer)| buffer));
+        self.used.extend(self.stack.drain(..).map(|(_, buffer)| buffer));
         self.leaves = leaves;
         self.range = range;
     }
 
+    /// Zeros to add a micro-batch's gradient to, for [`TreeSum::push`].
+    ///
+    /// # Errors
+    /// Memory, in the first steps.
+    pub fn lend(&mut self) -> Result<Tensor> {
+        if let Some(buffer) = self.zeros.pop() {
+            return Ok(buffer);
+        }
+        let Some(mut buffer) = self.used.pop() else {
+            return Ok(self.device.zeros(DType::F32, 1, self.elements)?);
+        };
+        buffer.view_mut().fill_zero()?;
+        Ok(buffer)
+    }
+
     /// Takes in the gradient of the next micro-batch of the range, in ascending order.
-    pub fn push(&mut self, gradient: &[f32]) {
-        assert_eq!(gradient.len(), self.elements, "a gradient of another size");
+    pub fn push(&mut self, gradient: Tensor) {
+        assert_eq!(gradient.cols(), self.elements, "a gradient of another size");
         let first = self.stack.last().map_or(self.range.start, |(node, _)| node.end);
         assert!(first < self.range.end, "more micro-batches than the range {:?}", self.range);
-        let leaf = Node { first, end: first + 1 };
-        let sibling = self.stack.last_mut().and_then(|(left, sum)| Some((left.join(leaf, self.leaves)?, left, sum)));
-        match sibling {
-            Some((parent, left, sum)) => {
-                add_blocks(sum, gradient);
-                *left = parent;
-            }
-            None => {
-                let mut buffer = self.free.pop().unwrap_or_else(|| vec![0.0; self.elements]);
-                let blocks = buffer.par_chunks_mut(BLOCK).zip(gradient.par_chunks(BLOCK));
-                blocks.for_each(|(buffer, gradient)| buffer.copy_from_slice(gradient));
-                self.stack.push((leaf, buffer));
-            }
-        }
+        self.stack.push((Node { first, end: first + 1 }, gradient));
         self.merge();
     }
 
@@ -135,14 +147,14 @@ impl TreeSum {
     fn merge(&mut self) {
         while let [.., (left, sum), (right, addend)] = self.stack.as_mut_slice() {
             let Some(parent) = left.join(*right, self.leaves) else { return };
-            add_blocks(sum, addend);
+            take_blocks(sum.as_mut_slice(), addend.as_mut_slice());
             *left = parent;
-            self.free.extend(self.stack.pop().map(|(_, buffer)| buffer));
+            self.zeros.extend(self.stack.pop().map(|(_, buffer)| buffer));
         }
     }
 
     /// The sum of the whole step, where one rank has computed all of it; `previous` takes its place as a buffer.
-    pub(super) fn take_total(&mut self, previous: &mut Vec<f32>) {
+    pub(super) fn take_total(&mut self, previous: &mut Tensor) {
         let whole = Node { first: 0, end: self.leaves };
         assert!(self.stack.len() == 1 && self.stack[0].0 == whole, "one rank computes the whole step");
         std::mem::swap(&mut self.stack[0].1, previous);
@@ -153,19 +165,14 @@ impl TreeSum {
         self.stack.last().map_or(self.range.start, |(node, _)| node.end) == self.range.end
     }
 
-    /// Whether every element of every partial sum is finite.
-    pub fn is_finite(&self) -> bool {
-        // No early exit inside a block, so that it vectorises.
-        let block_is_finite = |block: &[f32]| block.iter().fold(true, |all, x| all & x.is_finite());
-        self.stack.iter().all(|(_, sum)| sum.par_chunks(BLOCK).all(block_is_finite))
-    }
-
     /// An element that is not finite in some partial sum.
-    pub fn find_not_finite(&self) -> Option<usize> {
-        if self.is_finite() {
-            return None;
+    pub fn find_not_finite(&self) -> Result<Option<usize>> {
+        for (_, sum) in &self.stack {
+            if let Some(index) = ops::find_not_finite(sum.view())? {
+                return Ok(Some(index));
+            }
         }
-        self.stack.iter().find_map(|(_, sum)| sum.iter().position(|x| !x.is_finite()))
+        Ok(None)
     }
 
     /// The nodes held, left to right, with their sums.
@@ -182,9 +189,14 @@ impl TreeSum {
     }
 }
 
-/// [`add`], in parallel.
-fn add_blocks(sum: &mut [f32], addend: &[f32]) {
-    sum.par_chunks_mut(BLOCK).zip(addend.par_chunks(BLOCK)).for_each(|(sum, addend)| add(sum, addend));
+/// `sum += addend` and `addend = 0`: while an element is in the cache, clearing it for the buffer's next use costs little.
+fn take_blocks(sum: &mut [f32], addend: &mut [f32]) {
+    sum.par_chunks_mut(BLOCK).zip(addend.par_chunks_mut(BLOCK)).for_each(|(sum, addend)| {
+        for (s, a) in sum.iter_mut().zip(addend) {
+            *s += *a;
+            *a = 0.0;
+        }
+    });
 }
 
 /// `sum += addend`, element by element.
@@ -230,11 +242,18 @@ mod tests {
         out
     }
 
+    /// Adds to what it is lent, as a backward pass does.
+    fn push(sum: &mut TreeSum, gradient: &[f32]) {
+        let mut buffer = sum.lend().unwrap();
+        buffer.as_mut_slice::<f32>().iter_mut().zip(gradient).for_each(|(sum, x)| *sum += x);
+        sum.push(buffer);
+    }
+
     fn partial(range: Range<u32>, leaves: u32) -> TreeSum {
-        let mut sum = TreeSum::new(1);
+        let mut sum = TreeSum::new(&Device::cpu(), 1);
         sum.begin(range.clone(), leaves);
         for leaf in range {
-            sum.push(&[leaf_value(leaf)]);
+            push(&mut sum, &[leaf_value(leaf)]);
         }
         assert!(sum.is_complete());
         sum
@@ -268,34 +287,35 @@ mod tests {
 
     #[test]
     fn buffers_are_reused_from_the_second_step_on() {
-        let mut sum = TreeSum::new(3);
+        let device = Device::cpu();
+        let mut sum = TreeSum::new(&device, 3);
         let step = |sum: &mut TreeSum| {
             sum.begin(3..16, 16);
             for _ in 3..16 {
-                sum.push(&[1.0; 3]);
+                push(sum, &[1.0; 3]);
             }
-            sum.free.len() + sum.stack.len()
+            let sums: Vec<f32> = sum.nodes().map(|(_, sum)| sum[0]).collect();
+            assert_eq!(sums, [1.0, 4.0, 8.0], "every buffer was lent as zeros");
+            device.memory().system_allocations
         };
         let held = step(&mut sum);
-        assert!(held <= 5, "log2 of the range and one, not {held}");
+        assert!(held <= 6, "log2 of the range and two, not {held}");
         assert_eq!(step(&mut sum), held);
     }
 
     #[test]
     fn one_infinite_element_is_noticed() {
-        let mut sum = TreeSum::new(100_000);
+        let mut sum = TreeSum::new(&Device::cpu(), 100_000);
         sum.begin(0..1, 1);
-        let mut buffer = vec![0.0; 100_000];
-        buffer[77_777] = f32::MAX;
-        sum.push(&buffer);
-        assert!(sum.is_finite());
-        assert_eq!(sum.find_not_finite(), None);
+        let mut gradient = vec![0.0; 100_000];
+        gradient[77_777] = f32::MAX;
+        push(&mut sum, &gradient);
+        assert_eq!(sum.find_not_finite().unwrap(), None);
         for bad in [f32::INFINITY, f32::NAN] {
             sum.begin(0..1, 1);
-            buffer[77_777] = bad;
-            sum.push(&buffer);
-            assert!(!sum.is_finite());
-            assert_eq!(sum.find_not_finite(), Some(77_777));
+            gradient[77_777] = bad;
+            push(&mut sum, &gradient);
+            assert_eq!(sum.find_not_finite().unwrap(), Some(77_777));
         }
     }
 }

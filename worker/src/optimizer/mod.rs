@@ -1,32 +1,20 @@
-//! Optimizers over a flat f32 arena: which rule updates which tensor, with which rate, and
-//! what of it a checkpoint keeps. The arithmetic is in
-//! `adamw.rs`, `adafactor.rs` and `norm.rs`.
-//!
-//! The work is cut into blocks whose bounds depend on the tensors only, and every reduction
-//! adds its blocks in order, so the bits do not depend on the number of threads.
+//! Optimizers over a flat f32 arena: which rule updates which tensor, with which rate, and what of it a checkpoint keeps.
+//! The arithmetic is in `quintet_kernels::ops`.
 
-mod adafactor;
-mod adamw;
-mod norm;
+mod clip;
 #[cfg(test)]
 mod tests;
 
 use std::ops::Range;
 
+use quintet_kernels::ops::{self, FactoredMoments, TensorSlot, TensorSlots};
+use quintet_kernels::{DType, Device, Tensor, View, ViewMut};
 use serde::{Deserialize, Serialize};
 
-pub use norm::{ClippedMean, global_norm};
+pub use clip::ClippedMean;
 
 use crate::Result;
 use crate::checkpoint::NamedTensor;
-use adafactor::{Factors, Moments};
-use norm::root_mean_square;
-
-/// Elements worked on by one task.
-const BLOCK: usize = 1 << 15;
-
-/// The least factor by which `adamw_scaled` scales a rate.
-const SCALE_MIN: f64 = 1e-3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum OptimizerKind {
@@ -52,30 +40,21 @@ pub struct Hyperparameters {
     pub weight_decay: f64,
 }
 
-/// A tensor in the arena.
+/// A tensor in the arena, under the name that checkpoints know it by.
 #[derive(Clone, Debug, PartialEq)]
-pub struct TensorSlot {
+pub struct NamedSlot {
     pub name: String,
-    /// Its elements in the arena, `rows · cols` of them.
-    pub range: Range<usize>,
-    pub rows: usize,
-    pub cols: usize,
-    /// Two-dimensional: factored by Adafactor, scaled by `adamw_scaled`.
-    pub is_matrix: bool,
-    /// Subject to weight decay.
-    pub decays: bool,
+    pub slot: TensorSlot,
 }
 
-impl TensorSlot {
-    /// A slot that decays if Hugging Face's Trainer would decay it: neither norms nor anything
-    /// called a bias, the relative attention bias included, does.
-    pub fn new(name: String, range: Range<usize>, rows: usize, cols: usize, is_matrix: bool) -> Self {
+impl NamedSlot {
+    /// A tensor of this `[rows, cols]` or `[size]`, which decays if Hugging Face's Trainer would decay it: neither norms
+    /// nor anything called a bias, the relative attention bias included, does.
+    pub fn new(name: String, offset: usize, shape: &[usize]) -> Self {
+        let is_matrix = shape.len() == 2;
+        let (rows, cols) = if is_matrix { (shape[0], shape[1]) } else { (1, shape.iter().product()) };
         let decays = is_matrix && !name.contains("bias");
-        Self { name, range, rows, cols, is_matrix, decays }
-    }
-
-    fn shape(&self) -> Vec<usize> {
-        if self.is_matrix { vec![self.rows, self.cols] } else { vec![self.range.len()] }
+        NamedSlot { name, slot: TensorSlot { range: offset..offset + rows * cols, rows, cols, is_matrix, decays } }
     }
 }
 
@@ -83,40 +62,41 @@ impl TensorSlot {
 pub struct Optimizer {
     kind: OptimizerKind,
     hyperparameters: Hyperparameters,
-    slots: Vec<TensorSlot>,
+    names: Vec<String>,
+    slots: TensorSlots,
     /// Updates made, for bias correction and Adafactor's decay.
     steps: u64,
     state: State,
 }
 
+/// Of f32, on the device of what is updated.
 enum State {
-    AdamW {
-        exp_avg: Vec<f32>,
-        exp_avg_sq: Vec<f32>,
-    },
-    /// By slot.
-    Adafactor(Vec<Moments>),
+    AdamW { exp_avg: Tensor, exp_avg_sq: Tensor },
+    Adafactor { moments: Tensor },
 }
 
 impl Optimizer {
-    /// `slots` are in ascending order of `range` and do not overlap; elements of the arena
-    /// outside of them (padding) are never touched.
-    pub fn new(kind: OptimizerKind, hyperparameters: Hyperparameters, slots: &[TensorSlot]) -> Self {
-        for slot in slots {
-            assert_eq!(slot.rows * slot.cols, slot.range.len(), "{}'s shape", slot.name);
-        }
-        for pair in slots.windows(2) {
-            let (a, b) = (&pair[0], &pair[1]);
-            assert!(a.range.end <= b.range.start, "{} and {} overlap", a.name, b.name);
-        }
+    /// `slots` are in ascending order and do not overlap; elements of the arena outside of them (padding) are never
+    /// touched.
+    ///
+    /// # Errors
+    /// Memory for the state.
+    pub fn new(
+        device: &Device,
+        kind: OptimizerKind,
+        hyperparameters: Hyperparameters,
+        slots: Vec<NamedSlot>,
+    ) -> Result<Self> {
+        let (names, slots) = slots.into_iter().map(|NamedSlot { name, slot }| (name, slot)).unzip();
+        let slots = TensorSlots::new(slots);
+        let zeros = |elements: usize| device.zeros(DType::F32, 1, elements);
         let state = match kind {
             OptimizerKind::AdamW | OptimizerKind::AdamWScaled => {
-                let elements = slots.last().map_or(0, |slot| slot.range.end);
-                State::AdamW { exp_avg: vec![0.0; elements], exp_avg_sq: vec![0.0; elements] }
+                State::AdamW { exp_avg: zeros(slots.end())?, exp_avg_sq: zeros(slots.end())? }
             }
-            OptimizerKind::Adafactor => State::Adafactor(slots.iter().map(Moments::new).collect()),
+            OptimizerKind::Adafactor => State::Adafactor { moments: zeros(slots.factored_moments_len())? },
         };
-        Self { kind, hyperparameters, slots: slots.to_vec(), steps: 0, state }
+        Ok(Self { kind, hyperparameters, names, slots, steps: 0, state })
     }
 
     /// Updates made so far.
@@ -124,55 +104,75 @@ impl Optimizer {
         self.steps
     }
 
-    /// One update of `params` by the gradient `gradient_scale · grads`, both whole arenas. The scale is there so that
-    /// neither the mean over tokens nor clipping costs a pass over memory.
-    pub fn step(&mut self, learning_rate: f64, params: &mut [f32], grads: &[f32], gradient_scale: f32) {
-        assert_eq!(params.len(), grads.len(), "parameters and gradients differ in size");
+    /// One update of `parameters` by the gradient `gradient_scale · gradient`, both whole f32 arenas. The scale is there
+    /// so that neither the mean over tokens nor clipping costs a pass over memory.
+    pub fn step(&mut self, learning_rate: f64, parameters: ViewMut, gradient: View, gradient_scale: f32) -> Result<()> {
         self.steps += 1;
-        for (index, slot) in self.slots.iter().enumerate() {
-            let range = slot.range.clone();
-            let (p, g) = (&mut params[range.clone()], &grads[range.clone()]);
-            let weight_decay = if slot.decays { self.hyperparameters.weight_decay } else { 0.0 };
-            match &mut self.state {
-                State::AdamW { exp_avg, exp_avg_sq } => {
-                    let is_scaled = self.kind == OptimizerKind::AdamWScaled && slot.is_matrix;
-                    let scale = if is_scaled { root_mean_square(p).max(SCALE_MIN) } else { 1.0 };
-                    let rate = learning_rate * scale;
-                    let hyperparameters = Hyperparameters { weight_decay, ..self.hyperparameters };
-                    let update = adamw::Update::new(rate, gradient_scale, hyperparameters, self.steps);
-                    adamw::step(update, p, g, &mut exp_avg[range.clone()], &mut exp_avg_sq[range]);
-                }
-                State::Adafactor(moments) => {
-                    let update = adafactor::Update { learning_rate, weight_decay, gradient_scale, step: self.steps };
-                    adafactor::step(update, p, g, &mut moments[index]);
-                }
+        let step = self.steps;
+        let Hyperparameters { beta1, beta2, epsilon, weight_decay } = self.hyperparameters;
+        match &mut self.state {
+            State::AdamW { exp_avg, exp_avg_sq } => {
+                let scale_by_rms = self.kind == OptimizerKind::AdamWScaled;
+                let rule = ops::AdamW {
+                    learning_rate,
+                    beta1,
+                    beta2,
+                    epsilon,
+                    weight_decay,
+                    scale_by_rms,
+                    step,
+                    gradient_scale,
+                };
+                ops::adamw(rule, &self.slots, parameters, gradient, exp_avg.view_mut(), exp_avg_sq.view_mut())?;
+            }
+            State::Adafactor { moments } => {
+                let rule = ops::Adafactor { learning_rate, weight_decay, step, gradient_scale };
+                ops::adafactor(rule, &self.slots, parameters, gradient, moments.view_mut())?;
             }
         }
+        Ok(())
+    }
+
+    /// What of the state belongs to which tensor: the tensor's name and torch's name for the state behind it, the shape,
+    /// and the place in which of the state's arenas.
+    fn pieces(&self) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        let tensors = self.names.iter().zip(self.slots.as_slice()).zip(self.slots.factored_moments());
+        for ((name, slot), moments) in tensors {
+            let mut push = |suffix: &str, arena, shape, range| {
+                pieces.push(Piece { name: format!("{name}.{suffix}"), arena, shape, range });
+            };
+            let shape = if slot.is_matrix { vec![slot.rows, slot.cols] } else { vec![slot.cols] };
+            match (&self.state, moments) {
+                (State::AdamW { .. }, _) => {
+                    push("exp_avg", 0, shape.clone(), slot.range.clone());
+                    push("exp_avg_sq", 1, shape, slot.range.clone());
+                }
+                (State::Adafactor { .. }, FactoredMoments::Factored { row, col }) => {
+                    push("exp_avg_sq_row", 0, vec![slot.rows], row.clone());
+                    push("exp_avg_sq_col", 0, vec![slot.cols], col.clone());
+                }
+                (State::Adafactor { .. }, FactoredMoments::Full(range)) => push("exp_avg_sq", 0, shape, range.clone()),
+            }
+        }
+        pieces
     }
 
     /// The state's tensors, named as torch names them behind the parameter's name, for a
     /// checkpoint. [`Optimizer::steps`] is the rest of the state.
     pub fn state(&self) -> Vec<NamedTensor<'_>> {
-        let mut tensors = Vec::new();
-        for (index, slot) in self.slots.iter().enumerate() {
-            let mut push = |suffix: &str, shape, values| {
-                tensors.push(NamedTensor { name: format!("{}.{suffix}", slot.name), shape, values });
-            };
-            match &self.state {
-                State::AdamW { exp_avg, exp_avg_sq } => {
-                    push("exp_avg", slot.shape(), &exp_avg[slot.range.clone()]);
-                    push("exp_avg_sq", slot.shape(), &exp_avg_sq[slot.range.clone()]);
-                }
-                State::Adafactor(moments) => match &moments[index] {
-                    Moments::Factored(Factors { row, col, .. }) => {
-                        push("exp_avg_sq_row", vec![row.len()], row);
-                        push("exp_avg_sq_col", vec![col.len()], col);
-                    }
-                    Moments::Full(exp_avg_sq) => push("exp_avg_sq", slot.shape(), exp_avg_sq),
-                },
-            }
-        }
-        tensors
+        let arenas: Vec<&Tensor> = match &self.state {
+            State::AdamW { exp_avg, exp_avg_sq } => vec![exp_avg, exp_avg_sq],
+            State::Adafactor { moments } => vec![moments],
+        };
+        let pieces = self.pieces().into_iter();
+        pieces
+            .map(|Piece { name, arena, shape, range }| NamedTensor {
+                name,
+                shape,
+                values: &arenas[arena].as_slice()[range],
+            })
+            .collect()
     }
 
     /// Restores what [`Optimizer::state`] gave: `read` fills the values of the named tensor
@@ -185,23 +185,24 @@ impl Optimizer {
         steps: u64,
         mut read: impl FnMut(&str, &[usize], &mut [f32]) -> Result<()>,
     ) -> Result<()> {
-        for (index, slot) in self.slots.iter().enumerate() {
-            let name = |suffix: &str| format!("{}.{suffix}", slot.name);
-            match &mut self.state {
-                State::AdamW { exp_avg, exp_avg_sq } => {
-                    read(&name("exp_avg"), &slot.shape(), &mut exp_avg[slot.range.clone()])?;
-                    read(&name("exp_avg_sq"), &slot.shape(), &mut exp_avg_sq[slot.range.clone()])?;
-                }
-                State::Adafactor(moments) => match &mut moments[index] {
-                    Moments::Factored(Factors { row, col, .. }) => {
-                        read(&name("exp_avg_sq_row"), &[row.len()], row)?;
-                        read(&name("exp_avg_sq_col"), &[col.len()], col)?;
-                    }
-                    Moments::Full(exp_avg_sq) => read(&name("exp_avg_sq"), &slot.shape(), exp_avg_sq)?,
-                },
-            }
+        let pieces = self.pieces();
+        let mut arenas: Vec<&mut Tensor> = match &mut self.state {
+            State::AdamW { exp_avg, exp_avg_sq } => vec![exp_avg, exp_avg_sq],
+            State::Adafactor { moments } => vec![moments],
+        };
+        for Piece { name, arena, shape, range } in pieces {
+            read(&name, &shape, &mut arenas[arena].as_mut_slice()[range])?;
         }
         self.steps = steps;
         Ok(())
     }
+}
+
+/// A tensor of the state.
+struct Piece {
+    name: String,
+    /// Which of the state's tensors.
+    arena: usize,
+    shape: Vec<usize>,
+    range: Range<usize>,
 }

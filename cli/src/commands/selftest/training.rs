@@ -3,7 +3,7 @@
 use quintet_kernels::selftest::Outcome;
 use quintet_kernels::{DType, Device, ops};
 use quintet_t5::{Batch, Model, Parameters, TrainOptions, load_embedded};
-use quintet_worker::optimizer::{ClippedMean, Hyperparameters, Optimizer, OptimizerKind, TensorSlot};
+use quintet_worker::optimizer::{ClippedMean, Hyperparameters, NamedSlot, Optimizer, OptimizerKind};
 use serde::Deserialize;
 
 use crate::error::Result;
@@ -70,7 +70,7 @@ fn losses(device: &Device, dtype: DType, rows: &Rows, adamw: &AdamW) -> Result<V
     let batch = batch(&model, rows)?;
     let mut compute = model.zero_parameters(dtype)?;
     let mut gradients = model.zero_parameters(DType::F32)?;
-    let mut optimizer = adamw_of_torch(adamw, &master);
+    let mut optimizer = adamw_of_torch(adamw, &master)?;
     let options = TrainOptions { seed: 0, micro_batch: 0, label_smoothing: 0.0, gradient_checkpointing: false };
     let mut losses = Vec::with_capacity(STEPS);
     for _ in 0..STEPS {
@@ -78,8 +78,8 @@ fn losses(device: &Device, dtype: DType, rows: &Rows, adamw: &AdamW) -> Result<V
         gradients.view_mut().fill_zero()?;
         let sums = model.train(&compute, &batch, options, &mut gradients)?;
         losses.push(sums.loss_sum / sums.target_tokens as f64);
-        let mean = ClippedMean::new(gradients.as_slice(), sums.target_tokens, adamw.max_grad_norm);
-        optimizer.step(adamw.lr, master.as_mut_slice(), gradients.as_slice(), mean.scale);
+        let mean = ClippedMean::new(gradients.view(), sums.target_tokens, adamw.max_grad_norm)?;
+        optimizer.step(adamw.lr, master.view_mut(), gradients.view(), mean.scale)?;
     }
     Ok(losses)
 }
@@ -98,11 +98,10 @@ fn batch(model: &Model, rows: &Rows) -> Result<Batch> {
 }
 
 /// As torch has it: every tensor decays.
-fn adamw_of_torch(adamw: &AdamW, weights: &Parameters) -> Optimizer {
-    let tensors = weights.layout().tensors().iter();
-    let slots: Vec<TensorSlot> =
-        tensors.map(|tensor| TensorSlot { decays: true, ..TensorSlot::from(tensor) }).collect();
+fn adamw_of_torch(adamw: &AdamW, weights: &Parameters) -> Result<Optimizer> {
+    let mut slots: Vec<NamedSlot> = weights.layout().tensors().iter().map(NamedSlot::from).collect();
+    slots.iter_mut().for_each(|tensor| tensor.slot.decays = true);
     let [beta1, beta2] = adamw.betas;
     let hyperparameters = Hyperparameters { beta1, beta2, epsilon: adamw.eps, weight_decay: adamw.weight_decay };
-    Optimizer::new(OptimizerKind::AdamW, hyperparameters, &slots)
+    Ok(Optimizer::new(weights.view().device(), OptimizerKind::AdamW, hyperparameters, slots)?)
 }

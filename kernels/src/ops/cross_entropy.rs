@@ -65,7 +65,7 @@ fn run(
     check_dtype!(h.dtype(), w);
     check_dtype!(DType::F32, losses);
     match losses.device() {
-        Device::Gpu(gpu) => launch(gpu, h, w, labels, loss, losses, gradients),
+        Device::Gpu(gpu) => launch(gpu, gpu_chunk(w.rows()), h, w, labels, loss, losses, gradients),
         Device::Cpu(_) => with_float!(h.dtype(), T => cpu::<T>(h, w, labels, loss, losses, gradients)),
     }
 }
@@ -137,11 +137,21 @@ multiversion! {
     }
 }
 
-/// As on the CPU, with chunks of 256 MiB of f32 logits (but 512 rows at least, below which products do not fill a GPU and
-/// reading and writing `d_w` costs as much as they do). The products' operands must have one type, so the gradient by the
+/// Rows in a chunk on a GPU: 256 MiB of f32 logits, but 512 rows at least, below which products do not fill it and reading
+/// and writing `d_w` costs as much as they do.
+fn gpu_chunk(vocabulary: usize) -> usize {
+    const LOGITS: usize = 64 << 20;
+    const ROWS_MIN: usize = 512;
+    const MULTIPLE: usize = 128;
+    (LOGITS / vocabulary / MULTIPLE * MULTIPLE).max(ROWS_MIN)
+}
+
+/// As on the CPU, with at most `chunk` rows at a time. The products' operands must have one type, so the gradient by the
 /// logits is rounded to that of `h`, in the place of the logits; it lacks their scale, which the products multiply with.
+#[expect(clippy::too_many_arguments, reason = "the operation's, a device and a size")]
 fn launch(
     gpu: &Gpu,
+    chunk: usize,
     h: View,
     w: View,
     labels: View,
@@ -149,14 +159,10 @@ fn launch(
     losses: ViewMut,
     mut gradients: Option<(ViewMut, ViewMut)>,
 ) -> Result<()> {
-    const CHUNK_LOGITS: usize = 64 << 20;
-    const CHUNK_ROWS_MIN: usize = 512;
-    const CHUNK_ROWS_MULTIPLE: usize = 128;
     assert!(labels.is_contiguous() && losses.view().is_contiguous(), "labels or losses with gaps");
     let (rows, vocabulary) = (h.rows(), w.rows());
-    let chunk = (CHUNK_LOGITS / vocabulary / CHUNK_ROWS_MULTIPLE * CHUNK_ROWS_MULTIPLE).max(CHUNK_ROWS_MIN).min(rows);
-    let mut logits = losses.device().empty(DType::F32, chunk, vocabulary)?;
-    for start in (0..rows).step_by(chunk.max(1)) {
+    let mut logits = losses.device().empty(DType::F32, chunk.min(rows), vocabulary)?;
+    for start in (0..rows).step_by(chunk) {
         let range = start..rows.min(start + chunk);
         let h = h.rows_range(range.clone());
         let mut logits = logits.view_mut().rows_range(0..range.len());
@@ -202,4 +208,55 @@ fn launch_rows(
         shared_bytes: (threads / 32 * 8).next_multiple_of(16),
         arguments: &arguments,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_on_a_gpu_make_no_difference_but_to_the_order_of_d_w() {
+        let device = Device::emulated(5).unwrap();
+        let Device::Gpu(gpu) = &device else { panic!("not a GPU") };
+        let (rows, width, vocabulary) = (13, 8, 40);
+        let values = |count: usize| (0..count).map(|index| (index * 37 % 101) as f32 / 50.0 - 1.0).collect::<Vec<_>>();
+        let upload = |rows: usize, cols: usize| device.upload(&values(rows * cols), rows, cols).unwrap();
+        let (h, w) = (upload(rows, width), upload(vocabulary, width));
+        let labels: Vec<u32> = (0..rows as u32).map(|row| if row == 4 { IGNORED_LABEL } else { row * 3 }).collect();
+        let labels = device.upload(&labels, rows, 1).unwrap();
+        let run = |chunk: usize| {
+            let loss = CrossEntropy { scale: 0.5, label_smoothing: 0.1 };
+            let (mut losses, mut d_h) = (upload(rows, 1), upload(rows, width));
+            let mut d_w = device.zeros(DType::F32, vocabulary, width).unwrap();
+            let gradients = Some((d_h.view_mut(), d_w.view_mut()));
+            launch(gpu, chunk, h.view(), w.view(), labels.view(), loss, losses.view_mut(), gradients).unwrap();
+            [losses, d_h, d_w].map(|tensor| tensor.download::<f32>().unwrap())
+        };
+        let [losses, d_h, d_w] = run(100);
+        for chunk in [1, 5, 12, 13] {
+            let [same_losses, same_d_h, other_d_w] = run(chunk);
+            assert_eq!((&same_losses, &same_d_h), (&losses, &d_h), "{chunk}");
+            assert!(other_d_w.iter().zip(&d_w).all(|(a, b)| (a - b).abs() < 1e-5), "{chunk}");
+        }
+    }
+
+    #[test]
+    fn a_label_beyond_the_vocabulary_shows_on_a_gpu() {
+        let device = Device::emulated(6).unwrap();
+        let (h, w) = (device.upload(&[1.0_f32; 8], 2, 4).unwrap(), device.upload(&[1.0_f32; 12], 3, 4).unwrap());
+        let labels = device.upload(&[2_u32, 3], 2, 1).unwrap();
+        let mut losses = device.upload(&[0.0_f32; 2], 2, 1).unwrap();
+        let loss = CrossEntropy { scale: 1.0, label_smoothing: 0.0 };
+        cross_entropy_forward(h.view(), w.view(), labels.view(), loss, losses.view_mut()).unwrap();
+        let losses = losses.download::<f32>().unwrap();
+        assert!((losses[0] - 3.0_f32.ln()).abs() < 1e-6 && losses[1].is_nan(), "{losses:?}");
+    }
+
+    #[test]
+    fn chunks_hold_at_most_256_mib_or_512_rows() {
+        assert_eq!(gpu_chunk(32_128), 2048);
+        assert_eq!(gpu_chunk(250_112), 512);
+        assert_eq!(gpu_chunk(1 << 17), 512);
+        assert_eq!(gpu_chunk(384) * 384 >> 20, 63);
+    }
 }

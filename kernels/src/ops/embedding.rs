@@ -123,3 +123,24 @@ fn backward_gpu(gpu: &Gpu, ids: View, d_y: View, mask: Dropout, d_table: ViewMut
         ],
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_beyond_the_table_shows_on_a_gpu_and_touches_nothing() {
+        let device = Device::emulated(7).unwrap();
+        let ids = device.upload(&[1_u32, 2, u32::MAX, 0], 4, 1).unwrap();
+        let table = device.upload(&[1.0_f32, 2.0, 3.0, 4.0], 2, 2).unwrap();
+        let mut y = device.upload(&[9.0_f32; 8], 4, 2).unwrap();
+        embedding_forward(ids.view(), table.view(), Dropout::NONE, y.view_mut()).unwrap();
+        let y = y.download::<f32>().unwrap();
+        assert_eq!((&y[..2], &y[6..]), (&[3.0, 4.0][..], &[1.0, 2.0][..]));
+        assert!(y[2..6].iter().all(|y| y.is_nan()), "{y:?}");
+        let d_y = device.upload(&[1.0_f32, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], 4, 2).unwrap();
+        let mut d_table = device.zeros(DType::F32, 2, 2).unwrap();
+        embedding_backward(ids.view(), d_y.view(), Dropout::NONE, d_table.view_mut()).unwrap();
+        assert_eq!(d_table.download::<f32>().unwrap(), [7.0, 8.0, 1.0, 2.0]);
+    }
+}

@@ -19,8 +19,18 @@ pub enum Error {
     Kernel { kernel: &'static str, reason: String },
     #[error("cannot keep compiled kernels in {}: {source}", path.display())]
     Cache { path: PathBuf, source: std::io::Error },
-    #[error("this build has no CUDA driver yet")]
-    NoCuda,
+    #[error("{title} is missing: {files} {problem}; {remedy}")]
+    MissingLibrary { title: &'static str, files: String, problem: String, remedy: String },
+    #[error("{path}: {problem}")]
+    UnfitLibrary { path: String, problem: String },
+    #[error("no GPU that can be used: {reason}")]
+    NoGpu { reason: String },
+    #[error(
+        "the NVIDIA driver is too old: it runs CUDA {found}, and at least {needed} is needed; update it (https://www.nvidia.com/drivers)"
+    )]
+    DriverTooOld { found: String, needed: String },
+    #[error("CUDA: {action} failed: {reason}")]
+    Cuda { action: String, reason: String },
     #[error("operation {0} is not written for GPUs yet")]
     NotOnGpuYet(&'static str),
 }

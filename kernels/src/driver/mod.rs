@@ -4,9 +4,13 @@
 pub(crate) mod cache;
 pub(crate) mod cuda;
 pub(crate) mod emulated;
+pub(crate) mod inventory;
+mod libraries;
 pub(crate) mod sources;
+pub(crate) mod timer;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::pool::{Memory, Pool};
 use crate::{DType, Dropout, Result, View, ViewMut};
@@ -16,6 +20,7 @@ use crate::{DType, Dropout, Result, View, ViewMut};
 pub struct Gpu {
     driver: Arc<Driver>,
     pub(crate) pool: Arc<Pool>,
+    tf32: Arc<AtomicBool>,
 }
 
 pub(crate) enum Driver {
@@ -111,7 +116,16 @@ impl Product<'_> {
 impl Gpu {
     pub(crate) fn new(driver: Driver) -> Self {
         let driver = Arc::new(driver);
-        Gpu { pool: Pool::new(Memory::Gpu(driver.clone())), driver }
+        Gpu { pool: Pool::new(Memory::Gpu(driver.clone())), driver, tf32: Arc::default() }
+    }
+
+    /// Whether tensor cores may round operands of type f32 to tf32 (10 bits of mantissa) from now on; not at first.
+    pub fn set_tf32(&self, tf32: bool) {
+        self.tf32.store(tf32, Ordering::Relaxed);
+    }
+
+    pub fn tf32(&self) -> bool {
+        self.tf32.load(Ordering::Relaxed)
     }
 
     pub(crate) fn name(&self) -> &'static str {
@@ -142,7 +156,7 @@ impl Gpu {
     pub(crate) fn gemm(&self, product: Product) -> Result<()> {
         product.check();
         match &*self.driver {
-            Driver::Cuda(cuda) => cuda.gemm(product),
+            Driver::Cuda(cuda) => cuda.gemm(product, self.tf32()),
             Driver::Emulated(emulated) => emulated.gemm(product),
         }
     }

@@ -50,6 +50,15 @@ pub fn set_compiler(compiler: OsString) {
     let _ = COMPILER.set(compiler);
 }
 
+/// The compiler of the emulated device: the first line of what it says it is.
+///
+/// # Errors
+/// There is none; the message says how to get one.
+pub fn emulator_compiler() -> Result<String> {
+    let compiler = COMPILER.get().cloned().unwrap_or_else(|| "g++".into());
+    Ok(compiler_version(&compiler)?.lines().next().unwrap_or_default().to_string())
+}
+
 /// Whether AddressSanitizer's runtime is in the process, so that what it has instrumented can be loaded.
 pub(super) fn is_sanitized() -> bool {
     static SANITIZED: OnceLock<bool> = OnceLock::new();
@@ -191,7 +200,7 @@ impl Library {
 /// The path of the module's shared object.
 fn compile(module: &Module) -> Result<std::path::PathBuf> {
     let compiler = COMPILER.get().cloned().unwrap_or_else(|| "g++".into());
-    let text = sources::kernels(module.source);
+    let text = sources::text(module);
     let mut options: Vec<String> = OPTIONS.iter().map(|&option| option.to_owned()).collect();
     if is_sanitized() {
         options.extend(SANITIZER_OPTIONS.iter().map(|&option| option.to_owned()));

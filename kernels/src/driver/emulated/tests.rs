@@ -79,7 +79,7 @@ fn failure(function: &'static str, factor: usize) -> String {
 #[test]
 fn operations_agree_with_the_oracle_in_any_order_of_threads() {
     for seed in 0..3 {
-        let outcomes = selftest::run(&Device::emulated(seed).unwrap()).unwrap();
+        let outcomes = selftest::run(&Device::emulated(seed).unwrap()).unwrap_or_else(|error| panic!("{error}"));
         let failures: Vec<_> = outcomes.iter().filter(|outcome| !outcome.passed).collect();
         assert!(failures.is_empty(), "seed {seed}: {failures:#?}");
         assert!(outcomes.len() >= 48, "{} outcomes", outcomes.len());
@@ -132,7 +132,7 @@ fn writes_out_of_bounds_are_reported() {
     }
 }
 
-/// Under AddressSanitizer these end the process, with its report; tests/emulator/sanitize.sh looks for that.
+/// With the sanitizers these end the process, with their report; tests/emulator/sanitize.sh looks for that.
 #[test]
 #[ignore = "ends the process where it works: run by tests/emulator/sanitize.sh"]
 fn planted_write_out_of_device_memory() {
@@ -145,6 +145,13 @@ fn planted_write_out_of_device_memory() {
 fn planted_write_out_of_shared_memory() {
     assert!(is_sanitized());
     let _ = run(1, "copy_shared", false, 1);
+}
+
+#[test]
+#[ignore = "ends the process where it works: run by tests/emulator/sanitize.sh"]
+fn planted_overflow() {
+    assert!(is_sanitized());
+    let _ = run(1, "overflow", false, 1);
 }
 
 #[test]

@@ -5,14 +5,17 @@
 
 mod args;
 mod commands;
+mod device;
 mod error;
 mod job;
 mod prepare;
 mod report;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use quintet_kernels::SearchPath;
 
 use crate::args::{Arguments, Command};
 use crate::commands::on_threads;
@@ -20,6 +23,7 @@ use crate::error::Failure;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    describe_surroundings();
     let outcome = match arguments.command {
         Command::Train(arguments) => commands::train::run(arguments),
         Command::Coordinator(arguments) => commands::coordinator::run(arguments),
@@ -37,5 +41,19 @@ fn main() -> ExitCode {
             eprintln!("error: {message}");
             ExitCode::from(exit_code)
         }
+    }
+}
+
+/// Tells the kernels what they need of the environment, before a device is opened.
+fn describe_surroundings() {
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    SearchPath::from_variables(variable).install();
+    if let Some(compiler) = variable("CXX") {
+        quintet_kernels::set_compiler(compiler);
+    }
+    let cache = variable("XDG_CACHE_HOME").map(PathBuf::from).filter(|folder| folder.is_absolute());
+    let cache = cache.or_else(|| variable("HOME").map(|home| PathBuf::from(home).join(".cache")));
+    if let Some(cache) = cache {
+        quintet_kernels::set_cache_directory(cache.join("quintet"));
     }
 }

@@ -46,6 +46,7 @@ struct Place {
 // The place of a call, as the default value of the callee's last parameters.
 #define EMULATOR_PLACE const char *file = __builtin_FILE(), emulator::u32 line = __builtin_LINE()
 
+// Ready is also a thread that is running.
 enum class State : u32 { Ready, AtBarrier, AtCollective, Returned };
 
 struct Block;
@@ -61,16 +62,16 @@ struct PendingCopy {
     u32 group;
 };
 
-// Lies at the low end of the thread's stack, which is aligned to its size.
+// Lies near the low end of the thread's stack.
 struct Thread {
     Index3 index;
-    Block* block;
-    Fiber fiber;
     State state;
-    Place place;
+    Block* block;
     u32 mask;
+    Place place;
     Collective collective;
     void* payload;
+    Fiber fiber;
     PendingCopy* copies;
     u32 copy_count, copy_capacity;
     u32 copy_group; // the one that is open
@@ -89,6 +90,7 @@ struct Kernel {
     // A letter for each parameter: p pointer, u u32, i i32, U u64, f float.
     const char* signature;
     void (*call)(const void* const* arguments);
+    u32 threads_max; // of a block
 };
 
 struct Launch {
@@ -117,7 +119,9 @@ struct Block {
     unsigned short ready[THREADS_MAX]; // a stack
     u32 returned;
     u32 at_collective[THREADS_MAX / LANES]; // lanes, by warp
-    u32 barrier_votes;                      // of the last barrier that opened
+    u32 at_barrier, votes;                  // threads, and those of them that voted
+    u32 opened_votes;                       // of the last barrier that opened
+    u32 first_at_barrier;
 
     char* shared;
     u32 region_count;
@@ -127,15 +131,27 @@ struct Block {
     size_t message_bytes;
     bool failed;
 
+    char* stack(u32 number) {
+        return stacks + size_t(number) * STACK_BYTES;
+    }
     Thread& thread(u32 number) {
-        return *reinterpret_cast<Thread*>(stacks + size_t(number) * STACK_BYTES);
+        return thread_of(reinterpret_cast<uintptr_t>(stack(number)));
+    }
+
+    // The record on a stack, which is aligned to its size. Records and frames lie at different distances from the ends of
+    // their stacks: otherwise those of all threads would compete for the same few lines of the cache.
+    static Thread& thread_of(uintptr_t stack) {
+        return *reinterpret_cast<Thread*>(stack + spread(stack));
+    }
+    static uintptr_t spread(uintptr_t stack) {
+        return stack / STACK_BYTES % 128 * 64;
     }
 };
 
-// The thread that is running: its record is at the beginning of the stack that is in use.
+// The thread that is running: its record is on the stack that is in use.
 inline Thread& self() {
     const uintptr_t frame = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
-    return *reinterpret_cast<Thread*>(frame & ~uintptr_t(STACK_BYTES - 1));
+    return Block::thread_of(frame & ~uintptr_t(STACK_BYTES - 1));
 }
 
 // SplitMix64.
@@ -171,10 +187,7 @@ inline void make_ready(Block& block, u32 warp, u32 mask) {
     const u32 step = u32(random) | 1, shift = u32(random >> 32), flip = u32(random >> 40);
     for (u32 i = 0; i < LANES; i++) {
         const u32 lane = ((i * step + shift) ^ flip) % LANES;
-        if (mask >> lane & 1) {
-            block.thread(warp * LANES + lane).state = State::Ready;
-            block.ready[block.ready_count++] = warp * LANES + lane;
-        }
+        if (mask >> lane & 1) block.ready[block.ready_count++] = warp * LANES + lane;
     }
 }
 
@@ -203,40 +216,28 @@ inline const char* describe(const Thread& thread, char (&text)[128]) {
     }
 }
 
-[[noreturn]] inline void fail_divergent(Block& block, Thread& one, Thread& other) {
-    (void)block;
+[[noreturn]] inline void fail_divergent(const Thread& one, const Thread& other) {
     char first[128], second[128];
     fail("divergent: threads wait for each other in vain: thread %u %s, thread %u %s", one.number(),
          describe(one, first), other.number(), describe(other, second));
 }
 
-// No thread is ready: opens the barrier at which all of them are.
-inline void open_barrier(Block& block) {
-    // A collective is the more telling of the two, if there is one.
-    Thread* first = &block.thread(0);
+// No thread is ready and not all are at a barrier: says which two do not fit together.
+[[noreturn]] inline void fail_stuck(Block& block) {
     for (u32 i = 0; i < block.launch->block; i++) {
-        if (block.thread(i).state == State::AtCollective) {
-            first = &block.thread(i);
-            break;
+        // A warp's operation is the more telling, if there is one.
+        const Thread& thread = block.thread(i);
+        for (u32 lane = 0; thread.state == State::AtCollective && lane < LANES; lane++) {
+            const Thread& other = block.thread(i / LANES * LANES + lane);
+            const bool together = other.state == State::AtCollective && other.place == thread.place;
+            if ((thread.mask >> lane & 1) && !together) fail_divergent(thread, other);
         }
     }
-    if (first->state == State::AtCollective) {
-        const u32 warp = first->number() / LANES;
-        for (u32 lane = 0; lane < LANES; lane++) {
-            Thread& other = block.thread(warp * LANES + lane);
-            const bool together = other.state == State::AtCollective && other.mask == first->mask &&
-                                  other.collective == first->collective && other.place == first->place;
-            if ((first->mask >> lane & 1) && !together) fail_divergent(block, *first, other);
-        }
-    }
-    u32 votes = 0;
+    const Thread& first = block.thread(block.first_at_barrier);
     for (u32 i = 0; i < block.launch->block; i++) {
-        Thread& thread = block.thread(i);
-        if (thread.state != State::AtBarrier || !(thread.place == first->place)) fail_divergent(block, *first, thread);
-        votes += thread.mask;
+        if (block.thread(i).state != State::AtBarrier) fail_divergent(first, block.thread(i));
     }
-    block.barrier_votes = votes;
-    make_all_ready(block);
+    fail("threads wait for each other in vain");
 }
 
 // Lets others run until this thread is ready again.
@@ -247,20 +248,28 @@ inline void wait(Thread& thread) {
             switch_fiber(thread.fiber, block.host, true);
             __builtin_unreachable();
         }
-        open_barrier(block);
+        if (block.at_barrier != block.launch->block) fail_stuck(block);
+        block.opened_votes = block.votes;
+        block.at_barrier = block.votes = 0;
+        make_all_ready(block);
     }
     Thread& next = block.thread(block.ready[--block.ready_count]);
     if (&next != &thread) switch_fiber(thread.fiber, next.fiber, thread.state == State::Returned);
+    thread.state = State::Ready;
 }
 
 // Waits for all threads of the block; returns how many of them voted.
 __attribute__((noinline)) inline u32 barrier(bool vote, Place place) {
     Thread& thread = self();
+    Block& block = *thread.block;
     thread.state = State::AtBarrier;
     thread.place = place;
-    thread.mask = vote;
+    if (block.at_barrier++ == 0) block.first_at_barrier = thread.number();
+    const Thread& first = block.thread(block.first_at_barrier);
+    if (!(first.place == place)) fail_divergent(first, thread);
+    block.votes += vote;
     wait(thread);
-    return thread.block->barrier_votes;
+    return block.opened_votes;
 }
 
 // Waits for the lanes in `mask`; the last one carries out the operation.
@@ -282,7 +291,7 @@ __attribute__((noinline)) inline void collective(u32 mask, Collective operation,
             const Thread& other = *lanes[lane];
             const bool together =
                 other.mask == mask && other.collective == operation && other.place == place;
-            if ((mask >> lane & 1) && !together) fail_divergent(block, thread, *lanes[lane]);
+            if ((mask >> lane & 1) && !together) fail_divergent(thread, *lanes[lane]);
         }
         if (operation) operation(lanes, mask);
         block.at_collective[warp] &= ~mask;
@@ -421,12 +430,11 @@ inline void thread_main() {
 
 inline void begin_thread(Block& block, u32 number) {
     Thread& thread = block.thread(number);
-    char* bottom = reinterpret_cast<char*>(&thread);
+    char* bottom = block.stack(number);
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(bottom, STACK_BYTES);
 #endif
-    // Stacks begin at different places of their pages, or all of them would compete for the same lines of the cache.
-    char* top = bottom + STACK_BYTES - number % 61 * 64;
+    char* top = bottom + STACK_BYTES - Block::spread(reinterpret_cast<uintptr_t>(bottom));
     thread = Thread{};
     thread.index = Index3{number, 0, 0};
     thread.block = &block;
@@ -448,6 +456,7 @@ inline void run_block(Block& block) {
     for (u32 i = 0; i < block.launch->block; i++) begin_thread(block, i);
     block.returned = 0;
     block.ready_count = 0;
+    block.at_barrier = block.votes = 0;
     memset(block.at_collective, 0, sizeof block.at_collective);
     make_all_ready(block);
     switch_fiber(block.host, block.thread(block.ready[--block.ready_count]).fiber);

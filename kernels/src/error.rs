@@ -23,13 +23,30 @@ pub enum Error {
     HeadSize { head_size: usize, most: usize },
     #[error("attention on a GPU tells apart distances up to {most}, and this bias up to {reach}; use --device cpu")]
     BiasReach { reach: usize, most: usize },
-    #[error("this build has no CUDA driver yet")]
-    NoCuda,
+    #[error("{title} is missing: {files} {problem}; {remedy}")]
+    MissingLibrary { title: &'static str, files: String, problem: String, remedy: String },
+    #[error("{path}: {problem}")]
+    UnfitLibrary { path: String, problem: String },
+    #[error("no GPU that can be used: {reason}")]
+    NoGpu { reason: String },
+    #[error(
+        "the NVIDIA driver is too old: it runs CUDA {found}, and at least {needed} is needed; update it (https://www.nvidia.com/drivers)"
+    )]
+    DriverTooOld { found: String, needed: String },
+    #[error("CUDA: {action} failed: {reason}")]
+    Cuda { action: String, reason: String },
     #[error("operation {0} is not written for GPUs yet")]
     NotOnGpuYet(&'static str),
 }
 
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// For what writes a tensor to a file.
+impl From<Error> for std::io::Error {
+    fn from(error: Error) -> Self {
+        std::io::Error::other(error)
+    }
+}
 
 /// Stands where an operation's launch will be.
 pub(crate) fn not_on_gpu_yet<T>(operation: &'static str) -> Result<T> {

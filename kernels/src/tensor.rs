@@ -178,6 +178,12 @@ impl<'a> View<'a> {
         View { address: self.address + offset * self.dtype.bytes(), rows, cols, stride: cols, ..self }
     }
 
+    /// The memory of each row as elements of another, no larger type: as many, from the row's beginning on.
+    pub(crate) fn with_elements_of(self, dtype: DType) -> Self {
+        assert!(dtype.bytes() <= self.dtype.bytes());
+        View { dtype, stride: self.stride * self.dtype.bytes() / dtype.bytes(), ..self }
+    }
+
     pub(crate) fn is_contiguous(&self) -> bool {
         self.stride == self.cols || self.rows <= 1
     }
@@ -190,6 +196,26 @@ impl<'a> View<'a> {
         match self.device {
             Device::Cpu(_) => values.copy_from_slice(self.as_slice()),
             Device::Gpu(gpu) => gpu.download(self.address, bytemuck::cast_slice_mut(values))?,
+        }
+        Ok(())
+    }
+
+    /// Hands all elements of a view without gaps to `take`, in order and in pieces, from any device: without a copy of the
+    /// whole on the host.
+    pub fn read_in_pieces<T: Element, E: From<crate::Error>>(
+        &self,
+        mut take: impl FnMut(&[T]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        const PIECE: usize = 4 << 20;
+        if let Device::Cpu(_) = self.device {
+            return take(self.as_slice());
+        }
+        let elements = self.rows * self.cols;
+        let mut buffer = vec![T::zeroed(); PIECE.min(elements)];
+        for start in (0..elements).step_by(PIECE) {
+            let piece = &mut buffer[..PIECE.min(elements - start)];
+            self.reshape(start, 1, piece.len()).read(piece)?;
+            take(piece)?;
         }
         Ok(())
     }

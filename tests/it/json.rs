@@ -107,7 +107,16 @@ fn the_machine_is_described() {
     let workspace = Workspace::new();
     let doctor = document(&workspace, "doctor --json");
     assert!(doctor["cores"].as_u64().unwrap() >= 1);
-    assert_eq!(doctor["devices"], json!(["cpu"]));
+    assert_keys(&doctor, "cores simd loopback devices gpus driver libraries compiler");
+    assert_eq!(doctor["devices"][0], "cpu");
+    // Of each library either where it is, or one line that says how to get it.
+    let libraries = &doctor["libraries"];
+    for found in [&doctor["driver"], &libraries["nvrtc"], &libraries["cublaslt"], &libraries["nccl"]] {
+        match found["problem"].as_str() {
+            Some(problem) => assert!(problem.len() > 40 && !problem.contains('\n'), "{problem}"),
+            None => assert!(found["version"].is_string() && found["path"].is_string(), "{found}"),
+        }
+    }
     assert_eq!(doctor["loopback"], true);
 }
 

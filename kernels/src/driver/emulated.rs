@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use compile::Library;
-pub use compile::set_compiler;
+pub use compile::{emulator_compiler, set_compiler};
 use memory::Allocations;
 
 use super::{Launch, Product};

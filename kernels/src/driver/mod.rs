@@ -4,18 +4,28 @@
 pub(crate) mod cache;
 pub(crate) mod cuda;
 pub(crate) mod emulated;
+pub(crate) mod inventory;
+mod libraries;
 pub(crate) mod sources;
+pub(crate) mod timer;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::pool::{Memory, Pool};
 use crate::{DType, Dropout, Result, View, ViewMut};
+
+/// The most blocks along y and z.
+const GRID_MAX: u32 = 65_535;
+/// The most shared memory of a block that any GPU has (sm_90); others have less, which their driver reports.
+const SHARED_BYTES_MAX: usize = 227 << 10;
 
 /// A GPU: a driver, the pool of its memory, and one stream on which everything runs in order. Clones are the same GPU.
 #[derive(Clone)]
 pub struct Gpu {
     driver: Arc<Driver>,
     pub(crate) pool: Arc<Pool>,
+    tf32: Arc<AtomicBool>,
 }
 
 pub(crate) enum Driver {
@@ -111,7 +121,16 @@ impl Product<'_> {
 impl Gpu {
     pub(crate) fn new(driver: Driver) -> Self {
         let driver = Arc::new(driver);
-        Gpu { pool: Pool::new(Memory::Gpu(driver.clone())), driver }
+        Gpu { pool: Pool::new(Memory::Gpu(driver.clone())), driver, tf32: Arc::default() }
+    }
+
+    /// Whether tensor cores may round operands of type f32 to tf32 (10 bits of mantissa) from now on; not at first.
+    pub fn set_tf32(&self, tf32: bool) {
+        self.tf32.store(tf32, Ordering::Relaxed);
+    }
+
+    pub fn tf32(&self) -> bool {
+        self.tf32.load(Ordering::Relaxed)
     }
 
     pub(crate) fn name(&self) -> &'static str {
@@ -129,6 +148,8 @@ impl Gpu {
     /// Runs a kernel after everything launched before it; does not wait.
     pub(crate) fn launch(&self, launch: Launch) -> Result<()> {
         assert!((32..=1024).contains(&launch.block) && launch.block.is_multiple_of(32), "{} threads", launch.block);
+        assert!(launch.grid[1] <= GRID_MAX && launch.grid[2] <= GRID_MAX, "a grid of {:?} blocks", launch.grid);
+        assert!(launch.shared_bytes <= SHARED_BYTES_MAX, "{} bytes of shared memory", launch.shared_bytes);
         if launch.grid.contains(&0) {
             return Ok(());
         }
@@ -142,7 +163,7 @@ impl Gpu {
     pub(crate) fn gemm(&self, product: Product) -> Result<()> {
         product.check();
         match &*self.driver {
-            Driver::Cuda(cuda) => cuda.gemm(product),
+            Driver::Cuda(cuda) => cuda.gemm(product, self.tf32()),
             Driver::Emulated(emulated) => emulated.gemm(product),
         }
     }

@@ -35,6 +35,7 @@ const OPTIONS: &[&str] = &[
     "-DEMULATED",
 ];
 const SANITIZER_OPTIONS: &[&str] = &[
+    "-ftrivial-auto-var-init=pattern", // what a kernel forgets to initialise is a large number
     "-g1",
     "-O1",
     "-fno-omit-frame-pointer",
@@ -48,6 +49,15 @@ static COMPILER: OnceLock<OsString> = OnceLock::new();
 /// The C++ compiler of the emulator, to be told before its first device is made; otherwise `g++` on the path.
 pub fn set_compiler(compiler: OsString) {
     let _ = COMPILER.set(compiler);
+}
+
+/// The compiler of the emulated device: the first line of what it says it is.
+///
+/// # Errors
+/// There is none; the message says how to get one.
+pub fn emulator_compiler() -> Result<String> {
+    let compiler = COMPILER.get().cloned().unwrap_or_else(|| "g++".into());
+    Ok(compiler_version(&compiler)?.lines().next().unwrap_or_default().to_string())
 }
 
 /// Whether AddressSanitizer's runtime is in the process, so that what it has instrumented can be loaded.
@@ -77,6 +87,7 @@ struct RawKernel {
     name: *const c_char,
     signature: *const c_char,
     call: *const c_void,
+    threads_max: u32,
 }
 
 /// What block.h calls Launch.
@@ -105,6 +116,8 @@ pub(super) struct Kernel {
     address: *const c_void,
     /// A letter for each parameter; see block.h.
     pub(super) signature: String,
+    /// Its launch bounds.
+    pub(super) threads_max: u32,
 }
 
 // SAFETY: the address is of constant data of a library that is never unloaded.
@@ -148,12 +161,13 @@ impl Library {
             let mut kernels = HashMap::new();
             for index in 0.. {
                 let address = table.add(index);
-                let RawKernel { name, signature, .. } = &*address;
+                let RawKernel { name, signature, threads_max, .. } = &*address;
                 if name.is_null() {
                     break;
                 }
                 let text = |text: *const c_char| CStr::from_ptr(text).to_string_lossy().into_owned();
-                kernels.insert(text(*name), Kernel { address: address.cast(), signature: text(*signature) });
+                let kernel = Kernel { address: address.cast(), signature: text(*signature), threads_max: *threads_max };
+                kernels.insert(text(*name), kernel);
             }
             Ok(Library { kernels, run })
         }
@@ -191,7 +205,7 @@ impl Library {
 /// The path of the module's shared object.
 fn compile(module: &Module) -> Result<std::path::PathBuf> {
     let compiler = COMPILER.get().cloned().unwrap_or_else(|| "g++".into());
-    let text = sources::kernels(module.source);
+    let text = sources::text(module);
     let mut options: Vec<String> = OPTIONS.iter().map(|&option| option.to_owned()).collect();
     if is_sanitized() {
         options.extend(SANITIZER_OPTIONS.iter().map(|&option| option.to_owned()));
@@ -216,13 +230,25 @@ fn compile(module: &Module) -> Result<std::path::PathBuf> {
 
 /// What is compiled: the emulator, the kernels, and a table of them.
 fn translation_unit(stem: &str, text: &str) -> String {
-    let rows: String =
-        sources::kernel_names(text).iter().map(|name| format!("    EMULATOR_KERNEL({name}),\n")).collect();
+    let row = |name: &str| {
+        let threads_max = launch_bounds(text, name).unwrap_or("emulator::THREADS_MAX");
+        format!("    EMULATOR_KERNEL({name}, {threads_max}),\n")
+    };
+    let rows: String = sources::kernel_names(text).into_iter().map(row).collect();
     format!(
         "#include \"cuda.h\"\n#include \"tensor_cores.h\"\n#include \"{stem}.cu\"\n\
          extern \"C\" __attribute__((visibility(\"default\"))) const emulator::Kernel emulator_kernels[] = {{\n\
-         {rows}    {{nullptr, nullptr, nullptr}},\n}};\n"
+         {rows}    {{nullptr, nullptr, nullptr, 0}},\n}};\n"
     )
+}
+
+/// The most threads of a block that a kernel is declared for, an expression.
+fn launch_bounds<'a>(text: &'a str, kernel: &str) -> Option<&'a str> {
+    let bounded = text.lines().filter_map(|line| line.strip_prefix("KERNEL LAUNCH_BOUNDS(")?.split_once(") "));
+    bounded
+        .filter(|(_, rest)| rest.strip_prefix(kernel).is_some_and(|rest| rest.starts_with('(')))
+        .map(|(n, _)| n)
+        .next()
 }
 
 fn write_sources(directory: &Path, files: &[(&str, &str)], kernels: (&str, &str), unit: &str) -> io::Result<()> {

@@ -7,14 +7,28 @@ use crate::DType;
 pub(crate) type Source = (&'static str, &'static str);
 
 /// A file of kernels for each operation.
-const KERNELS: &[Source] = &[("residual", include_str!("../../cuda/residual.cu"))];
+const KERNELS: &[Source] = &[
+    ("activation", include_str!("../../cuda/activation.cu")),
+    ("adafactor", include_str!("../../cuda/adafactor.cu")),
+    ("adamw", include_str!("../../cuda/adamw.cu")),
+    ("cast", include_str!("../../cuda/cast.cu")),
+    ("cross_entropy", include_str!("../../cuda/cross_entropy.cu")),
+    ("embedding", include_str!("../../cuda/embedding.cu")),
+    ("norm", include_str!("../../cuda/norm.cu")),
+    ("relative_bias", include_str!("../../cuda/relative_bias.cu")),
+    ("residual", include_str!("../../cuda/residual.cu")),
+    ("rms_norm", include_str!("../../cuda/rms_norm.cu")),
+];
 
 /// What they include.
 pub(crate) const HEADERS: &[Source] = &[
     ("element.cuh", include_str!("../../cuda/element.cuh")),
+    ("pack.cuh", include_str!("../../cuda/pack.cuh")),
+    ("piece.cuh", include_str!("../../cuda/piece.cuh")),
     ("ptx.cuh", include_str!("../../cuda/ptx.cuh")),
     ("random.cuh", include_str!("../../cuda/random.cuh")),
     ("reduce.cuh", include_str!("../../cuda/reduce.cuh")),
+    ("slots.cuh", include_str!("../../cuda/slots.cuh")),
 ];
 
 /// The constants of a module.

@@ -9,6 +9,7 @@ mod adamw;
 mod attention;
 mod cast;
 mod cross_entropy;
+mod elementwise;
 mod embedding;
 mod linear;
 mod norm;

@@ -4,22 +4,35 @@ use super::{Bench, Input};
 use crate::float::{Float, with_float};
 use crate::ops::{self, Attention, AttentionGradients, CrossEntropy, IGNORED_LABEL, RelativeBuckets};
 use crate::oracle;
-use crate::{DType, Dropout, Result, Segments, Tensor};
+use crate::{DType, Device, Dropout, Result, Segments, Tensor};
 
 const MASK: Dropout = Dropout { probability: 0.1, seed: 11, stream: 12 };
 
 pub(super) fn all(bench: &mut Bench) -> Result<()> {
-    for (rows, cols) in [(1, 1), (3, 70), (200, 96), (130, 513)] {
+    for (rows, cols) in [(1, 1), (3, 70), (200, 96), (130, 513), (37, 768)] {
         bench.shape = format!("{rows}x{cols}");
-        for case in [casts, residuals, activations, rms_norm, embedding] {
+        for case in [casts, residuals, activations, rms_norm] {
             landed(case(bench, rows, cols))?;
         }
+        landed(embedding(bench, rows, cols, 17))?;
     }
     for (rows, inputs, outputs) in [(1, 5, 3), (19, 33, 65), (150, 128, 512), (300, 700, 96)] {
         bench.shape = format!("{rows}x{inputs}->{outputs}");
         landed(linear(bench, rows, inputs, outputs))?;
     }
-    for (rows, width, vocabulary) in [(5, 8, 3), (600, 24, 80), (70, 64, 5000)] {
+    // Rows that several warps have, unevenly; more of them than there are blocks to sum over them.
+    for (rows, cols) in [(3, 4096), (9, 2050), (4500, 24)] {
+        bench.shape = format!("{rows}x{cols}");
+        landed(rms_norm(bench, rows, cols))?;
+    }
+    // Frequent and rare ids, more rows than are sorted at a time, whole groups of the dropout generator and parts of them.
+    for (rows, cols, vocabulary) in [(2500, 384, 17), (5000, 24, 3000)] {
+        bench.shape = format!("{rows}x{cols}, vocabulary {vocabulary}");
+        landed(embedding(bench, rows, cols, vocabulary))?;
+    }
+    landed(views_with_gaps(bench))?;
+    // The last two are longer than what a block of a GPU has of a row at a time.
+    for (rows, width, vocabulary) in [(5, 8, 3), (600, 24, 80), (70, 64, 5000), (9, 16, 20_000), (6, 8, 9001)] {
         bench.shape = format!("{rows}x{width}, vocabulary {vocabulary}");
         landed(cross_entropy(bench, rows, width, vocabulary))?;
     }
@@ -28,7 +41,7 @@ pub(super) fn all(bench: &mut Bench) -> Result<()> {
 }
 
 /// Passes over what is not written for GPUs yet.
-fn landed(result: Result<()>) -> Result<()> {
+pub(super) fn landed(result: Result<()>) -> Result<()> {
     match result {
         Err(crate::Error::NotOnGpuYet(_)) => Ok(()),
         result => result,
@@ -111,12 +124,12 @@ fn rms_norm(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
     )?;
     let (d_x, d_weight) = oracle::rms_norm_backward(&d_y.exact, &x.exact, &weight.exact, f64::from(eps));
     bench.compare("rms_norm_backward d_x", &got_x, &oracle::add(&old_x, &d_x), cols, 1)?;
-    bench.compare("rms_norm_backward d_weight", &got_weight, &oracle::add(&old_weight, &d_weight), rows + cols, 1)?;
+    // A sum of products that were rounded, each by up to ε/2: 8 standard deviations of that are 2.3 ε.
+    bench.compare("rms_norm_backward d_weight", &got_weight, &oracle::add(&old_weight, &d_weight), rows + cols, 2)?;
     Ok(())
 }
 
-fn embedding(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
-    let vocabulary = 17;
+fn embedding(bench: &mut Bench, rows: usize, cols: usize, vocabulary: usize) -> Result<()> {
     let (ids_tensor, ids) = bench.ids(rows, vocabulary)?;
     let (table, d_y) = (bench.input(vocabulary, cols, 1.0)?, bench.input(rows, cols, 1.0)?);
     let factors = oracle::dropout_factors(MASK, rows * cols);
@@ -129,6 +142,63 @@ fn embedding(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
     let dropped = oracle::multiply(&d_y.exact, &factors);
     let want = oracle::add(&old, &oracle::embedding_backward(&ids, &dropped, vocabulary, cols));
     bench.compare("embedding_backward", &d_table, &want, rows + 1, 0)?;
+    Ok(())
+}
+
+/// Rows that begin further apart than they are long: columns of wider tensors, at addresses of whole vectors and not.
+fn views_with_gaps(bench: &mut Bench) -> Result<()> {
+    let (rows, wide) = (21, 320);
+    for (first, cols) in [(8, 256), (3, 130)] {
+        bench.shape = format!("{rows} x columns {first}..{} of {wide}", first + cols);
+        let mut part = |cols: usize, scale| -> Result<(Input, Vec<f64>)> {
+            let input = bench.input(rows, wide, scale)?;
+            let exact = input.exact.chunks(wide).flat_map(|row| row[first..first + cols].to_vec()).collect();
+            Ok((input, exact))
+        };
+        let ((x, x_exact), (delta, delta_exact)) = (part(cols, 1.0)?, part(cols, 1.0)?);
+        let (x, delta) =
+            (x.tensor.view().columns(first..first + cols), delta.tensor.view().columns(first..first + cols));
+        let weight = bench.input(1, cols, 1.0)?;
+        let factors = oracle::dropout_factors(MASK, rows * cols);
+        let interleave = |left: &[f64], right: &[f64]| -> Vec<f64> {
+            left.chunks(cols).zip(right.chunks(cols)).flat_map(|(left, right)| [left, right].concat()).collect()
+        };
+
+        // Results side by side in one tensor.
+        let mut both = bench.output(rows, 2 * cols)?;
+        let (left, right) = both.view_mut().split_columns(cols);
+        ops::dropout(delta, MASK, left)?;
+        ops::residual_forward(x, delta, MASK, right)?;
+        let dropped = oracle::multiply(&delta_exact, &factors);
+        let want = interleave(&dropped, &oracle::add(&x_exact, &dropped));
+        bench.compare("dropout and residual_forward", &both, &want, 2, 1)?;
+
+        let mut both = bench.output(rows, 2 * cols)?;
+        let mut rstd = bench.typed_output(DType::F32, rows, 1)?;
+        let (mut left, mut right) = both.view_mut().split_columns(cols);
+        let weight_view = weight.tensor.view();
+        ops::rms_norm_forward(x, weight_view, 1e-6, left.reborrow(), rstd.view_mut())?;
+        right.reborrow().fill_zero()?;
+        let mut d_weight = bench.device.zeros(DType::F32, 1, cols)?;
+        ops::rms_norm_backward(delta, x, weight_view, rstd.view(), right, d_weight.view_mut())?;
+        let (y, _) = oracle::rms_norm(&x_exact, &weight.exact, 1e-6);
+        let (d_x, d_weight_exact) = oracle::rms_norm_backward(&delta_exact, &x_exact, &weight.exact, 1e-6);
+        bench.compare("rms_norm forward and backward", &both, &interleave(&y, &d_x), cols, 2)?;
+        bench.compare("rms_norm_backward d_weight", &d_weight, &d_weight_exact, rows + cols, 2)?;
+
+        let features = cols / 2;
+        let mut both = bench.output(rows, 2 * features)?;
+        let (left, right) = both.view_mut().split_columns(features);
+        ops::gated_gelu_forward(x, Dropout::NONE, left)?;
+        ops::relu_forward(delta.columns(0..features), Dropout::NONE, right)?;
+        let relu: Vec<f64> = delta_exact.chunks(cols).flat_map(|row| oracle::relu(&row[..features])).collect();
+        let want: Vec<f64> = oracle::gated_gelu(&x_exact, features)
+            .chunks(features)
+            .zip(relu.chunks(features))
+            .flat_map(|(left, right)| [left, right].concat())
+            .collect();
+        bench.compare("gated_gelu and relu forward", &both, &want, 10, 1)?;
+    }
     Ok(())
 }
 
@@ -200,9 +270,12 @@ fn cross_entropy(bench: &mut Bench, rows: usize, width: usize, vocabulary: usize
     )?;
     bench.compare("cross_entropy_forward_backward losses", &losses, &want, terms, 0)?;
     let d_h_exact = oracle::matmul(&gradient, &w.exact, vocabulary);
-    bench.compare("cross_entropy_forward_backward d_h", &d_h, &d_h_exact, terms, 1)?;
+    // GPUs multiply operands of one type: there the gradient by the logits is rounded, too.
+    let rounded = usize::from(matches!(bench.device, Device::Gpu(_)));
+    bench.compare("cross_entropy_forward_backward d_h", &d_h, &d_h_exact, terms, 1 + rounded)?;
     let d_w_exact = oracle::matmul(&oracle::transpose(&gradient, vocabulary), &h.exact, rows);
-    bench.compare("cross_entropy_forward_backward d_w", &d_w, &oracle::add(&old, &d_w_exact), terms + rows, 0)?;
+    let want = oracle::add(&old, &d_w_exact);
+    bench.compare("cross_entropy_forward_backward d_w", &d_w, &want, terms + rows, rounded)?;
     Ok(())
 }
 

@@ -122,16 +122,17 @@ impl Bench<'_> {
         let got = download(got)?;
         got.iter().for_each(|value| value.to_bits().hash(&mut self.digest));
         assert_eq!(got.len(), want.len(), "{op}: elements of the result and of the oracle's");
+        // Below the least normal number errors are no longer proportional to anything.
+        let (epsilon, least) = match self.dtype {
+            DType::Bf16 => (f64::from(bf16::EPSILON), f64::from(bf16::MIN_POSITIVE)),
+            DType::F16 => (f64::from(f16::EPSILON), f64::from(f16::MIN_POSITIVE)),
+            DType::F32 | DType::U32 => (0.0, f64::from(f32::MIN_POSITIVE)),
+        };
         let error = |((got, want), size): ((&f64, &f64), &f64)| {
-            let error = (got - want).abs() / (want.abs() + size + f64::MIN_POSITIVE);
+            let error = (got - want).abs() / (want.abs() + size + least);
             if error.is_nan() { f64::INFINITY } else { error }
         };
         let max_error = got.iter().zip(want).zip(sizes).map(error).fold(0.0, f64::max);
-        let epsilon = match self.dtype {
-            DType::Bf16 => f64::from(bf16::EPSILON),
-            DType::F16 => f64::from(f16::EPSILON),
-            DType::F32 | DType::U32 => 0.0,
-        };
         let tolerance = 8.0 * f64::from(f32::EPSILON) * (terms as f64).sqrt() + roundings as f64 * epsilon;
         self.outcomes.push(Outcome {
             op: op.to_owned(),

@@ -10,6 +10,14 @@
 // and written once, and of 8 elements one Philox block is computed.
 #include "piece.cuh"
 
+// A sum that f16 would round to infinity (from 65520 on) becomes ±64504, where transformers clamps the residual stream.
+DEVICE float in_range(float value) {
+#ifdef ELEMENT_F16
+    if (fabsf(value) >= 65520.0f) return copysignf(64504.0f, value);
+#endif
+    return value;
+}
+
 KERNEL LAUNCH_BOUNDS(256) dropout(const element* x, u32 x_stride, element* y, u32 y_stride, u32 rows, u32 cols,
                                   u32 whole_vectors, DROPOUT_PARAMETERS) {
     const Piece piece(rows, cols, whole_vectors);
@@ -30,6 +38,6 @@ KERNEL LAUNCH_BOUNDS(256) residual_forward(const element* x, u32 x_stride, const
     piece.load(delta, delta_stride, deltas);
     piece.factors(DROPOUT, factors);
 #pragma unroll
-    for (int i = 0; i < 8; i++) values[i] += deltas[i] * factors[i];
+    for (int i = 0; i < 8; i++) values[i] = in_range(values[i] + deltas[i] * factors[i]);
     piece.store(y, y_stride, values);
 }

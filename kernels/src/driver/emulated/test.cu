@@ -186,3 +186,5 @@ KERNEL product(const element* a, const element* b, float* c) {
     c[8 * (group + 8) + pair + 1] = sum[3];
 }
 #endif
+
+KERNEL LAUNCH_BOUNDS(3 * WARP) bounded() {}

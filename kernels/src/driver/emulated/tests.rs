@@ -13,6 +13,7 @@ const BLOCKS: usize = 5;
 const COUNT: usize = THREADS * BLOCKS;
 
 /// A launch of a kernel of test.cu, with or without its mistake.
+#[derive(Clone, Copy)]
 struct Test<'a> {
     function: &'static str,
     element: DType,
@@ -314,4 +315,13 @@ fn tensor_cores_multiply_fragments() {
     multiplies::<f32>(8);
     multiplies::<bf16>(16);
     multiplies::<f16>(16);
+}
+
+#[test]
+#[should_panic(expected = "128 threads, but kernel bounded is for 96")]
+fn launch_bounds_are_kept() {
+    let device = Device::emulated(0).unwrap();
+    let test = Test { function: "bounded", ..TEST };
+    launch(&device, test).unwrap();
+    let _ = launch(&device, Test { threads: 128, ..test });
 }

@@ -39,7 +39,21 @@ type Constants = &'static [(&'static str, u32)];
 
 /// Sources whose modules have constants, and all that operations use of them. Others have one module for each element
 /// type.
-const VARIANTS: &[(&str, &[Constants])] = &[];
+const VARIANTS: &[(&str, &[Constants])] = &[
+    ("cast", &[&[("TO", 0)], &[("TO", 1)], &[("TO", 2)]]),
+    (
+        "rms_norm",
+        &[
+            &[("WARPS", 1), ("PACKS", 1)],
+            &[("WARPS", 1), ("PACKS", 2)],
+            &[("WARPS", 1), ("PACKS", 3)],
+            &[("WARPS", 1), ("PACKS", 4)],
+            &[("WARPS", 2), ("PACKS", 4)],
+            &[("WARPS", 4), ("PACKS", 4)],
+            &[("WARPS", 8), ("PACKS", 4)],
+        ],
+    ),
+];
 
 /// Every module that operations launch kernels of. One that is not here is not compiled for GPUs before it is used on
 /// one, so it may not be used at all.

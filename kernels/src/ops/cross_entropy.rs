@@ -173,7 +173,7 @@ fn launch(
         let c = logits.reborrow();
         gpu.gemm(Product { a: h, a_transposed: false, b, b_transposed: true, c, alpha, accumulate: false })?;
         let element = h.dtype();
-        let differentiate = gradients.is_some().then_some(loss.label_smoothing);
+        let differentiate = gradients.is_some().then_some([loss.label_smoothing, loss.gradient_scale]);
         let (labels, losses) = (labels.rows_range(range.clone()), losses.view().rows_range(range.clone()));
         launch_rows(gpu, element, logits.view(), labels, losses, differentiate)?;
         if let Some((d_h, d_w)) = &mut gradients {
@@ -194,14 +194,14 @@ fn launch_rows(
     logits: View,
     labels: View,
     losses: View,
-    smoothing: Option<f32>,
+    differentiate: Option<[f32; 2]>,
 ) -> Result<()> {
     const THREADS_MAX: usize = 512;
     let vocabulary = logits.cols();
     let threads = vocabulary.div_ceil(16).next_multiple_of(32).min(THREADS_MAX);
-    let function = if smoothing.is_some() { "cross_entropy_forward_backward" } else { "cross_entropy_forward" };
+    let function = if differentiate.is_some() { "cross_entropy_forward_backward" } else { "cross_entropy_forward" };
     let mut arguments = vec![logits.into(), labels.into(), losses.into(), vocabulary.into()];
-    arguments.extend(smoothing.map(Argument::F32));
+    arguments.extend(differentiate.into_iter().flatten().map(Argument::F32));
     arguments.push(has_whole_vectors(&[logits]).into());
     gpu.launch(Launch {
         module: Module { source: "cross_entropy", element, constants: &[] },
@@ -228,7 +228,7 @@ mod tests {
         let labels: Vec<u32> = (0..rows as u32).map(|row| if row == 4 { IGNORED_LABEL } else { row * 3 }).collect();
         let labels = device.upload(&labels, rows, 1).unwrap();
         let run = |chunk: usize| {
-            let loss = CrossEntropy { scale: 0.5, label_smoothing: 0.1 };
+            let loss = CrossEntropy { scale: 0.5, label_smoothing: 0.1, gradient_scale: 1.0 };
             let (mut losses, mut d_h) = (upload(rows, 1), upload(rows, width));
             let mut d_w = device.zeros(DType::F32, vocabulary, width).unwrap();
             let gradients = Some((d_h.view_mut(), d_w.view_mut()));
@@ -249,7 +249,7 @@ mod tests {
         let (h, w) = (device.upload(&[1.0_f32; 8], 2, 4).unwrap(), device.upload(&[1.0_f32; 12], 3, 4).unwrap());
         let labels = device.upload(&[2_u32, 3], 2, 1).unwrap();
         let mut losses = device.upload(&[0.0_f32; 2], 2, 1).unwrap();
-        let loss = CrossEntropy { scale: 1.0, label_smoothing: 0.0 };
+        let loss = CrossEntropy { scale: 1.0, label_smoothing: 0.0, gradient_scale: 1.0 };
         cross_entropy_forward(h.view(), w.view(), labels.view(), loss, losses.view_mut()).unwrap();
         let losses = losses.download::<f32>().unwrap();
         assert!((losses[0] - 3.0_f32.ln()).abs() < 1e-6 && losses[1].is_nan(), "{losses:?}");

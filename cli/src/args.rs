@@ -38,9 +38,15 @@ pub(crate) enum Command {
 /// Where to compute.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum DeviceChoice {
+    /// A GPU where there is one that can be used, else the processor.
     #[default]
     Auto,
+    /// The processor.
     Cpu,
+    /// NVIDIA GPUs.
+    Cuda,
+    /// The GPU's kernels on the processor: slow, for tests.
+    Emulated,
 }
 
 /// A job file, and what the command line changes in it.
@@ -96,6 +102,12 @@ pub(crate) struct WorkerArguments {
     /// Where other workers reach this one.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
     pub(crate) listen: SocketAddr,
+    /// Where to compute; what the job says by default.
+    #[arg(long, value_enum)]
+    pub(crate) device: Option<DeviceChoice>,
+    /// Which of this machine's GPUs to compute on, where it is GPUs.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) gpu: usize,
     /// Threads to compute with; all cores by default.
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
@@ -224,8 +236,9 @@ pub(crate) struct BenchStepArguments {
     /// Timed steps, after two that are not.
     #[arg(long, default_value_t = 5)]
     pub(crate) steps: usize,
-    #[arg(long, default_value = "fp32")]
-    pub(crate) precision: String,
+    /// fp32, tf32, bf16 or fp16; by default bf16 on a GPU, fp32 elsewhere.
+    #[arg(long)]
+    pub(crate) precision: Option<String>,
     #[arg(long)]
     pub(crate) gradient_checkpointing: bool,
     /// Threads to compute with; all cores by default.

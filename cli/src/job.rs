@@ -3,13 +3,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use quintet_coordinator::config::{ClusterConfig, Device};
+use quintet_coordinator::config::ClusterConfig;
 use quintet_data::DataConfig;
-use quintet_worker::{EvaluationConfig, ModelSection, TrainingConfig};
+use quintet_worker::{EvaluationConfig, ModelSection, Precision, TrainingConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::args::{DeviceChoice, JobArguments};
+use crate::args::JobArguments;
+use crate::device::Decision;
 use crate::error::{Failure, Result};
 
 /// A job, as in INTERFACE: the file's sections, each defined by the crate that uses it.
@@ -48,14 +49,21 @@ impl Job {
             job.cluster.workers = Some(workers);
         }
         if let Some(device) = arguments.device {
-            job.cluster.device = match device {
-                DeviceChoice::Auto => Device::Auto,
-                DeviceChoice::Cpu => Device::Cpu,
-            };
+            job.cluster.device = device.into();
         }
         job.validate()
             .map_err(|failure| Failure { message: format!("{}: {}", path.display(), failure.message), ..failure })?;
         Ok(job)
+    }
+
+    /// Fills in what follows from the device: one worker for each GPU, and the precision, so that the run has one even if
+    /// it is resumed on another device.
+    pub(crate) fn settle(&mut self, device: &Decision) {
+        self.cluster.device = device.as_wanted();
+        if device.gpus > 0 {
+            self.cluster.workers.get_or_insert(device.gpus as u32);
+        }
+        self.training.precision.get_or_insert(Precision::default_on(device.choice));
     }
 
     fn validate(&self) -> Result<()> {
@@ -87,6 +95,8 @@ fn numerics(job: &Job) -> Value {
     job.evaluation = EvaluationConfig::default();
     let training = &mut job.training;
     training.gradient_checkpointing = false;
+    // As jobs without one had it before there was another.
+    training.precision = training.precision.filter(|&precision| precision != Precision::Fp32);
     training.logging_steps = 1;
     (training.eval_steps, training.save_steps, training.save_total_limit) = (None, None, None);
     serde_json::to_value(job).unwrap_or_default()

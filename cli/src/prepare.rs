@@ -11,7 +11,6 @@ use quintet_coordinator::state::Settings;
 use quintet_data::{Splits, Tokenizer, TokenizerSpec};
 use quintet_worker::{checkpoint, replica};
 
-use crate::args::JobArguments;
 use crate::error::{Failure, Result};
 use crate::job::{self, Job};
 
@@ -32,13 +31,12 @@ pub(crate) struct Prepared {
 /// Every how many steps the replicas' weights are compared, where several could differ.
 const DIGEST_STEPS: u64 = 100;
 
-pub(crate) fn prepare(arguments: &JobArguments, insecure: bool) -> Result<Prepared> {
-    let job = Job::load(arguments)?;
+pub(crate) fn prepare(job: Job, resume: bool, insecure: bool) -> Result<Prepared> {
     let base = working_directory()?;
     let splits = Splits::load(&job.data, &base, job.training.seed)?;
     let lock = lock(&job.output_dir)?;
     // A run that has committed nothing is none: what stopped it can be put right and the job started again.
-    let resume = arguments.resume && holds_work(&job.output_dir);
+    let resume = resume && holds_work(&job.output_dir);
     let tokenizer = run_tokenizer(&job, &base, &splits, resume)?;
     check_model(&job, &tokenizer)?;
     let schedule = job.training.steps(splits.train.len())?;

@@ -84,10 +84,13 @@ impl Reporter {
     }
 
     fn show_step(&mut self, metrics: &TrainMetrics) {
-        let text = format!(
+        let mut text = format!(
             "loss {:.4}  grad_norm {:.3}  lr {:.2e}  {:.0} tokens/s",
             metrics.loss, metrics.grad_norm, metrics.learning_rate, metrics.tokens_per_second
         );
+        if let (Some(scale), true) = (metrics.loss_scale, metrics.grad_norm.is_nan()) {
+            text += &format!("  (no update: the gradient overflowed at loss scale {scale})");
+        }
         if let Some(bar) = &self.bar {
             bar.set_position(metrics.step);
             bar.set_message(text);

@@ -15,6 +15,10 @@ pub enum Device {
     Auto,
     /// The processor.
     Cpu,
+    /// NVIDIA GPUs.
+    Cuda,
+    /// The GPU's kernels on the processor, for tests.
+    Emulated,
 }
 
 /// Workers of a run, and when they count as lost.
@@ -25,7 +29,7 @@ pub struct ClusterConfig {
     pub workers: Option<u32>,
     /// The run goes on while so many are left. Default 1.
     pub min_workers: u32,
-    /// `"auto"` or `"cpu"`. Default `"auto"`.
+    /// `"auto"`, `"cpu"`, `"cuda"` or `"emulated"`. Default `"auto"`.
     pub device: Device,
     /// Address and port for workers to connect to; port 0 takes a free one. Default
     /// `"127.0.0.1:0"`.

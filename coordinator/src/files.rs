@@ -198,6 +198,7 @@ mod tests {
             tokens_per_second: 32.0,
             workers: 2,
             peak_memory_bytes: 1024,
+            loss_scale: None,
         })
     }
 

@@ -35,7 +35,7 @@ pub struct LocalWorkers {
 }
 
 impl LocalWorkers {
-    /// Starts `count` processes of `executable` with the same arguments. Their standard error is
+    /// Starts a process of `executable` for each list of `arguments`. Their standard error is
     /// ours, their standard output and input are closed. Each is a process group of its own, so
     /// that Ctrl-C in a terminal reaches the coordinator alone, which then ends the run in order.
     ///
@@ -44,10 +44,10 @@ impl LocalWorkers {
     ///
     /// # Errors
     /// [`Error::Spawn`]; what was started already is killed.
-    pub fn spawn(executable: &Path, arguments: &[OsString], run_token: &Secret, count: u32) -> Result<Self> {
+    pub fn spawn(executable: &Path, arguments: &[Vec<OsString>], run_token: &Secret) -> Result<Self> {
         let (report, deaths) = mpsc::unbounded_channel();
         let (alive, _) = watch::channel(());
-        for _ in 0..count {
+        for arguments in arguments {
             let child = spawn(executable, arguments, run_token)
                 .map_err(|source| Error::Spawn { executable: executable.to_owned(), source })?;
             tokio::spawn(supervise(child, alive.subscribe(), report.clone()));
@@ -130,10 +130,10 @@ fn exit_code(status: ExitStatus) -> Option<u32> {
 mod tests {
     use super::*;
 
-    fn shell(script: &str, count: u32) -> LocalWorkers {
-        let arguments = ["-c", script].map(OsString::from);
+    fn shell(script: &str, count: usize) -> LocalWorkers {
+        let arguments = vec![["-c", script].map(OsString::from).to_vec(); count];
         let token = Secret::from_bytes([1; 32]);
-        LocalWorkers::spawn(Path::new("/bin/sh"), &arguments, &token, count).unwrap()
+        LocalWorkers::spawn(Path::new("/bin/sh"), &arguments, &token).unwrap()
     }
 
     #[tokio::test]
@@ -176,7 +176,7 @@ mod tests {
     #[tokio::test]
     async fn an_absent_executable_is_named() {
         let token = Secret::from_bytes([1; 32]);
-        let error = LocalWorkers::spawn(Path::new("/absent/quintet"), &[], &token, 1).unwrap_err();
+        let error = LocalWorkers::spawn(Path::new("/absent/quintet"), &[vec![]], &token).unwrap_err();
         assert!(error.to_string().starts_with("cannot start /absent/quintet: "), "{error}");
     }
 }

@@ -165,7 +165,7 @@ impl Bench {
         let mut losses = self.typed(DType::F32, rows, 1);
         let ids: Vec<u32> = (0..rows as u32).map(|row| row * 31 % vocabulary as u32).collect();
         let labels = self.device.upload(&ids, rows, 1).unwrap();
-        let loss = CrossEntropy { scale: 1.0, label_smoothing: 0.0 };
+        let loss = CrossEntropy { scale: 1.0, label_smoothing: 0.0, gradient_scale: 1.0 };
         time("cross entropy", 6 * rows * width * vocabulary, "GFLOP/s", || {
             let (losses, d_h, d_w) = (losses.view_mut(), d_h.view_mut(), d_w.view_mut());
             ops::cross_entropy_forward_backward(h.view(), w.view(), labels.view(), loss, losses, d_h, d_w).unwrap();

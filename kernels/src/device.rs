@@ -65,6 +65,14 @@ impl Device {
         Ok(tensor)
     }
 
+    /// Waits until everything asked of the device so far is done.
+    pub fn synchronize(&self) -> Result<()> {
+        match self {
+            Device::Cpu(_) => Ok(()),
+            Device::Gpu(gpu) => gpu.synchronize(),
+        }
+    }
+
     pub fn memory(&self) -> MemoryStatistics {
         self.pool().statistics()
     }

@@ -37,6 +37,13 @@ pub enum Error {
 
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// For what writes a tensor to a file.
+impl From<Error> for std::io::Error {
+    fn from(error: Error) -> Self {
+        std::io::Error::other(error)
+    }
+}
+
 /// Stands where an operation's launch will be.
 pub(crate) fn not_on_gpu_yet<T>(operation: &'static str) -> Result<T> {
     Err(Error::NotOnGpuYet(operation))

@@ -9,6 +9,12 @@ pub(crate) trait Float: Element {
     fn to_f32(self) -> f32;
     /// Rounds to nearest, ties to even; NaN stays NaN.
     fn from_f32(value: f32) -> Self;
+    /// As [`Float::from_f32`], but f16, whose range ends early, ends at ±64504 instead of infinity: where transformers
+    /// clamps the residual stream of T5.
+    #[inline(always)]
+    fn from_f32_saturating(value: f32) -> Self {
+        Self::from_f32(value)
+    }
 }
 
 impl Float for f32 {
@@ -48,6 +54,12 @@ impl Float for f16 {
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
         f16::from_f32(value)
+    }
+
+    #[inline(always)]
+    fn from_f32_saturating(value: f32) -> Self {
+        let rounded = f16::from_f32(value);
+        if rounded.is_infinite() { f16::from_f32(64504.0_f32.copysign(value)) } else { rounded }
     }
 }
 

@@ -194,6 +194,26 @@ impl<'a> View<'a> {
         Ok(())
     }
 
+    /// Hands all elements of a view without gaps to `take`, in order and in pieces, from any device: without a copy of the
+    /// whole on the host.
+    pub fn read_in_pieces<T: Element, E: From<crate::Error>>(
+        &self,
+        mut take: impl FnMut(&[T]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        const PIECE: usize = 4 << 20;
+        if let Device::Cpu(_) = self.device {
+            return take(self.as_slice());
+        }
+        let elements = self.rows * self.cols;
+        let mut buffer = vec![T::zeroed(); PIECE.min(elements)];
+        for start in (0..elements).step_by(PIECE) {
+            let piece = &mut buffer[..PIECE.min(elements - start)];
+            self.reshape(start, 1, piece.len()).read(piece)?;
+            take(piece)?;
+        }
+        Ok(())
+    }
+
     /// Of the first element, in the device's address space.
     pub(crate) fn address(&self) -> usize {
         self.address

@@ -4,7 +4,7 @@ use quintet_kernels::ops::{self, Attention};
 use quintet_kernels::{DType, Dropout, Segments, Tensor, View};
 
 use crate::layers::FeedForward;
-use crate::parameters::{CrossAttentionLayout, Parameters, SelfAttentionLayout};
+use crate::parameters::{CrossAttentionLayout, SelfAttentionLayout, Weights};
 use crate::pass::{Pass, Site};
 use crate::stack::{self, Keep, Stack};
 use crate::{Model, Result};
@@ -22,15 +22,15 @@ impl Model {
     /// The most probable next token, again and again, for each source of a batch.
     ///
     /// `source_ids` are concatenated, `source_offsets` say where each begins (`cu_seqlens`).
-    pub fn generate_greedy(
-        &self,
-        weights: &Parameters,
+    pub fn generate_greedy<'a>(
+        &'a self,
+        weights: impl Into<Weights<'a>>,
         source_ids: &[u32],
         source_offsets: &[u32],
         max_new_tokens: usize,
     ) -> Result<Vec<Generated>> {
         let sources = Segments::from_offsets(source_offsets);
-        let pass = self.inference_pass(weights);
+        let pass = self.inference_pass(weights.into());
         let mut decoder = Decoder::new(self, &pass, source_ids, &sources, max_new_tokens)?;
         let config = self.config();
         let mut outputs = vec![Generated { token_ids: Vec::new(), score: 0.0 }; sources.len()];
@@ -42,7 +42,7 @@ impl Model {
                 if finished[row] {
                     continue;
                 }
-                let (token, log_probability) = most_probable(logits.view().row(row));
+                let (token, log_probability) = most_probable(&logits[row * config.vocab_size..][..config.vocab_size]);
                 output.token_ids.push(token);
                 output.score += log_probability;
                 tokens[row] = token;
@@ -96,19 +96,25 @@ impl<'a> Decoder<'a> {
         Ok(Decoder { model, sources, biases, caches, length: 0, capacity })
     }
 
-    /// The logits `[B,V]` (f32) after one more token for each sequence.
-    fn step(&mut self, pass: &Pass, tokens: &[u32]) -> Result<Tensor> {
+    /// The logits `[B,V]`, on the host, after one more token for each sequence.
+    fn step(&mut self, pass: &Pass, tokens: &[u32]) -> Result<Vec<f32>> {
         assert!(self.length < self.capacity);
         let layout = self.model.layout();
         let config = pass.config;
         let ids = pass.device.upload(tokens, tokens.len(), 1)?;
         let mut x = pass.empty(tokens.len(), config.d_model)?;
         ops::embedding_forward(ids.view(), pass.weights.slot(layout.shared), Dropout::NONE, x.view_mut())?;
+        let sequences = Sequences {
+            queries: Segments::strided(tokens.len(), 1, 1),
+            cached: Segments::strided(tokens.len(), self.capacity, self.length + 1),
+            sources: self.sources,
+            length: self.length,
+        };
         for (index, block) in layout.decoder.blocks.iter().enumerate() {
             let cache = &mut self.caches[index];
             let bias = self.biases[stack::shared_or_own(&self.biases, index)].view();
-            x = self_attention(pass, &block.attention, &mut cache.own, self.length, self.capacity, bias, x)?;
-            x = cross_attention(pass, cross_layout(block.cross.as_ref()), &cache.cross, self.sources, x)?;
+            x = self_attention(pass, &block.attention, &mut cache.own, &sequences, bias, x)?;
+            x = cross_attention(pass, cross_layout(block.cross.as_ref()), &cache.cross, &sequences, x)?;
             let site = Site { decoder: true, block: index };
             x = FeedForward { layout: &block.feed_forward, site }.forward(pass, x)?.0;
         }
@@ -116,8 +122,9 @@ impl<'a> Decoder<'a> {
         let (hidden, _) = pass.norm(x.view(), layout.decoder.final_norm)?;
         let mut logits = pass.device.empty(DType::F32, tokens.len(), config.vocab_size)?;
         ops::linear_forward(hidden.view(), pass.weights.slot(layout.head()), logits.view_mut(), false)?;
+        let mut logits = logits.download::<f32>()?;
         let scale = config.head_scale();
-        logits.as_mut_slice::<f32>().iter_mut().for_each(|logit| *logit *= scale);
+        logits.iter_mut().for_each(|logit| *logit *= scale);
         Ok(logits)
     }
 }
@@ -126,31 +133,41 @@ fn cross_layout(cross: Option<&CrossAttentionLayout>) -> &CrossAttentionLayout {
     cross.expect("a decoder's block attends to the encoder") // why: `Layout::new` gives every decoder block one
 }
 
-/// One token a sequence against the cache, which it joins at place `length`.
+/// The rows of each sequence at one step, the same for all blocks.
+struct Sequences<'a> {
+    /// One token each.
+    queries: Segments,
+    /// The tokens so far, this one included.
+    cached: Segments,
+    sources: &'a Segments,
+    /// The tokens before this one.
+    length: usize,
+}
+
+/// One token a sequence against the cache, which it joins.
 fn self_attention(
     pass: &Pass,
     layout: &SelfAttentionLayout,
     cache: &mut Tensor,
-    length: usize,
-    capacity: usize,
+    sequences: &Sequences,
     bias: View,
     x: Tensor,
 ) -> Result<Tensor> {
     let inner = pass.config.inner();
-    let batch = x.rows();
     let (normed, _) = pass.norm(x.view(), layout.norm)?;
     let q = pass.linear(normed.view(), layout.qkv.rows_range(0..inner))?;
-    let (_, after) = cache.view_mut().split_columns(length * 2 * inner);
+    let (_, after) = cache.view_mut().split_columns(sequences.length * 2 * inner);
     let (place, _) = after.split_columns(2 * inner);
     let kv = pass.weights.slot(layout.qkv.rows_range(inner..3 * inner));
     ops::linear_forward(normed.view(), kv, place, false)?;
-    let cached = cache.view().reshape(0, batch * capacity, 2 * inner);
+    let rows = cache.rows() * cache.cols() / (2 * inner);
+    let cached = cache.view().reshape(0, rows, 2 * inner);
     let (out, _) = pass.attention(Attention {
         q: q.view(),
         k: cached.columns(0..inner),
         v: cached.columns(inner..2 * inner),
-        queries: &Segments::strided(batch, 1, 1),
-        keys: &Segments::strided(batch, capacity, length + 1),
+        queries: &sequences.queries,
+        keys: &sequences.cached,
         heads: pass.config.num_heads,
         bias: Some(bias),
         causal: true,
@@ -164,7 +181,7 @@ fn cross_attention(
     pass: &Pass,
     layout: &CrossAttentionLayout,
     kv: &Tensor,
-    sources: &Segments,
+    sequences: &Sequences,
     x: Tensor,
 ) -> Result<Tensor> {
     let inner = pass.config.inner();
@@ -174,8 +191,8 @@ fn cross_attention(
         q: q.view(),
         k: kv.view().columns(0..inner),
         v: kv.view().columns(inner..2 * inner),
-        queries: &Segments::strided(x.rows(), 1, 1),
-        keys: sources,
+        queries: &sequences.queries,
+        keys: sequences.sources,
         heads: pass.config.num_heads,
         bias: None,
         causal: false,

@@ -51,7 +51,9 @@ fn load(device: &Device, config_path: &Path, config: &str, weights: &WeightFiles
         return Err(Error::Tensor { path: path.clone(), tensor: name.clone(), message });
     }
     for tensor in layout.tensors() {
-        weights.read(tensor, &mut parameters.as_mut_slice()[tensor.range.clone()])?;
+        let mut values = vec![0.0; tensor.range.len()];
+        weights.read(tensor, &mut values)?;
+        parameters.write(tensor.range.clone(), &values)?;
     }
     Ok((model, parameters))
 }
@@ -133,7 +135,7 @@ impl WeightFiles {
         Ok(tensors.tensor(name).ok())
     }
 
-    /// Copies a tensor into its place in the arena.
+    /// The values of a tensor.
     fn read(&self, tensor: &NamedTensor, target: &mut [f32]) -> Result<()> {
         let found = match self.tensor(&tensor.name)? {
             Some(found) => found,
@@ -248,7 +250,7 @@ fn write_json(path: &Path, value: &Value) -> Result<()> {
     fs::write(path, text).map_err(|source| Error::Write { path: path.to_path_buf(), source })
 }
 
-/// A safetensors file straight from the arena, without a copy of it in memory.
+/// A safetensors file straight from the arena, without a copy of it all in memory.
 fn write_weights(parameters: &Parameters, path: &Path) -> Result<()> {
     let write = || -> std::io::Result<()> {
         let mut header = json!({"__metadata__": {"format": "pt"}});
@@ -264,9 +266,9 @@ fn write_weights(parameters: &Parameters, path: &Path) -> Result<()> {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
         for tensor in parameters.layout().tensors() {
-            for value in &parameters.as_slice()[tensor.range.clone()] {
-                file.write_all(&value.to_le_bytes())?;
-            }
+            parameters.range(tensor.range.clone()).read_in_pieces(|values: &[f32]| {
+                values.iter().try_for_each(|value| file.write_all(&value.to_le_bytes()))
+            })?;
         }
         file.into_inner()?.sync_all()
     };

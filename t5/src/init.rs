@@ -1,20 +1,20 @@
 //! Fresh weights, as Hugging Face's `_init_weights` draws them.
 
-use crate::{Config, Parameters};
+use crate::{Config, Parameters, Result};
 
 /// Fills an f32 arena. Each element is a pure function of the seed, its tensor's name and its index there, so that every
 /// worker draws the same weights.
-pub fn initialize(config: &Config, seed: u64, parameters: &mut Parameters) {
+pub fn initialize(config: &Config, seed: u64, parameters: &mut Parameters) -> Result<()> {
     let layout = parameters.layout().clone();
-    let values = parameters.as_mut_slice();
-    values.fill(0.0);
+    parameters.view_mut().fill_zero()?;
     for tensor in layout.tensors() {
-        let target = &mut values[tensor.range.clone()];
-        match standard_deviation(config, &tensor.name) {
-            None => target.fill(1.0),
-            Some(deviation) => fill_normal(target, splitmix(seed ^ fnv(&tensor.name)), deviation),
+        let mut values = vec![1.0; tensor.range.len()];
+        if let Some(deviation) = standard_deviation(config, &tensor.name) {
+            fill_normal(&mut values, splitmix(seed ^ fnv(&tensor.name)), deviation);
         }
+        parameters.write(tensor.range.clone(), &values)?;
     }
+    Ok(())
 }
 
 /// `None` for norms, which begin at one.
@@ -81,9 +81,10 @@ mod tests {
         let config = Config { vocab_size: 1000, num_layers: 1, d_ff: 700, ..Config::default() };
         let model = Model::new(&Device::cpu(), config.clone()).unwrap();
         let mut parameters = model.zero_parameters(DType::F32).unwrap();
-        initialize(&config, 7, &mut parameters);
+        initialize(&config, 7, &mut parameters).unwrap();
+        let all = parameters.download().unwrap();
         for tensor in model.layout().tensors() {
-            let values = &parameters.as_slice()[tensor.range.clone()];
+            let values = &all[tensor.range.clone()];
             match standard_deviation(&config, &tensor.name) {
                 None => assert!(values.iter().all(|&value| value == 1.0)),
                 Some(expected) => {

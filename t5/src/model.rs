@@ -5,7 +5,7 @@ use std::sync::Arc;
 use quintet_kernels::ops::{self, CrossEntropy};
 use quintet_kernels::{DType, Device, Tensor};
 
-use crate::parameters::{Layout, Parameters};
+use crate::parameters::{Layout, Parameters, Weights};
 use crate::pass::{BackwardPass, Masks, Pass};
 use crate::stack::{Encoded, Keep, Stack, StackSaved};
 use crate::{Batch, Config, Result};
@@ -35,6 +35,8 @@ pub struct TrainOptions {
     pub label_smoothing: f32,
     /// Keep only each block's input, and compute the block again on the way back.
     pub gradient_checkpointing: bool,
+    /// The gradient is this many times that of the loss, from the logits on: more than 1 so that fp16 can hold it.
+    pub gradient_scale: f32,
 }
 
 /// The two stacks of a forward pass, with what their backward passes need.
@@ -75,35 +77,38 @@ impl Model {
         Parameters::zeros(&self.device, self.layout.clone(), dtype)
     }
 
-    pub(crate) fn pass<'a>(&'a self, weights: &'a Parameters, masks: Masks) -> Pass<'a> {
+    pub(crate) fn pass<'a>(&'a self, weights: Weights<'a>, masks: Masks) -> Pass<'a> {
         Pass { device: &self.device, config: &self.config, weights, masks }
     }
 
-    pub(crate) fn inference_pass<'a>(&'a self, weights: &'a Parameters) -> Pass<'a> {
+    pub(crate) fn inference_pass<'a>(&'a self, weights: Weights<'a>) -> Pass<'a> {
         self.pass(weights, Masks { probability: 0.0, seed: 0, micro_batch: 0 })
     }
 
     /// The loss of a batch as in evaluation: no dropout, no smoothing.
-    pub fn loss(&self, weights: &Parameters, batch: &Batch) -> Result<LossSums> {
+    pub fn loss<'a>(&'a self, weights: impl Into<Weights<'a>>, batch: &Batch) -> Result<LossSums> {
+        let weights = weights.into();
         let pass = self.inference_pass(weights);
         let forward = self.forward(&pass, batch, Keep::Nothing)?;
         let head = weights.slot(self.layout.head());
-        let loss = CrossEntropy { scale: self.config.head_scale(), label_smoothing: 0.0 };
+        let loss = CrossEntropy { scale: self.config.head_scale(), label_smoothing: 0.0, gradient_scale: 1.0 };
         let mut losses = self.device.empty(DType::F32, batch.target_tokens(), 1)?;
         ops::cross_entropy_forward(forward.decoded.view(), head, batch.labels.view(), loss, losses.view_mut())?;
-        Ok(sums(&losses))
+        sums(&losses)
     }
 
-    /// The loss of a micro-batch, and the gradient of its **sum** over target tokens, added to `gradients` (f32).
-    pub fn train(
-        &self,
-        weights: &Parameters,
+    /// The loss of a micro-batch, and the gradient of its **sum** over target tokens (times
+    /// [`TrainOptions::gradient_scale`]), added to `gradients` (f32).
+    pub fn train<'a>(
+        &'a self,
+        weights: impl Into<Weights<'a>>,
         batch: &Batch,
         options: TrainOptions,
         gradients: &mut Parameters,
     ) -> Result<LossSums> {
         assert_eq!(gradients.dtype(), DType::F32);
-        let TrainOptions { seed, micro_batch, label_smoothing, gradient_checkpointing } = options;
+        let TrainOptions { seed, micro_batch, label_smoothing, gradient_checkpointing, gradient_scale } = options;
+        let weights = weights.into();
         let masks = Masks { probability: self.config.dropout_rate, seed, micro_batch };
         let pass = self.pass(weights, masks);
         let keep = if gradient_checkpointing { Keep::Inputs } else { Keep::Activations };
@@ -111,7 +116,7 @@ impl Model {
         let mut backward = BackwardPass { pass: &pass, gradients };
 
         let head = self.layout.head();
-        let loss = CrossEntropy { scale: self.config.head_scale(), label_smoothing };
+        let loss = CrossEntropy { scale: self.config.head_scale(), label_smoothing, gradient_scale };
         let mut losses = self.device.empty(DType::F32, batch.target_tokens(), 1)?;
         let mut d_decoded = pass.empty(decoded.rows(), decoded.cols())?;
         ops::cross_entropy_forward_backward(
@@ -129,7 +134,7 @@ impl Model {
         self.decoder(batch, &encoded).backward(&mut backward, decoder, d_decoded, Some(&mut d_encoded))?;
         drop(encoded);
         self.encoder(batch).backward(&mut backward, encoder, d_encoded, None)?;
-        Ok(sums(&losses))
+        sums(&losses)
     }
 
     fn forward(&self, pass: &Pass, batch: &Batch, keep: Keep) -> Result<Forward> {
@@ -160,7 +165,7 @@ impl Model {
 }
 
 /// Sums in f64, in the order of the rows.
-fn sums(losses: &Tensor) -> LossSums {
-    let losses = losses.as_slice::<f32>();
-    LossSums { loss_sum: losses.iter().map(|&loss| f64::from(loss)).sum(), target_tokens: losses.len() as u64 }
+fn sums(losses: &Tensor) -> Result<LossSums> {
+    let losses = losses.download::<f32>()?;
+    Ok(LossSums { loss_sum: losses.iter().map(|&loss| f64::from(loss)).sum(), target_tokens: losses.len() as u64 })
 }

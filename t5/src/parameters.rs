@@ -261,13 +261,19 @@ impl Parameters {
         self.values.view_mut()
     }
 
-    /// The whole arena of an f32 one on the host.
-    pub fn as_slice(&self) -> &[f32] {
-        self.values.as_slice()
+    /// Elements `range` of the arena, `[1, len]`.
+    pub fn range(&self, range: Range<usize>) -> View<'_> {
+        self.values.view().columns(range)
     }
 
-    pub fn as_mut_slice(&mut self) -> &mut [f32] {
-        self.values.as_mut_slice()
+    /// Writes elements of an f32 arena, from the host.
+    pub fn write(&mut self, range: Range<usize>, values: &[f32]) -> Result<()> {
+        Ok(self.values.view_mut().reshape(range.start, 1, range.len()).write(values)?)
+    }
+
+    /// A copy of an f32 arena on the host.
+    pub fn download(&self) -> Result<Vec<f32>> {
+        Ok(self.values.download()?)
     }
 
     pub(crate) fn slot(&self, slot: Slot) -> View<'_> {
@@ -276,6 +282,45 @@ impl Parameters {
 
     pub(crate) fn slot_mut(&mut self, slot: Slot) -> ViewMut<'_> {
         self.values.view_mut().reshape(slot.offset, slot.rows, slot.cols)
+    }
+}
+
+/// The weights of a pass: in the type that it computes in, and in f32 those that fp16 would ruin.
+#[derive(Clone, Copy)]
+pub struct Weights<'a> {
+    compute: &'a Parameters,
+    master: &'a Parameters,
+}
+
+impl<'a> Weights<'a> {
+    /// `compute` holds the values of `master`, rounded.
+    pub fn new(compute: &'a Parameters, master: &'a Parameters) -> Self {
+        assert_eq!(master.dtype(), DType::F32, "type of the master weights");
+        Weights { compute, master }
+    }
+
+    pub(crate) fn dtype(self) -> DType {
+        self.compute.dtype()
+    }
+
+    pub(crate) fn layout(self) -> &'a Layout {
+        &self.compute.layout
+    }
+
+    pub(crate) fn slot(self, slot: Slot) -> View<'a> {
+        self.compute.slot(slot)
+    }
+
+    /// In f32.
+    pub(crate) fn master_slot(self, slot: Slot) -> View<'a> {
+        self.master.slot(slot)
+    }
+}
+
+impl<'a> From<&'a Parameters> for Weights<'a> {
+    fn from(parameters: &'a Parameters) -> Self {
+        assert_ne!(parameters.dtype(), DType::F16, "f16 needs some weights in f32 too");
+        Weights { compute: parameters, master: parameters }
     }
 }
 

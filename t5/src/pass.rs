@@ -2,7 +2,7 @@
 
 use quintet_kernels::{DType, Device, Dropout, Segments, Tensor, View, ops};
 
-use crate::parameters::{Parameters, Slot};
+use crate::parameters::{Parameters, Slot, Weights};
 use crate::{Config, Result};
 
 /// The places of a model that have a dropout mask of their own.
@@ -44,7 +44,7 @@ pub(crate) struct Masks {
 pub(crate) struct Pass<'a> {
     pub(crate) device: &'a Device,
     pub(crate) config: &'a Config,
-    pub(crate) weights: &'a Parameters,
+    pub(crate) weights: Weights<'a>,
     pub(crate) masks: Masks,
 }
 
@@ -75,6 +75,20 @@ impl<'a> Pass<'a> {
         let mut d_x = self.empty(d_y.rows(), w.cols())?;
         ops::linear_backward_input(d_y, w, d_x.view_mut(), false)?;
         Ok(d_x)
+    }
+
+    /// `x · wᵀ` computed in f32, whatever the type of the pass: what T5's `wo` needs where that is f16.
+    pub(crate) fn linear_in_f32(&self, x: View, w: Slot) -> Result<Tensor> {
+        let x = self.cast(x, DType::F32)?;
+        let mut y = self.device.empty(DType::F32, x.rows(), w.rows())?;
+        ops::linear_forward(x.view(), self.weights.master_slot(w), y.view_mut(), false)?;
+        self.cast(y.view(), self.weights.dtype())
+    }
+
+    pub(crate) fn cast(&self, x: View, dtype: DType) -> Result<Tensor> {
+        let mut y = self.device.empty(dtype, x.rows(), x.cols())?;
+        ops::cast(x, y.view_mut())?;
+        Ok(y)
     }
 
     /// RMSNorm of `x`, and the reciprocal deviations for its backward pass.
@@ -132,6 +146,16 @@ impl BackwardPass<'_> {
     /// `d_w += d_yᵀ · x`
     pub(crate) fn weight(&mut self, w: Slot, d_y: View, x: View) -> Result<()> {
         Ok(ops::linear_backward_weight(d_y, x, self.gradients.slot_mut(w))?)
+    }
+
+    /// Reverses [`Pass::linear_in_f32`]: `d_w += d_yᵀ · x`, and the gradient of `x`.
+    pub(crate) fn linear_in_f32(&mut self, w: Slot, d_y: View, x: View) -> Result<Tensor> {
+        let pass = self.pass;
+        let (d_y, x) = (pass.cast(d_y, DType::F32)?, pass.cast(x, DType::F32)?);
+        ops::linear_backward_weight(d_y.view(), x.view(), self.gradients.slot_mut(w))?;
+        let mut d_x = pass.device.empty(DType::F32, x.rows(), x.cols())?;
+        ops::linear_backward_input(d_y.view(), pass.weights.master_slot(w), d_x.view_mut(), false)?;
+        pass.cast(d_x.view(), pass.weights.dtype())
     }
 
     /// Adds what flows through an RMSNorm to the gradient of the residual stream.

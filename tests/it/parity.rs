@@ -29,7 +29,7 @@ struct Reference {
 }
 
 const PLAIN: TrainOptions =
-    TrainOptions { seed: 0, micro_batch: 0, label_smoothing: 0.0, gradient_checkpointing: false };
+    TrainOptions { seed: 0, micro_batch: 0, label_smoothing: 0.0, gradient_checkpointing: false, gradient_scale: 1.0 };
 
 impl Reference {
     fn open(name: &'static str) -> Self {
@@ -87,7 +87,7 @@ impl Reference {
         let step = |_| {
             let (sums, gradients) = self.train(&weights, &batch, PLAIN);
             let max_norm = settings["max_grad_norm"].as_f64().unwrap_or(0.0);
-            let clipped = ClippedMean::new(gradients.view(), sums.target_tokens, max_norm).unwrap();
+            let clipped = ClippedMean::new(gradients.view(), sums.target_tokens as f64, max_norm).unwrap();
             optimizer.step(number("lr"), weights.view_mut(), gradients.view(), clipped.scale).unwrap();
             mean(sums)
         };
@@ -103,7 +103,7 @@ impl Reference {
 
     fn copy_of_weights(&self) -> Parameters {
         let mut copy = self.model.zero_parameters(DType::F32).unwrap();
-        copy.as_mut_slice().copy_from_slice(self.weights.as_slice());
+        ops::cast(self.weights.view(), copy.view_mut()).unwrap();
         copy
     }
 }
@@ -171,8 +171,9 @@ fn every_gradient_is_that_of_hugging_face() {
         let scale = 1.0 / sums.target_tokens as f64;
         let tensors = reference.model.layout().tensors();
         assert_eq!(tensors.len(), reference.gradients.len(), "{name}");
+        let all = gradients.download().unwrap();
         for tensor in tensors {
-            let got = &gradients.as_slice()[tensor.range.clone()];
+            let got = &all[tensor.range.clone()];
             let distance = relative_distance(got, scale, &reference.gradients[&tensor.name]);
             assert!(distance <= 1e-4, "{name}: {} is off by {distance:e}", tensor.name);
         }
@@ -234,7 +235,7 @@ fn gradient_checkpointing_changes_no_bit() {
         let run = |gradient_checkpointing| {
             let options = TrainOptions { seed: 3, gradient_checkpointing, ..PLAIN };
             let (sums, gradients) = reference.train(&reference.weights, &batch, options);
-            (sums.loss_sum.to_bits(), gradients.as_slice().iter().map(|g| g.to_bits()).collect::<Vec<_>>())
+            (sums.loss_sum.to_bits(), gradients.download().unwrap().iter().map(|g| g.to_bits()).collect::<Vec<_>>())
         };
         assert!(run(false) == run(true), "{}", reference.name);
     }
@@ -256,7 +257,7 @@ fn micro_batches_add_up_to_the_batch() {
             let what = format!("{}, micro-batches of {size}", reference.name);
             assert_eq!(tokens, whole.target_tokens, "{what}");
             assert_close(&what, sum, whole.loss_sum, 1e-6);
-            let distance = relative_distance(accumulated.as_slice(), 1.0, gradients.as_slice());
+            let distance = relative_distance(&accumulated.download().unwrap(), 1.0, &gradients.download().unwrap());
             assert!(distance <= 1e-6, "{what}: gradients are {distance:e} apart");
         }
     }
@@ -272,8 +273,8 @@ fn bf16_follows_f32() {
         let (rounded_sums, gradients) = reference.train(&rounded, &batch, PLAIN);
         assert_close(reference.name, rounded_sums.loss_sum, sums.loss_sum, 0.02);
         assert_ne!(rounded_sums.loss_sum, sums.loss_sum, "{}: bf16 rounds", reference.name);
-        let pairs = exact.as_slice().iter().zip(gradients.as_slice());
-        let dot: f64 = pairs.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
+        let pairs = exact.download().unwrap().into_iter().zip(gradients.download().unwrap());
+        let dot: f64 = pairs.map(|(a, b)| f64::from(a) * f64::from(b)).sum();
         let norms = global_norm(&exact) * global_norm(&gradients);
         assert!(dot / norms > 0.99, "{}: cosine {}", reference.name, dot / norms);
     }
@@ -290,16 +291,17 @@ fn gradients_with_dropout_are_slopes_of_the_loss() {
         let batch = reference.batch();
         let options = TrainOptions { seed: 11, micro_batch: 2, ..PLAIN };
         let (_, gradients) = reference.train(&reference.weights, &batch, options);
+        let (gradients, weights) = (gradients.download().unwrap(), reference.weights.download().unwrap());
         for (index, tensor) in reference.model.layout().tensors().iter().enumerate() {
-            let values = &reference.weights.as_slice()[tensor.range.clone()];
-            let direction = half_of(&gradients.as_slice()[tensor.range.clone()], index);
+            let values = &weights[tensor.range.clone()];
+            let direction = half_of(&gradients[tensor.range.clone()], index);
             let largest = direction.iter().fold(0.0, |largest: f64, d| largest.max(d.abs()));
             let step = reach * norm(values.iter().map(|&v| f64::from(v))) / (values.len() as f64).sqrt() / largest;
             let loss = |steps: f64| {
                 let mut moved = reference.copy_of_weights();
-                for (value, d) in moved.as_mut_slice()[tensor.range.clone()].iter_mut().zip(&direction) {
-                    *value = (f64::from(*value) + steps * step * d) as f32;
-                }
+                let away = |(&value, d): (&f32, &f64)| (f64::from(value) + steps * step * d) as f32;
+                let values: Vec<f32> = values.iter().zip(&direction).map(away).collect();
+                moved.write(tensor.range.clone(), &values).unwrap();
                 reference.train(&moved, &batch, options).0.loss_sum
             };
             // Central differences of fourth order.
@@ -325,9 +327,10 @@ fn saving_and_loading_changes_no_bit() {
         let (model, weights) = load_pretrained(&Device::cpu(), first.path()).unwrap();
         assert_eq!(model.config().head_scale(), reference.model.config().head_scale(), "{name}");
         assert_eq!(model.config().decoder_layers(), reference.model.config().decoder_layers(), "{name}");
+        let all = [&reference.weights, &weights].map(|weights| weights.download().unwrap());
         for (tensor, again) in reference.model.layout().tensors().iter().zip(model.layout().tensors()) {
             assert_eq!(tensor, again, "{name}");
-            let [before, after] = [&reference.weights, &weights].map(|w| &w.as_slice()[tensor.range.clone()]);
+            let [before, after] = [0, 1].map(|index| &all[index][tensor.range.clone()]);
             assert!(before == after, "{name}: {}", tensor.name);
         }
         save_pretrained(&model, &weights, second.path()).unwrap();

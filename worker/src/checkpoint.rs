@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::scaler::LossScaler;
 use crate::{Error, Result};
 pub use tensors::{NamedTensor, TensorFile};
 
@@ -40,9 +41,12 @@ pub struct Progress {
     pub job_fingerprint: String,
     /// BLAKE3 of the parameters' bytes, in hexadecimal.
     pub weights_digest: String,
+    /// Of fp16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scaler: Option<LossScaler>,
 }
 
-/// What a checkpoint holds. The tensors are borrowed and written as they are, without a copy.
+/// What a checkpoint holds. The tensors are borrowed and written as they are, without a copy of them all.
 pub struct Snapshot<'a> {
     pub progress: Progress,
     pub model: &'a [NamedTensor<'a>],

@@ -2,12 +2,13 @@
 //! defaults. Every range is checked by `validate`, before anything is computed.
 
 use quintet_data::TrainingLength;
+use quintet_kernels::DType;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::optimizer::{Hyperparameters, OptimizerKind};
 use crate::schedule::{Schedule, SchedulerType};
-use crate::{Error, Result};
+use crate::{DeviceChoice, Error, Result};
 
 /// `[model]`: where the weights come from.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -53,13 +54,35 @@ impl ModelSection {
     }
 }
 
-/// In which type the model computes; sums and the optimizer's state are always f32.
+/// In which type the model computes; sums, master weights and the optimizer's state are always f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     Fp32,
+    /// f32, of which a GPU's tensor cores may round the factors of products to 10 bits of mantissa.
+    Tf32,
     Bf16,
+    /// With dynamic loss scaling.
     Fp16,
+}
+
+impl Precision {
+    /// Of jobs that name none.
+    pub fn default_on(device: DeviceChoice) -> Self {
+        match device {
+            DeviceChoice::Cuda(_) => Self::Bf16,
+            DeviceChoice::Cpu | DeviceChoice::Emulated => Self::Fp32,
+        }
+    }
+
+    /// Of weights and activations.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::Fp32 | Self::Tf32 => DType::F32,
+            Self::Bf16 => DType::Bf16,
+            Self::Fp16 => DType::F16,
+        }
+    }
 }
 
 /// `lr_scheduler_kwargs`, of the polynomial schedule only.

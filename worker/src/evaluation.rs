@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use quintet_data::{Dataset, Limits, Order, PackedBatch, Packer, Tokenizer, share};
-use quintet_t5::{Batch, Model, Parameters};
+use quintet_t5::{Batch, Model, Weights};
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
@@ -80,14 +80,14 @@ impl<'a> EvaluationTask<'a> {
     pub fn evaluate_share(
         &self,
         model: &Model,
-        weights: &Parameters,
+        weights: Weights,
         rank: u32,
         world_size: u32,
     ) -> Result<Vec<BatchEvaluation>> {
         share(self.batches(), rank, world_size).map(|index| self.evaluate_batch(model, weights, index)).collect()
     }
 
-    fn evaluate_batch(&self, model: &Model, weights: &Parameters, index: u32) -> Result<BatchEvaluation> {
+    fn evaluate_batch(&self, model: &Model, weights: Weights, index: u32) -> Result<BatchEvaluation> {
         let examples = self.batch(index);
         let packed = self.packer.pack(0, examples.clone())?;
         let batch = upload(model, &packed)?;

@@ -6,16 +6,20 @@
 pub mod checkpoint;
 pub mod collective;
 pub mod config;
+pub mod device;
 pub mod error;
 pub mod evaluation;
+pub mod gradient;
 pub mod memory;
 pub mod metrics;
 pub mod optimizer;
 pub mod output;
 pub mod rank;
 pub mod replica;
+pub mod scaler;
 pub mod schedule;
 pub mod session;
 
 pub use config::{EvaluationConfig, Metric, ModelSection, Precision, TrainingConfig};
+pub use device::DeviceChoice;
 pub use error::{Error, Result};

@@ -13,19 +13,18 @@ use std::time::{Duration, Instant};
 use quintet_data::{
     DataConfig, Dataset, Limits, Loader, Order, PackedBatch, Packer, Schedule as StepSchedule, Splits, Tokenizer, share,
 };
-use quintet_kernels::{DType, Device, Tensor};
 use quintet_proto::v1::{Actions, Evaluated, Failed, Finished, Lease, MicroBatch, NotFinite, Plan};
 use quintet_proto::v1::{Ready, Saved, StepDone, StepFailed, Stop};
 
 use crate::checkpoint::{self, Progress, Snapshot};
-use crate::collective::{Collective, Interrupter, Listener, Membership, Mesh, TreeSum};
-use crate::config::{EvaluationConfig, ModelSection, TrainingConfig};
+use crate::collective::{Collective, Interrupter, Listener, Membership, Mesh};
+use crate::config::{EvaluationConfig, ModelSection, Precision, TrainingConfig};
 use crate::evaluation::{self, BatchEvaluation, EvaluationTask};
-use crate::optimizer::ClippedMean;
+use crate::gradient::StepGradient;
 use crate::output;
-use crate::replica::{self, Replica};
+use crate::replica::{self, Replica, Update};
 use crate::session::{Command, Report, Session};
-use crate::{Error, Result};
+use crate::{DeviceChoice, Error, Result};
 
 /// What a rank is told about its job.
 #[derive(Clone, Debug)]
@@ -40,6 +39,7 @@ pub struct RankJob {
     /// The run's tokenizer, as the coordinator sent it.
     pub tokenizer_json: String,
     pub collective_token: [u8; 32],
+    pub device: DeviceChoice,
     /// Where other ranks connect to.
     pub listen: SocketAddr,
     /// The committed step whose checkpoint to load; 0 to start afresh.
@@ -86,10 +86,9 @@ struct Rank {
     /// The micro-batches that the loader has been asked for, in order, and not yet given.
     requested: VecDeque<(u64, u32)>,
     listener: Listener,
-    sum: TreeSum,
-    /// The gradient of the global batch, summed over ranks, of the step that waits for its commit.
-    reduced: Tensor,
-    pending: Option<(u64, ClippedMean)>,
+    /// Of the step under way, or of the one that waits for its commit.
+    gradient: StepGradient,
+    pending: Option<(u64, Update)>,
     /// The digest that the next report carries.
     digest: Option<blake3::Hash>,
 }
@@ -117,9 +116,11 @@ impl Rank {
         let train = Arc::new(splits.train);
         let validation = splits.validation.map(Arc::new);
         let schedule = job.training.steps(train.len())?;
-        let device = Device::cpu();
+        let device = job.device.open()?;
         let (model, parameters) = replica::load_model(&device, &job.model, &tokenizer, job.training.seed)?;
-        let mut replica = Replica::new(model, parameters, &job.training, schedule.total_steps)?;
+        let precision = job.training.precision.unwrap_or(Precision::default_on(job.device));
+        let tokens_max = u64::from(job.training.global_batch_size) * job.data.max_target_length as u64;
+        let mut replica = Replica::new(model, parameters, &job.training, precision, schedule.total_steps, tokens_max)?;
         if job.resume_step > 0 {
             restore(&job, &mut replica)?;
         }
@@ -128,13 +129,12 @@ impl Rank {
             dataset_fingerprint: fingerprint,
             collective_address: listener.local_addr().to_string(),
             committed_step: replica.step(),
-            weights_digest: replica.digest().as_bytes().to_vec(),
+            weights_digest: replica.digest()?.as_bytes().to_vec(),
         }))?;
         let order = Order::new(train.len(), job.training.seed, job.data.shuffle);
         let packer = Packer::new(train, tokenizer.clone(), order, limits(&job.data));
         let loader = Loader::new(packer, TOKENIZER_THREADS);
-        let elements = replica.master().layout().len();
-        let reduced = device.zeros(DType::F32, 1, elements)?;
+        let gradient = StepGradient::new(&device, replica.master().layout().len())?;
         Ok(Rank {
             job,
             replica,
@@ -144,8 +144,7 @@ impl Rank {
             loader,
             requested: VecDeque::new(),
             listener,
-            sum: TreeSum::new(&device, elements),
-            reduced,
+            gradient,
             pending: None,
             digest: None,
         })
@@ -224,8 +223,8 @@ impl Rank {
     /// Applies the update of the step that was just recorded.
     fn commit(&mut self, step: u64) -> Result<()> {
         let pending = self.pending.take().filter(|&(pending, _)| pending == step);
-        let (_, mean) = pending.expect("a step is committed after this rank reported it"); // why: the coordinator waits
-        self.replica.update(step, self.reduced.view(), mean)
+        let (_, update) = pending.expect("a step is committed after this rank reported it"); // why: the coordinator waits
+        self.replica.update(step, self.gradient.total(), update)
     }
 
     /// What is due on the committed weights, then the next step.
@@ -235,7 +234,7 @@ impl Rank {
             // Tokenization of the next step runs while the actions do.
             self.request_ahead(place, lease);
         }
-        self.digest = actions.digest.then(|| self.replica.digest());
+        self.digest = if actions.digest { Some(self.replica.digest()?) } else { None };
         if actions.evaluate {
             self.evaluate(session, place, step)?;
         }
@@ -249,7 +248,7 @@ impl Rank {
             }
             session.send(Report::Finished(Finished {
                 generation: place.generation,
-                weights_digest: self.replica.digest().as_bytes().to_vec(),
+                weights_digest: self.replica.digest()?.as_bytes().to_vec(),
             }))?;
         }
         let Some(lease) = lease else { return Ok(()) };
@@ -267,13 +266,13 @@ impl Rank {
         let started = Instant::now();
         let plan = self.schedule.step(lease.step);
         let range = lease.first_micro_batch..lease.last_exclusive;
-        self.sum.begin(range.clone(), plan.micro_batches);
+        self.gradient.begin(range.clone(), plan.micro_batches)?;
         let mut reports = Vec::with_capacity(range.len());
         for index in range {
             let packed = self.next_batch(lease.step, index)?;
             let batch = evaluation::upload(self.replica.model(), &packed)?;
-            let (sums, gradient) = self.replica.compute(lease.step, index, &batch, self.sum.lend()?)?;
-            self.sum.push(gradient);
+            let (sums, gradient) = self.replica.compute(lease.step, index, &batch, self.gradient.lend()?)?;
+            self.gradient.give_back(gradient);
             if !sums.loss_sum.is_finite() {
                 return Ok(Attempt::Poisoned(format!("the loss of micro-batch {index}")));
             }
@@ -285,31 +284,41 @@ impl Rank {
                 examples: batch.examples() as u64,
             });
         }
-        if let Some(index) = self.sum.find_not_finite()? {
-            let mut tensors = self.replica.master().layout().tensors().iter();
-            let name =
-                tensors.find(|tensor| tensor.range.contains(&index)).map_or("the padding", |tensor| &tensor.name);
-            return Ok(Attempt::Poisoned(format!("the gradient of {name}")));
+        // What overflows under a loss scale is skipped by all ranks, who see it in the sum of all.
+        if self.replica.loss_scaler().is_none()
+            && let Some(index) = self.gradient.find_not_finite()?
+        {
+            return Ok(Attempt::Poisoned(format!("the gradient of {}", self.tensor_at(index))));
         }
         let target_tokens = self.global_target_tokens(place, lease.step, &reports)?;
         let ranges: Vec<Range<u32>> =
             (0..place.world_size).map(|rank| share(plan.micro_batches, rank, place.world_size)).collect();
-        place.collective.all_reduce_tree(lease.step, &mut self.sum, &ranges, &mut self.reduced)?;
-        let mean = self.replica.mean(self.reduced.view(), target_tokens)?;
-        if !mean.norm.is_finite() {
+        self.gradient.reduce(&mut place.collective, lease.step, &ranges)?;
+        let Some(update) = self.replica.plan_update(self.gradient.total(), target_tokens)? else {
             return Ok(Attempt::Poisoned("the norm of the global gradient".to_string()));
-        }
-        self.pending = Some((lease.step, mean));
+        };
+        self.pending = Some((lease.step, update));
         Ok(Attempt::Done(StepDone {
             generation: place.generation,
             step: lease.step,
-            grad_norm: mean.norm,
+            grad_norm: match update {
+                Update::Apply(mean) => mean.norm,
+                Update::Skip => f64::NAN,
+            },
+            skipped: update == Update::Skip,
+            loss_scale: self.replica.loss_scaler().map(|scaler| scaler.scale()),
             learning_rate: self.replica.learning_rate(lease.step),
             micro_batches: reports,
             step_seconds: started.elapsed().as_secs_f64(),
-            peak_memory_bytes: crate::memory::peak_resident_bytes(),
+            peak_memory_bytes: crate::memory::peak_bytes(self.replica.model().device()),
             weights_digest: self.digest.take().map(|digest| digest.as_bytes().to_vec()),
         }))
+    }
+
+    /// The name of the tensor that has element `index` of the arena.
+    fn tensor_at(&self, index: usize) -> &str {
+        let mut tensors = self.replica.master().layout().tensors().iter();
+        tensors.find(|tensor| tensor.range.contains(&index)).map_or("the padding", |tensor| &tensor.name)
     }
 
     /// Target tokens of the whole step, over all ranks.
@@ -360,7 +369,7 @@ impl Rank {
             .map(|tensor| checkpoint::NamedTensor {
                 name: tensor.name.clone(),
                 shape: tensor.shape.clone(),
-                values: &replica.master().as_slice()[tensor.range.clone()],
+                values: replica.master().range(tensor.range.clone()),
             })
             .collect();
         let progress = Progress {
@@ -369,7 +378,8 @@ impl Rank {
             position: plan.positions.end,
             seed: self.job.training.seed,
             job_fingerprint: self.job.fingerprint.clone(),
-            weights_digest: replica.digest().to_hex().to_string(),
+            weights_digest: replica.digest()?.to_hex().to_string(),
+            loss_scaler: replica.loss_scaler(),
         };
         let directory = self.job.checkpoints();
         checkpoint::save(&directory, &Snapshot { progress, model: &model, optimizer: &replica.optimizer().state() })?;
@@ -415,11 +425,11 @@ fn restore(job: &RankJob, replica: &mut Replica) -> Result<()> {
     let step = loaded.progress.step;
     replica.restore(
         step,
-        step,
+        loaded.progress.loss_scaler,
         |name, shape, values| loaded.model.read(name, shape, values),
         |name, shape, values| loaded.optimizer.read(name, shape, values),
     )?;
-    if replica.digest().to_hex().as_str() != loaded.progress.weights_digest {
+    if replica.digest()?.to_hex().as_str() != loaded.progress.weights_digest {
         let problem = "holds weights that do not match their digest".to_string();
         return Err(Error::Checkpoint { path: loaded.path, problem });
     }

@@ -4,10 +4,11 @@ use std::path::Path;
 
 use quintet_data::Tokenizer;
 use quintet_kernels::{DType, Device, Tensor, View, ops};
-use quintet_t5::{Batch, Config, LossSums, Model, Parameters, TrainOptions};
+use quintet_t5::{Batch, Config, LossSums, Model, Parameters, TrainOptions, Weights};
 
 use crate::config::{ModelSection, Precision, TrainingConfig};
 use crate::optimizer::{ClippedMean, NamedSlot, Optimizer};
+use crate::scaler::LossScaler;
 use crate::schedule::Schedule;
 use crate::{Error, Result};
 
@@ -41,7 +42,7 @@ fn fresh_model(
     let config = fresh_config(section, tokenizer)?;
     let model = Model::new(device, config)?;
     let mut parameters = model.zero_parameters(DType::F32)?;
-    quintet_t5::initialize(model.config(), seed, &mut parameters);
+    quintet_t5::initialize(model.config(), seed, &mut parameters)?;
     Ok((model, parameters))
 }
 
@@ -94,27 +95,63 @@ pub struct Replica {
     optimizer: Optimizer,
     schedule: Schedule,
     training: TrainingConfig,
+    scaling: Option<Scaling>,
     /// The last step whose update is in the weights.
     step: u64,
 }
 
+/// The loss scaling of fp16.
+#[derive(Clone, Copy)]
+struct Scaling {
+    scaler: LossScaler,
+    /// A power of two that no step's number of target tokens exceeds. Torch scales the gradient of the mean over tokens;
+    /// ours is of the sum, and is this many times larger at most.
+    tokens: f64,
+}
+
+impl Scaling {
+    /// What the gradient of the sum of losses is multiplied with; a power of two.
+    fn gradient_scale(&self) -> f64 {
+        self.scaler.scale() / self.tokens
+    }
+}
+
+/// What a step does to the weights when it is committed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Update {
+    /// Goes along the clipped mean gradient.
+    Apply(ClippedMean),
+    /// Nothing: the gradient overflowed under the loss scale, which is too large.
+    Skip,
+}
+
 impl Replica {
+    /// `target_tokens_max` is the most that a step can have.
+    ///
     /// # Errors
-    /// A precision that the device does not have, or memory.
-    pub fn new(model: Model, master: Parameters, training: &TrainingConfig, total_steps: u64) -> Result<Self> {
-        let compute = match training.precision.unwrap_or(Precision::Fp32) {
-            Precision::Fp32 => None,
-            Precision::Bf16 => Some(model.zero_parameters(DType::Bf16)?),
-            Precision::Fp16 => {
-                let problem = "fp16 needs a GPU; on the CPU use \"fp32\" or \"bf16\"";
-                return Err(Error::config("training.precision", problem));
-            }
+    /// Memory.
+    pub fn new(
+        model: Model,
+        master: Parameters,
+        training: &TrainingConfig,
+        precision: Precision,
+        total_steps: u64,
+        target_tokens_max: u64,
+    ) -> Result<Self> {
+        if let Device::Gpu(gpu) = model.device() {
+            gpu.set_tf32(precision == Precision::Tf32);
+        }
+        let compute = match precision.dtype() {
+            DType::F32 => None,
+            dtype => Some(model.zero_parameters(dtype)?),
         };
+        let scaling = (precision == Precision::Fp16)
+            .then(|| Scaling { scaler: LossScaler::default(), tokens: target_tokens_max.next_power_of_two() as f64 });
         let slots = model.layout().tensors().iter().map(NamedSlot::from).collect();
         let optimizer = Optimizer::new(model.device(), training.optimizer, training.hyperparameters(), slots)?;
         let schedule = training.schedule(total_steps);
         let training = training.clone();
-        let mut replica = Replica { model, master, compute, optimizer, schedule, training, step: 0 };
+        let mut replica = Replica { model, master, compute, optimizer, schedule, training, scaling, step: 0 };
         replica.refresh_compute()?;
         Ok(replica)
     }
@@ -129,8 +166,16 @@ impl Replica {
     }
 
     /// The weights to compute with.
-    pub fn weights(&self) -> &Parameters {
-        self.compute.as_ref().unwrap_or(&self.master)
+    pub fn weights(&self) -> Weights<'_> {
+        match &self.compute {
+            Some(compute) => Weights::new(compute, &self.master),
+            None => Weights::from(&self.master),
+        }
+    }
+
+    /// Of fp16.
+    pub fn loss_scaler(&self) -> Option<LossScaler> {
+        self.scaling.map(|scaling| scaling.scaler)
     }
 
     pub fn optimizer(&self) -> &Optimizer {
@@ -154,45 +199,68 @@ impl Replica {
             micro_batch: index,
             label_smoothing: self.training.label_smoothing_factor,
             gradient_checkpointing: self.training.gradient_checkpointing,
+            gradient_scale: self.scaling.map_or(1.0, |scaling| scaling.gradient_scale() as f32),
         };
         let mut gradients = Parameters::new(self.model.layout().clone(), gradient);
         let sums = self.model.train(self.weights(), batch, options, &mut gradients)?;
         Ok((sums, gradients.into_values()))
     }
 
-    /// The clipped mean gradient of a step, from the sum over its global batch.
-    pub fn mean(&self, sum: View, target_tokens: u64) -> Result<ClippedMean> {
-        ClippedMean::new(sum, target_tokens, self.training.max_grad_norm)
+    /// What a step with this sum of gradients over its global batch does; nothing good where it is not finite and no loss
+    /// scale is to blame.
+    pub fn plan_update(&self, sum: View, target_tokens: u64) -> Result<Option<Update>> {
+        let gradient_scale = self.scaling.map_or(1.0, |scaling| scaling.gradient_scale());
+        let mean = ClippedMean::new(sum, target_tokens as f64 * gradient_scale, self.training.max_grad_norm)?;
+        if mean.norm.is_finite() {
+            return Ok(Some(Update::Apply(mean)));
+        }
+        Ok(self.scaling.filter(|scaling| scaling.scaler.can_shrink()).map(|_| Update::Skip))
     }
 
-    /// Applies a committed step, whose gradient is `mean` of `sum`, and counts it.
-    pub fn update(&mut self, step: u64, sum: View, mean: ClippedMean) -> Result<()> {
+    /// Does what was planned for a step that is committed, from the same `sum`, and counts it.
+    pub fn update(&mut self, step: u64, sum: View, update: Update) -> Result<()> {
         assert_eq!(step, self.step + 1, "steps are applied in order");
-        let rate = self.learning_rate(step);
-        self.optimizer.step(rate, self.master.view_mut(), sum, mean.scale)?;
+        if let Update::Apply(mean) = update {
+            let rate = self.learning_rate(step);
+            self.optimizer.step(rate, self.master.view_mut(), sum, mean.scale)?;
+            self.refresh_compute()?;
+        }
+        if let Some(scaling) = &mut self.scaling {
+            scaling.scaler.update(update == Update::Skip);
+        }
         self.step = step;
-        self.refresh_compute()
+        Ok(())
     }
 
     /// BLAKE3 of the weights' bytes: equal on all replicas, or something is broken.
-    pub fn digest(&self) -> blake3::Hash {
-        blake3::hash(bytemuck::cast_slice(self.master.as_slice()))
+    pub fn digest(&self) -> Result<blake3::Hash> {
+        let mut hasher = blake3::Hasher::new();
+        self.master.view().read_in_pieces(|values: &[f32]| -> Result<()> {
+            hasher.update(bytemuck::cast_slice(values));
+            Ok(())
+        })?;
+        Ok(hasher.finalize())
     }
 
     /// Takes over the weights and optimizer state that `read` fills in, by name and shape.
     pub fn restore(
         &mut self,
         step: u64,
-        optimizer_steps: u64,
+        loss_scaler: Option<LossScaler>,
         mut read_weight: impl FnMut(&str, &[usize], &mut [f32]) -> Result<()>,
         read_state: impl FnMut(&str, &[usize], &mut [f32]) -> Result<()>,
     ) -> Result<()> {
         let layout = self.model.layout().clone();
         for tensor in layout.tensors() {
-            let values = &mut self.master.as_mut_slice()[tensor.range.clone()];
-            read_weight(&tensor.name, &tensor.shape, values)?;
+            let mut values = vec![0.0; tensor.range.len()];
+            read_weight(&tensor.name, &tensor.shape, &mut values)?;
+            self.master.write(tensor.range.clone(), &values)?;
         }
-        self.optimizer.load_state(optimizer_steps, read_state)?;
+        if let Some((scaling, scaler)) = self.scaling.as_mut().zip(loss_scaler) {
+            scaling.scaler = scaler;
+        }
+        let skipped = loss_scaler.map_or(0, |scaler| scaler.skipped_steps());
+        self.optimizer.load_state(step - skipped, read_state)?;
         self.step = step;
         self.refresh_compute()
     }

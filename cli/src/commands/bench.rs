@@ -5,14 +5,16 @@ use std::time::Instant;
 
 use quintet_kernels::{DType, Device, ops};
 use quintet_t5::{Batch, BatchShape, Model, Parameters, preset, training_flops};
-use quintet_worker::collective::{Collective, TreeSum};
-use quintet_worker::memory::peak_resident_bytes;
+use quintet_worker::collective::Collective;
+use quintet_worker::gradient::StepGradient;
+use quintet_worker::memory::peak_bytes;
 use quintet_worker::replica::Replica;
 use quintet_worker::{Precision, TrainingConfig};
 use serde_json::json;
 
 use crate::args::{BenchArguments, BenchCommand, BenchStepArguments};
-use crate::commands::{on_threads, open_device, print_json};
+use crate::commands::{on_threads, print_json};
+use crate::device::Decision;
 use crate::error::{Failure, Result, exit};
 
 pub(crate) fn run(arguments: BenchArguments) -> Result<u8> {
@@ -35,36 +37,40 @@ fn step(arguments: &BenchStepArguments) -> Result<()> {
             return Err(Failure::bad_input(format!("{flag} must be at least 1")));
         }
     }
-    let device = open_device(arguments.device);
-    let precision: Precision = serde_json::from_value(json!(arguments.precision))
-        .map_err(|error| Failure::bad_input(format!("--precision: {error}")))?;
-    let (model, weights) = open(&device, &arguments.model)?;
-    let training = TrainingConfig {
-        precision: Some(precision),
-        gradient_checkpointing: arguments.gradient_checkpointing,
-        ..TrainingConfig::default()
+    let decision = Decision::new(arguments.device.into(), 0)?;
+    eprintln!("{}", decision.line());
+    let precision = match &arguments.precision {
+        None => Precision::default_on(decision.choice),
+        Some(name) => {
+            serde_json::from_value(json!(name)).map_err(|error| Failure::bad_input(format!("--precision: {error}")))?
+        }
     };
+    let device = decision.open()?;
+    let (model, weights) = open(&device, &arguments.model)?;
+    let training =
+        TrainingConfig { gradient_checkpointing: arguments.gradient_checkpointing, ..TrainingConfig::default() };
     let parameters = model.layout().parameter_count();
     let batch = batch(&model, arguments)?;
     let shape = BatchShape { lengths: vec![(arguments.source_length, arguments.target_length); arguments.batch_size] };
     let flops = training_flops(model.config(), &shape);
-    let mut replica = Replica::new(model, weights, &training, u64::MAX)?;
+    let tokens_max = (arguments.batch_size * arguments.target_length) as u64;
+    let mut replica = Replica::new(model, weights, &training, precision, u64::MAX, tokens_max)?;
     // As a rank that is the only one does it.
     let mut collective = Collective::local();
-    let elements = replica.master().layout().len();
-    let mut reduced = device.zeros(DType::F32, 1, elements)?;
-    let mut sum = TreeSum::new(&device, elements);
+    let mut step_gradient = StepGradient::new(&device, replica.master().layout().len())?;
     let resting = device.memory().live_bytes;
     device.reset_peak_memory();
     let mut seconds = Vec::with_capacity(arguments.steps);
     for number in 1..=(WARM_UP_STEPS + arguments.steps) as u64 {
         let started = Instant::now();
-        sum.begin(0..1, 1);
-        let (sums, gradient) = replica.compute(number, 0, &batch, sum.lend()?)?;
-        sum.push(gradient);
-        collective.all_reduce_tree(number, &mut sum, std::slice::from_ref(&(0..1)), &mut reduced)?;
-        let mean = replica.mean(reduced.view(), sums.target_tokens)?;
-        replica.update(number, reduced.view(), mean)?;
+        step_gradient.begin(0..1, 1)?;
+        let (sums, gradient) = replica.compute(number, 0, &batch, step_gradient.lend()?)?;
+        step_gradient.give_back(gradient);
+        step_gradient.reduce(&mut collective, number, std::slice::from_ref(&(0..1)))?;
+        let update = replica.plan_update(step_gradient.total(), sums.target_tokens)?;
+        let update = update.ok_or_else(|| Failure::failed(format!("the gradient of step {number} is not finite")))?;
+        replica.update(number, step_gradient.total(), update)?;
+        device.synchronize()?;
         if number > WARM_UP_STEPS as u64 {
             seconds.push(started.elapsed().as_secs_f64());
         }
@@ -72,10 +78,10 @@ fn step(arguments: &BenchStepArguments) -> Result<()> {
     seconds.sort_by(f64::total_cmp);
     let median = seconds[seconds.len() / 2];
     let tokens = arguments.batch_size * (arguments.source_length + arguments.target_length);
-    let ceiling = matrix_product_flops(&device)?;
+    let ceiling = matrix_product_flops(&device, precision)?;
     let result = json!({
         "device": device.name(),
-        "precision": arguments.precision,
+        "precision": precision,
         "model": arguments.model,
         "threads": rayon::current_num_threads(),
         "gradient_checkpointing": arguments.gradient_checkpointing,
@@ -88,7 +94,7 @@ fn step(arguments: &BenchStepArguments) -> Result<()> {
         "model_flops_per_step": flops,
         "mfu": flops / median / ceiling,
         "matrix_product_flops_per_second": ceiling,
-        "peak_memory_bytes": peak_resident_bytes(),
+        "peak_memory_bytes": peak_bytes(&device),
         "peak_activation_bytes": device.memory().peak_bytes.saturating_sub(resting),
     });
     if arguments.json {
@@ -106,7 +112,7 @@ fn open(device: &Device, name: &str) -> Result<(Model, Parameters)> {
     if let Some(config) = preset(name) {
         let model = Model::new(device, config)?;
         let mut weights = model.zero_parameters(DType::F32)?;
-        quintet_t5::initialize(model.config(), 42, &mut weights);
+        quintet_t5::initialize(model.config(), 42, &mut weights)?;
         return Ok((model, weights));
     }
     let directory = Path::new(name);
@@ -135,17 +141,23 @@ fn batch(model: &Model, arguments: &BenchStepArguments) -> Result<Batch> {
     )?)
 }
 
-/// What one large f32 matrix product reaches here: the ceiling that `mfu` is a share of.
-fn matrix_product_flops(device: &Device) -> Result<f64> {
-    const SIZE: usize = 1024;
-    let values: Vec<f32> = (0..SIZE * SIZE).map(|index| (index % 7) as f32 - 3.0).collect();
-    let (x, w) = (device.upload(&values, SIZE, SIZE)?, device.upload(&values, SIZE, SIZE)?);
-    let mut y = device.empty(DType::F32, SIZE, SIZE)?;
+/// What one large matrix product of this precision reaches here: the ceiling that `mfu` is a share of.
+fn matrix_product_flops(device: &Device, precision: Precision) -> Result<f64> {
+    // Large enough to fill the device, small enough to be done in an instant.
+    let size = if device.name() == "cuda" { 8192 } else { 1024 };
+    // On the CPU all types are computed in f32, which it is fastest in.
+    let dtype = if device.name() == "cuda" { precision.dtype() } else { DType::F32 };
+    let values: Vec<f32> = (0..size * size).map(|index| (index % 7) as f32 - 3.0).collect();
+    let values = device.upload(&values, size, size)?;
+    let [mut x, mut y] = [device.empty(dtype, size, size)?, device.empty(dtype, size, size)?];
+    ops::cast(values.view(), x.view_mut())?;
     let mut best = f64::INFINITY;
     for _ in 0..8 {
+        device.synchronize()?;
         let started = Instant::now();
-        ops::linear_forward(x.view(), w.view(), y.view_mut(), false)?;
+        ops::linear_forward(x.view(), x.view(), y.view_mut(), false)?;
+        device.synchronize()?;
         best = best.min(started.elapsed().as_secs_f64());
     }
-    Ok(2.0 * (SIZE as f64).powi(3) / best)
+    Ok(2.0 * (size as f64).powi(3) / best)
 }

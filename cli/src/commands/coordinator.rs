@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use quintet_coordinator::config::Device;
 use quintet_coordinator::launch::{Death, LocalWorkers};
 use quintet_coordinator::secret::Secret;
 use quintet_coordinator::server::{self, Control, Outcome};
@@ -19,12 +20,13 @@ use crate::prepare::{Prepared, prepare};
 use crate::report::{self, Reporter};
 
 pub(crate) fn run(arguments: CoordinatorArguments) -> Result<u8> {
-    let prepared = prepare(&arguments.job, arguments.insecure_plaintext)?;
+    let job = Job::load(&arguments.job)?;
+    let prepared = prepare(job, arguments.job.resume, arguments.insecure_plaintext)?;
     let address = match arguments.listen {
         Some(address) => address,
         None => prepared.job.cluster.listen_address()?,
     };
-    let options = RunOptions { address, json: arguments.json, announce: true };
+    let options = RunOptions { address, json: arguments.json, announce: true, device: None };
     serve(prepared, options, |_, _| Ok(None))
 }
 
@@ -34,6 +36,8 @@ pub(crate) struct RunOptions {
     pub(crate) json: bool,
     /// Say how workers can join.
     pub(crate) announce: bool,
+    /// Where the workers compute, and why, where that is known here.
+    pub(crate) device: Option<String>,
 }
 
 /// Serves a run to its end and sums it up; `launch` starts workers once the address is known.
@@ -53,13 +57,19 @@ pub(crate) fn serve(
     }
     let schedule = &prepared.run.settings.schedule;
     reporter.line(&format!(
-        "{} examples, {} steps of {}, on {} cpu worker(s), into {}",
+        "{} examples, {} steps of {}, on {} worker(s), into {}",
         schedule.examples,
         schedule.total_steps,
         schedule.global_batch_size,
         prepared.run.settings.workers_expected,
         prepared.job.output_dir.display()
     ));
+    if let Some(device) = &options.device {
+        reporter.line(device);
+    }
+    if prepared.job.cluster.device == Device::Cuda && prepared.run.settings.workers_expected > 1 {
+        reporter.line("gradients are reduced through the host by TCP, which is slower than NCCL");
+    }
     if prepared.start_step > 0 {
         reporter.line(&format!("resuming after step {}", prepared.start_step));
     }

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use quintet_data::{Dataset, Limits, SourceList, Template};
+use quintet_t5::Weights;
 use quintet_worker::evaluation::EvaluationTask;
 use quintet_worker::metrics::{self, Tally};
 use quintet_worker::{EvaluationConfig, Metric};
@@ -12,7 +13,8 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::args::EvaluateArguments;
-use crate::commands::{open_device, open_model, print_json};
+use crate::commands::{open_model, print_json};
+use crate::device;
 use crate::error::{Failure, Result, exit};
 use crate::prepare::working_directory;
 
@@ -62,11 +64,11 @@ fn evaluate_model(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result
         ..EvaluationConfig::default()
     };
     config.validate()?;
-    let loaded = open_model(&open_device(arguments.device), directory, arguments.tokenizer.as_deref())?;
+    let loaded = open_model(&device::open(arguments.device)?, directory, arguments.tokenizer.as_deref())?;
     let limits =
         Limits { max_source_length: arguments.max_source_length, max_target_length: arguments.max_target_length };
     let task = EvaluationTask::new(&dataset, &loaded.tokenizer, limits, &config);
-    let evaluation = task.summarize(task.evaluate_share(&loaded.model, &loaded.weights, 0, 1)?);
+    let evaluation = task.summarize(task.evaluate_share(&loaded.model, Weights::from(&loaded.weights), 0, 1)?);
     Ok(json!({
         "loss": evaluation.loss,
         "examples": evaluation.examples,

@@ -5,12 +5,13 @@ use std::fs;
 use serde_json::json;
 
 use crate::args::GenerateArguments;
-use crate::commands::{open_device, open_model, print_json};
+use crate::commands::{open_model, print_json};
+use crate::device;
 use crate::error::{Failure, Result, exit};
 
 pub(crate) fn run(arguments: GenerateArguments) -> Result<u8> {
     let inputs = read_inputs(&arguments)?;
-    let loaded = open_model(&open_device(arguments.device), &arguments.model, arguments.tokenizer.as_deref())?;
+    let loaded = open_model(&device::open(arguments.device)?, &arguments.model, arguments.tokenizer.as_deref())?;
     for batch in inputs.chunks(arguments.batch_size.max(1)) {
         let (mut ids, mut offsets) = (Vec::new(), vec![0]);
         for input in batch {

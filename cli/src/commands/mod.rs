@@ -18,7 +18,6 @@ use quintet_kernels::Device;
 use quintet_t5::{Model, Parameters};
 use quintet_worker::ModelSection;
 
-use crate::args::DeviceChoice;
 use crate::error::{Failure, Result};
 
 /// Prints a document as the result of a command.
@@ -31,13 +30,6 @@ fn print_json(value: &serde_json::Value) {
 pub(crate) fn on_threads(threads: Option<usize>, compute: impl FnOnce() -> Result<u8> + Send) -> Result<u8> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).build();
     pool.map_err(|error| Failure::failed(format!("cannot start threads: {error}")))?.install(compute)
-}
-
-/// The device of a choice.
-fn open_device(choice: DeviceChoice) -> Device {
-    match choice {
-        DeviceChoice::Auto | DeviceChoice::Cpu => Device::cpu(),
-    }
 }
 
 struct Loaded {

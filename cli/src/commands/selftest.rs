@@ -5,11 +5,12 @@ mod training;
 use serde_json::json;
 
 use crate::args::SelftestArguments;
-use crate::commands::{open_device, print_json};
+use crate::commands::print_json;
+use crate::device;
 use crate::error::{Result, exit};
 
 pub(crate) fn run(arguments: SelftestArguments) -> Result<u8> {
-    let device = open_device(arguments.device);
+    let device = device::open(arguments.device)?;
     let mut rows = quintet_kernels::selftest::run(&device)?;
     rows.extend(training::run(&device)?);
     let passed = rows.iter().all(|row| row.passed);

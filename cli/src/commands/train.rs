@@ -1,17 +1,24 @@
 //! `quintet train`: a coordinator in this process, workers in their own.
 
+use std::ffi::OsString;
+
 use quintet_coordinator::launch::LocalWorkers;
 
 use crate::args::TrainArguments;
 use crate::commands::coordinator::{RunOptions, serve};
+use crate::device::Decision;
 use crate::error::{Failure, Result};
+use crate::job::Job;
 use crate::prepare::prepare;
 
 pub(crate) fn run(arguments: TrainArguments) -> Result<u8> {
-    let prepared = prepare(&arguments.job, false)?;
+    let mut job = Job::load(&arguments.job)?;
+    let device = Decision::new(job.cluster.device, 0)?;
+    job.settle(&device);
+    let prepared = prepare(job, arguments.job.resume, false)?;
     let workers = prepared.run.settings.workers_expected;
     let address = prepared.job.cluster.listen_address()?;
-    let options = RunOptions { address, json: arguments.json, announce: false };
+    let options = RunOptions { address, json: arguments.json, announce: false, device: Some(device.line()) };
     serve(prepared, options, |address, token| {
         let executable = std::env::current_exe()
             .map_err(|error| Failure::failed(format!("cannot find this program's own file: {error}")))?;
@@ -19,8 +26,13 @@ pub(crate) fn run(arguments: TrainArguments) -> Result<u8> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = (cores / workers as usize).max(1).to_string();
         let coordinator = format!("http://{address}");
-        let worker = ["worker", "--supervised", "--coordinator", &coordinator, "--threads", &threads];
-        let arguments: Vec<_> = worker.iter().map(Into::into).collect();
-        Ok(Some(LocalWorkers::spawn(&executable, &arguments, token, workers)?))
+        let worker = |index: u32| -> Vec<OsString> {
+            // Where there are more workers than GPUs, they share.
+            let gpu = (index as usize % device.gpus.max(1)).to_string();
+            let flags = ["worker", "--supervised", "--coordinator", &coordinator, "--threads", &threads, "--gpu", &gpu];
+            flags.map(OsString::from).to_vec()
+        };
+        let arguments: Vec<_> = (0..workers).map(worker).collect();
+        Ok(Some(LocalWorkers::spawn(&executable, &arguments, token)?))
     })
 }

@@ -9,6 +9,7 @@ use quintet_worker::rank::{self, RankJob};
 use quintet_worker::session::Session;
 
 use crate::args::WorkerArguments;
+use crate::device::Decision;
 use crate::error::{Failure, Result, exit};
 use crate::job::Job;
 use crate::prepare::working_directory;
@@ -35,7 +36,13 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
         .map_err(|error| Failure::failed(format!("the coordinator sent a job that is not understood: {error}")))?;
     let collective_token = welcome.collective_token.as_slice().try_into();
     let collective_token = collective_token.map_err(|_| Failure::failed("the coordinator sent a bad token"))?;
+    let wanted = arguments.device.map_or(job.cluster.device, Into::into);
+    let device = Decision::new(wanted, arguments.gpu)?;
+    if !arguments.supervised {
+        eprintln!("{}", device.line());
+    }
     let job = RankJob {
+        device: device.choice,
         fingerprint: job.fingerprint(),
         silence_limit: Duration::from_secs_f64(job.cluster.step_timeout_seconds),
         model: job.model,

@@ -69,7 +69,8 @@ pub struct TrainMetrics {
     pub epoch: u64,
     /// Mean over target tokens of the global batch, without smoothing.
     pub loss: f64,
-    /// Global norm before clipping.
+    /// Global norm before clipping; `null` in the file (not a number here) where the gradient overflowed under fp16's loss
+    /// scale and the step changed no weights.
     pub grad_norm: f64,
     /// Of this step's update.
     pub learning_rate: f64,
@@ -87,6 +88,9 @@ pub struct TrainMetrics {
     pub workers: u32,
     /// Of the worker that used most.
     pub peak_memory_bytes: u64,
+    /// Of fp16.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
 }
 
 /// The `eval` event of `metrics.jsonl`.

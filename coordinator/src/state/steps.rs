@@ -17,7 +17,7 @@ impl Machine {
         if let Some(what) = self.violation(member, &done) {
             return self.stop_on_violation(worker, &what);
         }
-        if !done.grad_norm.is_finite() {
+        if !done.skipped && !done.grad_norm.is_finite() {
             return self.stop_not_finite(worker, "the gradient norm");
         }
         if let Some(member) = self.members.get_mut(&worker) {
@@ -61,9 +61,12 @@ impl Machine {
         let step = self.committed_step + 1;
         let grad_norm = |member: &Member| member.done.as_ref().map(|done| done.grad_norm.to_bits());
         let show_norm = |bits: &Option<u64>| format!("{:e}", f64::from_bits(bits.unwrap_or_default()));
+        let scaling = |member: &Member| member.done.as_ref().map(|done| (done.skipped, done.loss_scale));
+        let show_scaling = |scaling: &Option<(bool, Option<f64>)>| format!("{:?}", scaling.unwrap_or_default());
         let digest = |member: &Member| member.done.as_ref().and_then(|done| done.weights_digest.clone());
         let show_digest = |digest: &Option<Vec<u8>>| hex(digest.as_deref().unwrap_or_default());
         if !self.replicas_agree(&format!("the gradient norm of step {step}"), grad_norm, show_norm)
+            || !self.replicas_agree(&format!("whether step {step} is skipped"), scaling, show_scaling)
             || !self.replicas_agree(&format!("the weights before step {step}"), digest, show_digest)
         {
             return;

@@ -35,5 +35,6 @@ pub(super) fn tally(schedule: &Schedule, step: u64, reports: &[&StepDone]) -> Tr
         tokens_per_second: (source_tokens + target_tokens) as f64 / step_seconds.max(1e-9),
         workers: reports.len() as u32,
         peak_memory_bytes: reports.iter().map(|r| r.peak_memory_bytes).max().unwrap_or(0),
+        loss_scale: reports[0].loss_scale,
     }
 }

@@ -58,6 +58,8 @@ pub(super) fn step_done(schedule: &Schedule, generation: u64, lease: &Lease) -> 
         step_seconds: 2.0,
         peak_memory_bytes: 100,
         weights_digest: None,
+        skipped: false,
+        loss_scale: None,
     }
 }
 
@@ -384,6 +386,25 @@ fn replicas_that_disagree_stop_the_run() {
          stop 1: replicas disagree on the gradient norm of step 1: \
          worker 0 (h, process 100) has 1.5e0, worker 1 (h, process 101) has 1.75e0",
     );
+}
+
+#[test]
+fn a_step_that_overflowed_on_all_ranks_is_committed() {
+    let mut script = Script::started(settings());
+    let done = |script: &Script, range: std::ops::Range<u32>, skipped| {
+        let lease = Lease { step: 1, first_micro_batch: range.start, last_exclusive: range.end };
+        let done = step_done(&script.schedule, 1, &lease);
+        Report::StepDone(StepDone { grad_norm: f64::NAN, skipped, loss_scale: Some(65536.0), ..done })
+    };
+    let report = done(&script, 0..1, true);
+    assert_lines(script.report(0, report), "");
+    let report = done(&script, 1..2, true);
+    let effects = script.report(1, report);
+    assert!(effects.join("\n").contains("ledger 1 epoch 0"), "{effects:?}");
+
+    let mut script = Script::started(settings());
+    let report = done(&script, 0..1, false);
+    assert!(script.report(0, report).join("\n").contains("the gradient norm is not finite"));
 }
 
 #[test]

@@ -25,6 +25,8 @@ pub struct CrossEntropy {
     /// Of the logits: `D^-½` where the head is tied to the embedding, else 1.
     pub scale: f32,
     pub label_smoothing: f32,
+    /// What the gradient is multiplied with, before anything of it is rounded: fp16's loss scale.
+    pub gradient_scale: f32,
 }
 
 /// `losses[N,1]` (f32): the loss of each row, without smoothing, from `h[N,D]`, `w[V,D]` and `labels[N,1]` (u32).
@@ -115,8 +117,9 @@ fn loss_of_row(logits: &mut [f32], label: u32, loss: CrossEntropy, gradient: boo
     let logsumexp = logsumexp(logits, loss.scale);
     if gradient {
         let background = loss.label_smoothing / logits.len() as f32;
-        differentiate(logits, loss.scale, logsumexp, background);
-        logits[label] -= (1.0 - loss.label_smoothing) * loss.scale;
+        let factor = loss.scale * loss.gradient_scale;
+        differentiate(logits, loss.scale, logsumexp, background, factor);
+        logits[label] -= (1.0 - loss.label_smoothing) * factor;
     }
     logsumexp - at_label
 }
@@ -129,9 +132,9 @@ multiversion! {
 }
 
 multiversion! {
-    fn differentiate(logits: &mut [f32], scale: f32, logsumexp: f32, background: f32) {
+    fn differentiate(logits: &mut [f32], scale: f32, logsumexp: f32, background: f32, factor: f32) {
         for logit in logits {
-            *logit = (exp(*logit * scale - logsumexp) - background) * scale;
+            *logit = (exp(*logit * scale - logsumexp) - background) * factor;
         }
     }
 }

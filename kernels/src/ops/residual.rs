@@ -11,7 +11,7 @@ const THREADS: u32 = 256;
 /// Elements that a thread takes.
 const PIECE: usize = 8;
 
-/// `y[N,D] = x[N,D] + dropout(delta[N,D])`. Backward: the gradient of `x` is that of `y`; the gradient of `delta` is
+/// `y[N,D] = x[N,D] + dropout(delta[N,D])`; in f16, a sum beyond its range is ±64504, not infinite. Backward: the gradient of `x` is that of `y`; the gradient of `delta` is
 /// [`dropout`] of it with the same mask.
 pub fn residual_forward(x: View, delta: View, mask: Dropout, y: ViewMut) -> Result<()> {
     check_shape!(x, y.rows(), y.cols());
@@ -41,7 +41,7 @@ fn residual_cpu<T: Float>(x: View, delta: View, mask: Dropout, y: ViewMut) {
 multiversion! {
     fn add_scaled<T: Float>(x: &[T], delta: &[T], factors: &[f32], y: &mut [T]) {
         for (((y, x), delta), factor) in y.iter_mut().zip(x).zip(delta).zip(factors) {
-            *y = T::from_f32(x.to_f32() + delta.to_f32() * factor);
+            *y = T::from_f32_saturating(x.to_f32() + delta.to_f32() * factor);
         }
     }
 }

@@ -28,7 +28,7 @@ pub(super) fn all(bench: &mut Bench) -> Result<()> {
 }
 
 /// Passes over what is not written for GPUs yet.
-fn landed(result: Result<()>) -> Result<()> {
+pub(super) fn landed(result: Result<()>) -> Result<()> {
     match result {
         Err(crate::Error::NotOnGpuYet(_)) => Ok(()),
         result => result,
@@ -169,7 +169,7 @@ fn linear(bench: &mut Bench, rows: usize, inputs: usize, outputs: usize) -> Resu
 }
 
 fn cross_entropy(bench: &mut Bench, rows: usize, width: usize, vocabulary: usize) -> Result<()> {
-    let loss = CrossEntropy { scale: 0.5, label_smoothing: 0.1 };
+    let loss = CrossEntropy { scale: 0.5, label_smoothing: 0.1, gradient_scale: 4.0 };
     let (h, w) = (bench.input(rows, width, 1.0)?, bench.input(vocabulary, width, 4.0 * (width as f32).powf(-0.5))?);
     let (_, mut ids) = bench.ids(rows, vocabulary)?;
     ids.iter_mut().step_by(5).for_each(|id| *id = IGNORED_LABEL);
@@ -178,7 +178,8 @@ fn cross_entropy(bench: &mut Bench, rows: usize, width: usize, vocabulary: usize
     let logits: Vec<f64> = logits.into_iter().map(|logit| logit * f64::from(loss.scale)).collect();
     let exact_labels: Vec<_> = ids.iter().map(|&id| (id != IGNORED_LABEL).then_some(id as usize)).collect();
     let (want, gradient) = oracle::cross_entropy(&logits, &exact_labels, f64::from(loss.label_smoothing));
-    let gradient: Vec<f64> = gradient.into_iter().map(|value| value * f64::from(loss.scale)).collect();
+    let gradient: Vec<f64> =
+        gradient.into_iter().map(|value| value * f64::from(loss.scale * loss.gradient_scale)).collect();
     let terms = width + vocabulary;
 
     let mut losses = bench.typed_output(DType::F32, rows, 1)?;

@@ -1,6 +1,8 @@
 //! The feed-forward sub-layer: relu (v1.0) or gated GELU (v1.1 and its family).
+//!
+//! Where everything else is f16, `wo` and its input are f32: T5's activations there leave f16's range.
 
-use quintet_kernels::{Tensor, ops};
+use quintet_kernels::{DType, Tensor, ops};
 
 use crate::Result;
 use crate::parameters::FeedForwardLayout;
@@ -37,7 +39,10 @@ impl FeedForward<'_> {
             ops::relu_forward(gate.view(), mask, hidden.view_mut())?;
             None
         };
-        let delta = pass.linear(hidden.view(), self.layout.wo)?;
+        let delta = match pass.weights.dtype() {
+            DType::F16 => pass.linear_in_f32(hidden.view(), self.layout.wo)?,
+            _ => pass.linear(hidden.view(), self.layout.wo)?,
+        };
         let y = pass.residual(x.view(), delta.view(), pass.mask(self.site, Place::FeedForwardOutput))?;
         Ok((y, FeedForwardSaved { x, rstd, gate, hidden }))
     }
@@ -49,8 +54,13 @@ impl FeedForward<'_> {
 
         let d_delta = backward.masked(d, pass.mask(self.site, Place::FeedForwardOutput))?;
         let d_delta = d_delta.as_ref().unwrap_or(d).view();
-        backward.weight(self.layout.wo, d_delta, hidden.view())?;
-        let d_hidden = pass.linear_backward(d_delta, self.layout.wo)?;
+        let d_hidden = match pass.weights.dtype() {
+            DType::F16 => backward.linear_in_f32(self.layout.wo, d_delta, hidden.view())?,
+            _ => {
+                backward.weight(self.layout.wo, d_delta, hidden.view())?;
+                pass.linear_backward(d_delta, self.layout.wo)?
+            }
+        };
 
         let mask = pass.mask(self.site, Place::FeedForwardInner);
         let mut d_gate = pass.empty(x.rows(), self.layout.wi.rows())?;

@@ -5,19 +5,20 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
+use quintet_kernels::View;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors};
 use serde_json::{Map, Value, json};
 
 use super::damaged;
 use crate::Result;
 
-/// A tensor in memory that belongs to somebody else.
-#[derive(Clone, Debug, PartialEq)]
+/// A tensor on a device that belongs to somebody else.
+#[derive(Clone)]
 pub struct NamedTensor<'a> {
     pub name: String,
     pub shape: Vec<usize>,
-    /// Row-major.
-    pub values: &'a [f32],
+    /// f32, row by row, without gaps.
+    pub values: View<'a>,
 }
 
 /// Writes `tensors` as a safetensors file, in their order.
@@ -26,9 +27,10 @@ pub(super) fn write(sink: &mut dyn Write, tensors: &[NamedTensor]) -> io::Result
     header.insert("__metadata__".to_owned(), json!({ "format": "pt" }));
     let mut end = 0;
     for NamedTensor { name, shape, values } in tensors {
-        assert_eq!(shape.iter().product::<usize>(), values.len(), "{name}'s shape");
+        let elements = values.rows() * values.cols();
+        assert_eq!(shape.iter().product::<usize>(), elements, "{name}'s shape");
         let begin = end;
-        end += size_of_val(*values);
+        end += elements * size_of::<f32>();
         let entry = json!({ "dtype": "F32", "shape": shape, "data_offsets": [begin, end] });
         assert!(header.insert(name.clone(), entry).is_none(), "two tensors are called {name}");
     }
@@ -37,7 +39,8 @@ pub(super) fn write(sink: &mut dyn Write, tensors: &[NamedTensor]) -> io::Result
     header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
     sink.write_all(&(header.len() as u64).to_le_bytes())?;
     sink.write_all(header.as_bytes())?;
-    tensors.iter().try_for_each(|tensor| sink.write_all(bytemuck::cast_slice(tensor.values)))
+    let mut write = |values: &[f32]| sink.write_all(bytemuck::cast_slice(values));
+    tensors.iter().try_for_each(|tensor| tensor.values.read_in_pieces(&mut write))
 }
 
 /// An open safetensors file of a checkpoint.

@@ -1,6 +1,8 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
+use quintet_kernels::{Device, Tensor};
+
 use super::*;
 
 const MODEL: [f32; 6] = [1.0, -2.5, 3.25, f32::MIN_POSITIVE, 0.0, -0.0];
@@ -13,17 +15,23 @@ fn progress(step: u64) -> Progress {
         seed: 42,
         job_fingerprint: "job".to_owned(),
         weights_digest: blake3::hash(bytemuck::cast_slice(&MODEL)).to_hex().to_string(),
+        loss_scaler: None,
     }
+}
+
+fn upload(values: &[f32]) -> Tensor {
+    Device::cpu().upload(values, 1, values.len()).unwrap()
 }
 
 /// Calls `body` with a snapshot of `step`, whose second moments are `moments`.
 fn with_snapshot<T>(step: u64, moments: &[f32], body: impl FnOnce(&Snapshot) -> T) -> T {
+    let (weights, shape) = (upload(&MODEL), vec![moments.len()]);
     let model = [
-        NamedTensor { name: "shared.weight".to_owned(), shape: vec![2, 2], values: &MODEL[..4] },
-        NamedTensor { name: "norm.weight".to_owned(), shape: vec![2], values: &MODEL[4..] },
+        NamedTensor { name: "shared.weight".to_owned(), shape: vec![2, 2], values: weights.view().columns(0..4) },
+        NamedTensor { name: "norm.weight".to_owned(), shape: vec![2], values: weights.view().columns(4..6) },
     ];
-    let optimizer =
-        [NamedTensor { name: "shared.weight.exp_avg_sq".to_owned(), shape: vec![moments.len()], values: moments }];
+    let moments = upload(moments);
+    let optimizer = [NamedTensor { name: "shared.weight.exp_avg_sq".to_owned(), shape, values: moments.view() }];
     body(&Snapshot { progress: progress(step), model: &model, optimizer: &optimizer })
 }
 
@@ -102,7 +110,8 @@ fn what_is_saved_is_loaded() {
 #[test]
 fn the_tensors_are_a_safetensors_file() {
     let mut bytes = Vec::new();
-    let tensor = NamedTensor { name: "a".to_owned(), shape: vec![3, 2], values: &MODEL };
+    let values = upload(&MODEL);
+    let tensor = NamedTensor { name: "a".to_owned(), shape: vec![3, 2], values: values.view() };
     tensors::write(&mut bytes, &[tensor]).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let a = file.tensor("a").unwrap();

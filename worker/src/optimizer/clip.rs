@@ -14,11 +14,11 @@ pub struct ClippedMean {
 }
 
 impl ClippedMean {
-    /// Of a gradient that is the sum over `count` tokens; as `torch.nn.utils.clip_grad_norm_` clips the mean, and not
-    /// at all where `max_norm` is 0.
-    pub fn new(sum: View, count: u64, max_norm: f64) -> Result<Self> {
-        let norm = ops::global_norm(sum)? / count as f64;
+    /// Of a gradient that is `divisor` times the mean: the number of tokens that it is the sum over, and what else it was
+    /// multiplied with. As `torch.nn.utils.clip_grad_norm_` clips the mean, and not at all where `max_norm` is 0.
+    pub fn new(sum: View, divisor: f64, max_norm: f64) -> Result<Self> {
+        let norm = ops::global_norm(sum)? / divisor;
         let coefficient = if max_norm == 0.0 { 1.0 } else { (max_norm / (norm + 1e-6)).min(1.0) };
-        Ok(ClippedMean { norm, scale: (coefficient / count as f64) as f32 })
+        Ok(ClippedMean { norm, scale: (coefficient / divisor) as f32 })
     }
 }

@@ -170,7 +170,7 @@ impl Optimizer {
             .map(|Piece { name, arena, shape, range }| NamedTensor {
                 name,
                 shape,
-                values: &arenas[arena].as_slice()[range],
+                values: arenas[arena].view().columns(range),
             })
             .collect()
     }
@@ -191,7 +191,9 @@ impl Optimizer {
             State::Adafactor { moments } => vec![moments],
         };
         for Piece { name, arena, shape, range } in pieces {
-            read(&name, &shape, &mut arenas[arena].as_mut_slice()[range])?;
+            let mut values = vec![0.0; range.len()];
+            read(&name, &shape, &mut values)?;
+            arenas[arena].view_mut().reshape(range.start, 1, range.len()).write(&values)?;
         }
         self.steps = steps;
         Ok(())

@@ -18,6 +18,8 @@ const BLOCKS_MIN: usize = 4;
 pub(super) fn launch(library: &Library, launch: &Launch, seed: u64) -> Result<()> {
     let kernel = library.kernel(launch.function);
     check_arguments(kernel, launch);
+    let Launch { function, block, .. } = *launch;
+    assert!(block <= kernel.threads_max, "{block} threads, but kernel {function} is for {}", kernel.threads_max);
     let pointers: Vec<*const c_void> = launch.arguments.iter().map(address_of_value).collect();
     let raw = RawLaunch {
         grid: launch.grid,

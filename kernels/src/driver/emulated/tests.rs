@@ -13,6 +13,7 @@ const BLOCKS: usize = 5;
 const COUNT: usize = THREADS * BLOCKS;
 
 /// A launch of a kernel of test.cu, with or without its mistake.
+#[derive(Clone, Copy)]
 struct Test<'a> {
     function: &'static str,
     element: DType,
@@ -79,7 +80,7 @@ fn failure(function: &'static str, factor: usize) -> String {
 #[test]
 fn operations_agree_with_the_oracle_in_any_order_of_threads() {
     for seed in 0..3 {
-        let outcomes = selftest::run(&Device::emulated(seed).unwrap()).unwrap();
+        let outcomes = selftest::run(&Device::emulated(seed).unwrap()).unwrap_or_else(|error| panic!("{error}"));
         let failures: Vec<_> = outcomes.iter().filter(|outcome| !outcome.passed).collect();
         assert!(failures.is_empty(), "seed {seed}: {failures:#?}");
         assert!(outcomes.len() >= 48, "{} outcomes", outcomes.len());
@@ -132,7 +133,7 @@ fn writes_out_of_bounds_are_reported() {
     }
 }
 
-/// Under AddressSanitizer these end the process, with its report; tests/emulator/sanitize.sh looks for that.
+/// With the sanitizers these end the process, with their report; tests/emulator/sanitize.sh looks for that.
 #[test]
 #[ignore = "ends the process where it works: run by tests/emulator/sanitize.sh"]
 fn planted_write_out_of_device_memory() {
@@ -145,6 +146,13 @@ fn planted_write_out_of_device_memory() {
 fn planted_write_out_of_shared_memory() {
     assert!(is_sanitized());
     let _ = run(1, "copy_shared", false, 1);
+}
+
+#[test]
+#[ignore = "ends the process where it works: run by tests/emulator/sanitize.sh"]
+fn planted_overflow() {
+    assert!(is_sanitized());
+    let _ = run(1, "overflow", false, 1);
 }
 
 #[test]
@@ -307,4 +315,13 @@ fn tensor_cores_multiply_fragments() {
     multiplies::<f32>(8);
     multiplies::<bf16>(16);
     multiplies::<f16>(16);
+}
+
+#[test]
+#[should_panic(expected = "128 threads, but kernel bounded is for 96")]
+fn launch_bounds_are_kept() {
+    let device = Device::emulated(0).unwrap();
+    let test = Test { function: "bounded", ..TEST };
+    launch(&device, test).unwrap();
+    let _ = launch(&device, Test { threads: 128, ..test });
 }

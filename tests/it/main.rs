@@ -4,6 +4,7 @@
 mod bad_input;
 mod diagnostics;
 mod docs;
+mod gpu;
 mod harness;
 mod invariance;
 mod jobs;

@@ -30,7 +30,7 @@ use self::transfer::Transfer;
 use super::{Argument, Launch, Module, Product, cache, sources};
 use crate::{DType, Error, Result, SearchPath};
 
-pub(crate) use self::query::{DriverLibrary, library_versions};
+pub(crate) use self::query::{DriverLibrary, GpuInfo, library_versions, needed_libraries};
 pub(crate) use self::timer::Event;
 
 /// Dynamic shared memory that every kernel may have without being asked for.

@@ -168,6 +168,13 @@ pub(crate) fn library_versions(driver_major: u32, search_path: &SearchPath) -> [
     [("NVRTC", nvrtc), ("cuBLASLt", blas), ("NCCL", nccl_version(driver_major, search_path))]
 }
 
+/// Sees that the libraries without which no GPU can be used are there.
+pub(crate) fn needed_libraries(driver_major: u32, search_path: &SearchPath) -> Result<()> {
+    Nvrtc::open(driver_major, search_path)?;
+    blas::version(driver_major, search_path)?;
+    Ok(())
+}
+
 fn nccl_version(driver_major: u32, search_path: &SearchPath) -> Result<(String, &'static Shared)> {
     let library = Shared::open(&Wanted::nccl(driver_major), search_path)?;
     let mut version = 0;

@@ -1,57 +1,39 @@
-//! The kernels' sources, which are part of the program, and the modules that they are compiled to.
-
-use super::Module;
-use crate::DType;
+//! The kernels' sources, which are part of the program.
 
 /// A file's name and text.
 pub(crate) type Source = (&'static str, &'static str);
 
 /// A file of kernels for each operation.
-const KERNELS: &[Source] = &[("residual", include_str!("../../cuda/residual.cu"))];
+pub(crate) const SOURCES: &[Source] = &[
+    ("activation", include_str!("../../cuda/activation.cu")),
+    ("adafactor", include_str!("../../cuda/adafactor.cu")),
+    ("adamw", include_str!("../../cuda/adamw.cu")),
+    ("attention_backward", include_str!("../../cuda/attention_backward.cu")),
+    ("attention_forward", include_str!("../../cuda/attention_forward.cu")),
+    ("cast", include_str!("../../cuda/cast.cu")),
+    ("cross_entropy", include_str!("../../cuda/cross_entropy.cu")),
+    ("embedding", include_str!("../../cuda/embedding.cu")),
+    ("norm", include_str!("../../cuda/norm.cu")),
+    ("relative_bias", include_str!("../../cuda/relative_bias.cu")),
+    ("residual", include_str!("../../cuda/residual.cu")),
+    ("rms_norm", include_str!("../../cuda/rms_norm.cu")),
+];
 
 /// What they include.
 pub(crate) const HEADERS: &[Source] = &[
+    ("attention.cuh", include_str!("../../cuda/attention.cuh")),
     ("element.cuh", include_str!("../../cuda/element.cuh")),
+    ("pack.cuh", include_str!("../../cuda/pack.cuh")),
+    ("piece.cuh", include_str!("../../cuda/piece.cuh")),
     ("ptx.cuh", include_str!("../../cuda/ptx.cuh")),
     ("random.cuh", include_str!("../../cuda/random.cuh")),
     ("reduce.cuh", include_str!("../../cuda/reduce.cuh")),
+    ("slots.cuh", include_str!("../../cuda/slots.cuh")),
 ];
-
-/// A module that owns its constants.
-pub(crate) struct Compiled {
-    source: &'static str,
-    element: DType,
-    constants: Vec<(&'static str, u32)>,
-}
-
-impl Compiled {
-    pub(crate) fn module(&self) -> Module<'_> {
-        Module { source: self.source, element: self.element, constants: &self.constants }
-    }
-}
-
-/// The modules that models of the usual sizes launch kernels of: what is compiled where there is no GPU, to see that it
-/// compiles and what it takes.
-pub(crate) fn modules() -> Vec<Compiled> {
-    let elements = [DType::F32, DType::Bf16, DType::F16];
-    let of_source = |source: &'static str| {
-        elements.into_iter().flat_map(move |element| {
-            constants(source, element).into_iter().map(move |constants| Compiled { source, element, constants })
-        })
-    };
-    KERNELS.iter().flat_map(|(source, _)| of_source(source)).collect()
-}
-
-/// The sets of constants that an operation compiles its source with.
-fn constants(source: &str, _element: DType) -> Vec<Vec<(&'static str, u32)>> {
-    match source {
-        _ => vec![Vec::new()],
-    }
-}
 
 /// The text of the file of kernels of this stem.
 pub(crate) fn kernels(stem: &str) -> &'static str {
-    let found = KERNELS.iter().chain(super::emulated::TEST_KERNELS).find(|(name, _)| *name == stem);
+    let found = SOURCES.iter().chain(super::emulated::TEST_KERNELS).find(|(name, _)| *name == stem);
     found.unwrap_or_else(|| panic!("no kernels/cuda/{stem}.cu")).1
 }
 

@@ -1,6 +1,6 @@
 //! Which modules the operations launch kernels of, so that they can be compiled, and judged, without a GPU.
 
-use super::{attention, rms_norm};
+use super::rms_norm;
 use crate::DType;
 use crate::driver::sources::SOURCES;
 
@@ -26,11 +26,13 @@ pub(crate) fn modules() -> Vec<KernelModule> {
 fn constants(source: &str, element: DType) -> Vec<Vec<(&'static str, u32)>> {
     match source {
         "attention_forward" | "attention_backward" => {
-            [32, 64, 128].map(|head_size| attention::constants(source, element, head_size)).to_vec()
+            let tf32: &[u32] = if element == DType::F32 { &[0, 1] } else { &[0] };
+            let of_size = |size| tf32.iter().map(move |&tf32| vec![("HEAD_SIZE", size), ("TF32", tf32)]);
+            [32, 64, 128].into_iter().flat_map(of_size).collect()
         }
         "cast" => (0..3).map(|to| vec![("TO", to)]).collect(),
         "rms_norm" => {
-            let mut teams: Vec<_> = [512, 768, 1024, 2048, 4096].map(rms_norm::constants).to_vec();
+            let mut teams: Vec<_> = [256, 512, 768, 1024, 2048, 4096].map(rms_norm::constants).to_vec();
             teams.dedup();
             teams
         }

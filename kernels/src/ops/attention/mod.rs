@@ -7,8 +7,6 @@ mod cpu;
 mod gpu;
 
 use super::{check_dtype, check_shape};
-pub(super) use gpu::constants;
-
 use crate::float::with_float;
 use crate::{DType, Device, Dropout, Result, Segments, View, ViewMut};
 

@@ -35,8 +35,6 @@ pub enum Error {
     HeadSize { head_size: usize, most: usize },
     #[error("attention on a GPU tells apart distances up to {most}, and this bias up to {reach}; use --device cpu")]
     BiasReach { reach: usize, most: usize },
-    #[error("operation {0} is not written for GPUs yet")]
-    NotOnGpuYet(&'static str),
 }
 
 impl Error {
@@ -57,9 +55,4 @@ impl From<Error> for std::io::Error {
     fn from(error: Error) -> Self {
         std::io::Error::other(error)
     }
-}
-
-/// Stands where an operation's launch will be.
-pub(crate) fn not_on_gpu_yet<T>(operation: &'static str) -> Result<T> {
-    Err(Error::NotOnGpuYet(operation))
 }

@@ -149,8 +149,13 @@ fn gpu_chunk(vocabulary: usize) -> usize {
     (LOGITS / vocabulary / MULTIPLE * MULTIPLE).max(ROWS_MIN)
 }
 
+/// What the gradient by the logits, at most 1, is multiplied with where it is stored: fp16 has no room to spare below.
+fn stored_scale(element: DType) -> f32 {
+    if element == DType::F16 { 32_768.0 } else { 1.0 }
+}
+
 /// As on the CPU, with at most `chunk` rows at a time. The products' operands must have one type, so the gradient by the
-/// logits is rounded to that of `h`, in the place of the logits; it lacks their scale, which the products multiply with.
+/// logits is rounded to that of `h`, in the place of the logits; the products multiply it with its scales.
 #[expect(clippy::too_many_arguments, reason = "the operation's, a device and a size")]
 fn launch(
     gpu: &Gpu,
@@ -169,8 +174,7 @@ fn launch(
         let range = start..rows.min(start + chunk);
         let h = h.rows_range(range.clone());
         let mut logits = logits.view_mut().rows_range(0..range.len());
-        let (b, alpha) = (w, loss.scale);
-        let c = logits.reborrow();
+        let (b, c, alpha) = (w, logits.reborrow(), loss.scale);
         gpu.gemm(Product { a: h, a_transposed: false, b, b_transposed: true, c, alpha, accumulate: false })?;
         let element = h.dtype();
         let differentiate = gradients.is_some().then_some(loss.label_smoothing);
@@ -178,6 +182,7 @@ fn launch(
         launch_rows(gpu, element, logits.view(), labels, losses, differentiate)?;
         if let Some((d_h, d_w)) = &mut gradients {
             let a = logits.view().with_elements_of(element);
+            let alpha = loss.scale * loss.gradient_scale / stored_scale(element);
             let c = d_h.reborrow().rows_range(range);
             gpu.gemm(Product { a, a_transposed: false, b, b_transposed: false, c, alpha, accumulate: false })?;
             let c = d_w.reborrow();
@@ -201,7 +206,7 @@ fn launch_rows(
     let threads = vocabulary.div_ceil(16).next_multiple_of(32).min(THREADS_MAX);
     let function = if smoothing.is_some() { "cross_entropy_forward_backward" } else { "cross_entropy_forward" };
     let mut arguments = vec![logits.into(), labels.into(), losses.into(), vocabulary.into()];
-    arguments.extend(smoothing.map(Argument::F32));
+    arguments.extend(smoothing.into_iter().flat_map(|smoothing| [smoothing, stored_scale(element)].map(Argument::F32)));
     arguments.push(has_whole_vectors(&[logits]).into());
     gpu.launch(Launch {
         module: Module { source: "cross_entropy", element, constants: &[] },
@@ -228,7 +233,7 @@ mod tests {
         let labels: Vec<u32> = (0..rows as u32).map(|row| if row == 4 { IGNORED_LABEL } else { row * 3 }).collect();
         let labels = device.upload(&labels, rows, 1).unwrap();
         let run = |chunk: usize| {
-            let loss = CrossEntropy { scale: 0.5, label_smoothing: 0.1 };
+            let loss = CrossEntropy { scale: 0.5, label_smoothing: 0.1, gradient_scale: 3.0 };
             let (mut losses, mut d_h) = (upload(rows, 1), upload(rows, width));
             let mut d_w = device.zeros(DType::F32, vocabulary, width).unwrap();
             let gradients = Some((d_h.view_mut(), d_w.view_mut()));
@@ -249,7 +254,7 @@ mod tests {
         let (h, w) = (device.upload(&[1.0_f32; 8], 2, 4).unwrap(), device.upload(&[1.0_f32; 12], 3, 4).unwrap());
         let labels = device.upload(&[2_u32, 3], 2, 1).unwrap();
         let mut losses = device.upload(&[0.0_f32; 2], 2, 1).unwrap();
-        let loss = CrossEntropy { scale: 1.0, label_smoothing: 0.0 };
+        let loss = CrossEntropy { scale: 1.0, label_smoothing: 0.0, gradient_scale: 1.0 };
         cross_entropy_forward(h.view(), w.view(), labels.view(), loss, losses.view_mut()).unwrap();
         let losses = losses.download::<f32>().unwrap();
         assert!((losses[0] - 3.0_f32.ln()).abs() < 1e-6 && losses[1].is_nan(), "{losses:?}");

@@ -31,6 +31,10 @@ pub enum Error {
     DriverTooOld { found: String, needed: String },
     #[error("CUDA: {action} failed: {reason}")]
     Cuda { action: String, reason: String },
+    #[error("attention on a GPU takes heads of at most {most} numbers, and these have {head_size}; use --device cpu")]
+    HeadSize { head_size: usize, most: usize },
+    #[error("attention on a GPU tells apart distances up to {most}, and this bias up to {reach}; use --device cpu")]
+    BiasReach { reach: usize, most: usize },
     #[error("operation {0} is not written for GPUs yet")]
     NotOnGpuYet(&'static str),
 }

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "all of this is tests, the functions beside them too")]
 
 mod bad_input;
+mod devices;
 mod diagnostics;
 mod docs;
 mod harness;

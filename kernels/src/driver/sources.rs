@@ -11,6 +11,8 @@ const KERNELS: &[Source] = &[
     ("activation", include_str!("../../cuda/activation.cu")),
     ("adafactor", include_str!("../../cuda/adafactor.cu")),
     ("adamw", include_str!("../../cuda/adamw.cu")),
+    ("attention_backward", include_str!("../../cuda/attention_backward.cu")),
+    ("attention_forward", include_str!("../../cuda/attention_forward.cu")),
     ("cast", include_str!("../../cuda/cast.cu")),
     ("cross_entropy", include_str!("../../cuda/cross_entropy.cu")),
     ("embedding", include_str!("../../cuda/embedding.cu")),
@@ -22,6 +24,7 @@ const KERNELS: &[Source] = &[
 
 /// What they include.
 pub(crate) const HEADERS: &[Source] = &[
+    ("attention.cuh", include_str!("../../cuda/attention.cuh")),
     ("element.cuh", include_str!("../../cuda/element.cuh")),
     ("pack.cuh", include_str!("../../cuda/pack.cuh")),
     ("piece.cuh", include_str!("../../cuda/piece.cuh")),

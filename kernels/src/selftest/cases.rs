@@ -1,12 +1,11 @@
 //! The cases: shapes that are no multiple of anything, sequences of very different length, and a few usual sizes.
 
 use super::{Bench, Input};
-use crate::float::{Float, with_float};
-use crate::ops::{self, Attention, AttentionGradients, CrossEntropy, IGNORED_LABEL, RelativeBuckets};
+use crate::ops::{self, CrossEntropy, IGNORED_LABEL, RelativeBuckets};
 use crate::oracle;
-use crate::{DType, Device, Dropout, Result, Segments, Tensor};
+use crate::{DType, Device, Dropout, Result};
 
-const MASK: Dropout = Dropout { probability: 0.1, seed: 11, stream: 12 };
+pub(super) const MASK: Dropout = Dropout { probability: 0.1, seed: 11, stream: 12 };
 
 pub(super) fn all(bench: &mut Bench) -> Result<()> {
     for (rows, cols) in [(1, 1), (3, 70), (200, 96), (130, 513), (37, 768)] {
@@ -37,7 +36,7 @@ pub(super) fn all(bench: &mut Bench) -> Result<()> {
         landed(cross_entropy(bench, rows, width, vocabulary))?;
     }
     landed(relative_bias(bench))?;
-    landed(attentions(bench))
+    super::attention::all(bench)
 }
 
 /// Passes over what is not written for GPUs yet.
@@ -293,144 +292,6 @@ fn relative_bias(bench: &mut Bench) -> Result<()> {
         ops::relative_bias_backward(d_bias.tensor.view(), buckets, d_table.view_mut())?;
         let want = oracle::add(&old, &oracle::relative_bias_backward(&d_bias.exact, buckets, heads));
         bench.compare("relative_bias_backward", &d_table, &want, max_distance, 0)?;
-    }
-    Ok(())
-}
-
-/// A shape of attention.
-struct Shape {
-    name: &'static str,
-    queries: Segments,
-    keys: Segments,
-    heads: usize,
-    size: usize,
-    /// The largest distance that the bias tells apart.
-    reach: Option<usize>,
-    causal: bool,
-    mask: Dropout,
-}
-
-fn attentions(bench: &mut Bench) -> Result<()> {
-    let ragged = Segments::from_offsets(&[0, 3, 4, 21, 87, 217]);
-    let tiny = Segments::from_offsets(&(0..=40).map(|index| index * 7 + index % 3).collect::<Vec<_>>());
-    let short = Segments::from_offsets(&[0, 9, 10, 12, 90, 95]);
-    let shape = |name, queries: &Segments, keys: &Segments| Shape {
-        name,
-        queries: queries.clone(),
-        keys: keys.clone(),
-        heads: 3,
-        size: 20,
-        reach: Some(9),
-        causal: false,
-        mask: MASK,
-    };
-    let shapes = [
-        Shape { heads: 2, size: 64, mask: Dropout::NONE, ..shape("encoder", &ragged, &ragged) },
-        Shape { reach: Some(128), ..shape("encoder with dropout", &ragged, &ragged) },
-        Shape { causal: true, ..shape("decoder", &ragged, &ragged) },
-        Shape { causal: true, size: 32, heads: 4, reach: Some(128), ..shape("tiny decoder", &tiny, &tiny) },
-        Shape { reach: None, ..shape("cross", &short, &ragged) },
-        Shape { reach: None, ..shape("cross to shorter", &ragged, &short) },
-        shape("biased, without queries", &Segments::from_offsets(&[0, 0, 30, 31, 31, 31]), &short),
-        Shape {
-            causal: true,
-            mask: Dropout::NONE,
-            ..shape("cached", &Segments::from_offsets(&[0, 1, 2, 3]), &Segments::strided(3, 20, 15))
-        },
-        Shape {
-            causal: true,
-            mask: Dropout::NONE,
-            reach: Some(2),
-            ..shape("cached, several queries", &Segments::from_offsets(&[0, 4, 8]), &Segments::strided(2, 20, 17))
-        },
-    ];
-    shapes.iter().try_for_each(|shape| attention(bench, shape))
-}
-
-fn attention(bench: &mut Bench, shape: &Shape) -> Result<()> {
-    let Shape { heads, size, .. } = *shape;
-    bench.shape = shape.name.to_owned();
-    let inner = heads * size;
-    let (query_rows, key_rows) = (shape.queries.end(), shape.keys.end());
-    let q = bench.input(query_rows, inner, (size as f32).powf(-0.5))?;
-    // Keys and values are the columns of one tensor, as the model has them.
-    let kv = bench.input(key_rows, 2 * inner, 1.0)?;
-    let half = |half: usize| kv.exact.chunks(2 * inner).flat_map(|row| row[half * inner..][..inner].to_vec()).collect();
-    let bias = match shape.reach {
-        Some(reach) => Some(bench.typed_input(DType::F32, heads, 2 * reach + 1, 1.0)?),
-        None => None,
-    };
-    let d_out = bench.input(query_rows, inner, 1.0)?;
-    let inputs = Attention {
-        q: q.tensor.view(),
-        k: kv.tensor.view().columns(0..inner),
-        v: kv.tensor.view().columns(inner..2 * inner),
-        queries: &shape.queries,
-        keys: &shape.keys,
-        heads,
-        bias: bias.as_ref().map(|bias| bias.tensor.view()),
-        causal: shape.causal,
-        mask: shape.mask,
-    };
-    let exact = oracle::Attention {
-        q: q.exact.clone(),
-        k: half(0),
-        v: half(1),
-        bias: bias.as_ref().map(|bias| bias.exact.clone()),
-        queries: &shape.queries,
-        keys: &shape.keys,
-        heads,
-        size,
-        causal: shape.causal,
-        mask: shape.mask,
-    };
-    let terms = 4 * size + shape.keys.longest();
-
-    let (mut out, mut logsumexp) =
-        (bench.output(query_rows, inner)?, bench.typed_output(DType::F32, query_rows, heads)?);
-    ops::attention_forward(inputs, out.view_mut(), logsumexp.view_mut())?;
-    let (want_out, want_logsumexp) = exact.forward();
-    bench.compare("attention_forward", &out, &want_out, terms, 1)?;
-    bench.compare("attention_forward logsumexp", &logsumexp, &want_logsumexp, terms, 0)?;
-
-    let mut d_q = bench.output(query_rows, inner)?;
-    let mut d_kv = bench.output(key_rows, 2 * inner)?;
-    // Cached keys have gaps, which belong to nobody.
-    d_kv.view_mut().fill_zero()?;
-    poison_keys(&mut d_kv, &shape.keys)?;
-    let d_bias = match shape.reach {
-        Some(reach) => Some(bench.typed_input(DType::F32, heads, 2 * reach + 1, 0.1)?),
-        None => None,
-    };
-    let (mut d_bias, old_bias) = match d_bias {
-        Some(Input { tensor, exact }) => (Some(tensor), exact),
-        None => (None, Vec::new()),
-    };
-    let (d_k, d_v) = d_kv.view_mut().split_columns(inner);
-    let d_bias_view = d_bias.as_mut().map(|d_bias| d_bias.view_mut());
-    let gradients = AttentionGradients { d_q: d_q.view_mut(), d_k, d_v, d_bias: d_bias_view };
-    ops::attention_backward(inputs, out.view(), logsumexp.view(), d_out.tensor.view(), gradients)?;
-    let want = exact.backward(&d_out.exact);
-    let terms = 2 * terms + shape.queries.longest();
-    let d_kv_exact: Vec<f64> =
-        want.d_k.chunks(inner).zip(want.d_v.chunks(inner)).flat_map(|(d_k, d_v)| [d_k, d_v].concat()).collect();
-    bench.compare("attention_backward d_q", &d_q, &want.d_q, terms, 1)?;
-    bench.compare("attention_backward d_k and d_v", &d_kv, &d_kv_exact, terms, 1)?;
-    if let Some(d_bias) = d_bias {
-        let want = oracle::add(&old_bias, &want.d_bias);
-        bench.compare("attention_backward d_bias", &d_bias, &want, terms * shape.queries.longest(), 0)?;
-    }
-    Ok(())
-}
-
-fn poison_keys(d_kv: &mut Tensor, keys: &Segments) -> Result<()> {
-    let (dtype, cols) = (d_kv.dtype(), d_kv.cols());
-    for sequence in 0..keys.len() {
-        let rows = keys.rows(sequence);
-        with_float!(dtype, T => {
-            let poison = vec![<T as Float>::from_f32(f32::NAN); rows.len() * cols];
-            d_kv.view_mut().rows_range(rows).write(&poison)?;
-        });
     }
     Ok(())
 }

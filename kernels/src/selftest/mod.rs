@@ -5,6 +5,7 @@
 //! `8 · ε₃₂ · √terms`, where `terms` is how many rounded numbers end up in an element (errors of a sum grow like a random
 //! walk; 8 standard deviations), plus `ε` for each time that the type under test rounds on the way, if it is not f32.
 
+mod attention;
 mod cases;
 mod updates;
 
@@ -13,7 +14,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use half::{bf16, f16};
 
 use crate::float::{Float, with_float};
-use crate::oracle::Random;
+use crate::oracle::{Random, Sums};
 use crate::{DType, Device, Result, Tensor};
 
 /// What an operation did.
@@ -100,20 +101,38 @@ impl Bench<'_> {
 
     /// Compares a result; `roundings` to the type under test were made on the way to it.
     fn compare(&mut self, op: &str, got: &Tensor, want: &[f64], terms: usize, roundings: usize) -> Result<()> {
+        let rms = (want.iter().map(|want| want * want).sum::<f64>() / want.len().max(1) as f64).sqrt();
+        self.compare_sized(op, got, want, &vec![rms; want.len()], terms, roundings)
+    }
+
+    /// As [`Bench::compare`], where the oracle says for each element how large the numbers are that its errors come from.
+    fn compare_sums(&mut self, op: &str, got: &Tensor, want: &Sums, terms: usize, roundings: usize) -> Result<()> {
+        self.compare_sized(op, got, &want.values, &want.sizes(), terms, roundings)
+    }
+
+    fn compare_sized(
+        &mut self,
+        op: &str,
+        got: &Tensor,
+        want: &[f64],
+        sizes: &[f64],
+        terms: usize,
+        roundings: usize,
+    ) -> Result<()> {
         let got = download(got)?;
         got.iter().for_each(|value| value.to_bits().hash(&mut self.digest));
         assert_eq!(got.len(), want.len(), "{op}: elements of the result and of the oracle's");
-        let rms = (want.iter().map(|want| want * want).sum::<f64>() / want.len().max(1) as f64).sqrt();
-        let error = |(got, want): (&f64, &f64)| {
-            let error = (got - want).abs() / (want.abs() + rms + f64::MIN_POSITIVE);
+        // Below the least normal number errors are no longer proportional to anything.
+        let (epsilon, least) = match self.dtype {
+            DType::Bf16 => (f64::from(bf16::EPSILON), f64::from(bf16::MIN_POSITIVE)),
+            DType::F16 => (f64::from(f16::EPSILON), f64::from(f16::MIN_POSITIVE)),
+            DType::F32 | DType::U32 => (0.0, f64::from(f32::MIN_POSITIVE)),
+        };
+        let error = |((got, want), size): ((&f64, &f64), &f64)| {
+            let error = (got - want).abs() / (want.abs() + size + least);
             if error.is_nan() { f64::INFINITY } else { error }
         };
-        let max_error = got.iter().zip(want).map(error).fold(0.0, f64::max);
-        let epsilon = match self.dtype {
-            DType::Bf16 => f64::from(bf16::EPSILON),
-            DType::F16 => f64::from(f16::EPSILON),
-            DType::F32 | DType::U32 => 0.0,
-        };
+        let max_error = got.iter().zip(want).zip(sizes).map(error).fold(0.0, f64::max);
         let tolerance = 8.0 * f64::from(f32::EPSILON) * (terms as f64).sqrt() + roundings as f64 * epsilon;
         self.outcomes.push(Outcome {
             op: op.to_owned(),

@@ -39,6 +39,17 @@ pub enum Error {
     NotOnGpuYet(&'static str),
 }
 
+impl Error {
+    /// True where the machine has to be changed, or another device chosen: trying again is no use. (Exit code 2.)
+    pub fn is_user_error(&self) -> bool {
+        use Error::{DriverTooOld, MissingLibrary, NoCompiler, NoGpu, UnfitLibrary};
+        matches!(
+            self,
+            NoCompiler { .. } | MissingLibrary { .. } | UnfitLibrary { .. } | NoGpu { .. } | DriverTooOld { .. }
+        )
+    }
+}
+
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// For what writes a tensor to a file.

@@ -102,6 +102,11 @@ multiversion! {
 
 const THREADS: usize = 256;
 
+/// What the source is compiled with for rows of `cols` columns.
+pub(super) fn constants(cols: usize) -> Vec<(&'static str, u32)> {
+    Team::new(cols).constants.to_vec()
+}
+
 /// How rows of `cols` columns are dealt out to warps (cuda/rms_norm.cu).
 struct Team {
     constants: [(&'static str, u32); 2],

@@ -11,6 +11,7 @@
 // memory, and the results are the same at every run.
 //
 // Nq, Nk rows of queries and keys of all sequences; H heads; K head size; R reach of the bias; S sequences
+#define KEYS (ROW_BYTES <= 256 ? 32u : 16u)
 #include "attention.cuh"
 #include "reduce.cuh"
 
@@ -93,6 +94,7 @@ struct BiasGradient {
 // ---- Kernels ----
 
 // Grid: (S · tiles, H), a tile being ROWS queries, as many as the longest sequence has.
+// hot
 KERNEL LAUNCH_BOUNDS(THREADS) attention_backward_queries(
     const element* q,             // [Nq, H·K]
     const element* k,             // [Nk, H·K]
@@ -295,6 +297,7 @@ KERNEL LAUNCH_BOUNDS(256) attention_backward_bias(
 }
 
 // Grid: (S · tiles, H), a tile being ROWS keys, as many as the longest sequence has. Rows of the scores are keys here.
+// hot
 KERNEL LAUNCH_BOUNDS(THREADS) attention_backward_keys(
     const element* q,             // [Nq, H·K]
     const element* k,             // [Nk, H·K]

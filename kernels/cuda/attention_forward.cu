@@ -8,6 +8,7 @@
 // far by e^(old − new maximum) when the maximum rises. Nothing of size query × key leaves the registers.
 //
 // Nq, Nk rows of queries and keys of all sequences; H heads; K head size; R reach of the bias
+#define KEYS (ROW_BYTES <= 256 ? 64u : 32u)
 #include "attention.cuh"
 
 // The running softmax of a warp's queries, of which a lane has rows g and g + 8 of each 16.
@@ -69,6 +70,7 @@ struct Softmax {
 };
 
 // Grid: (sequences · tiles, H), a tile being ROWS queries, as many as the longest sequence has.
+// hot
 KERNEL LAUNCH_BOUNDS(THREADS) attention_forward(
     const element* q,            // [Nq, H·K]
     const element* k,            // [Nk, H·K]

@@ -274,11 +274,7 @@ fn add_bias_partials(launcher: &Launcher, partials: View, tiles: usize, d_bias: 
     let (inputs, tiling) = (launcher.inputs, launcher.tiling);
     let [_, query_lengths, ..] = launcher.segments()?;
     launcher.gpu.launch(Launch {
-        module: Module {
-            source: "attention_backward",
-            element: tiling.dtype,
-            constants: &launcher.constants,
-        },
+        module: Module { source: "attention_backward", element: tiling.dtype, constants: &launcher.constants },
         function: "attention_backward_bias",
         grid: [d_bias.cols().div_ceil(LANES) as u32, inputs.heads as u32, 1],
         block: (BIAS_WARPS * LANES) as u32,

@@ -1,17 +1,16 @@
-//! Times every operation, forward and backward, and the updates: on the host at the shapes of t5-small (8 × (128 + 32)
-//! tokens) and of a tiny model, on a GPU at those of T5 1.1 large (64 × (512 + 114) tokens).
+//! Times every operation, forward and backward, at the shapes of a model:
 //!
-//!     cargo run --release -p quintet-kernels --example bench [-- cpu|cuda|emulated]
+//!     cargo run --release -p quintet-kernels --example bench [-- [--device cpu|cuda|emulated] [--json] [MODEL] [TEXT]]
 //!
-//! Bytes are the fewest that an operation can read and write, so GB/s of less than the memory's show waste.
+//! MODEL is t5-small (8 × (128 + 32) tokens), tiny, or t5-base, t5-large (8 × (512 + 114)); on the CPU the first two by
+//! default, else t5-large. TEXT keeps the operations whose name contains it. A GPU is timed in bf16.
 #![allow(clippy::print_stdout, clippy::print_stderr, clippy::unwrap_used, reason = "this is a program")]
 
 use std::process::ExitCode;
 use std::time::Instant;
 
-use quintet_kernels::ops::{
-    self, Adafactor, AdamW, Attention, AttentionGradients, CrossEntropy, TensorSlot, TensorSlots,
-};
+use half::bf16;
+use quintet_kernels::ops::{self, Attention, AttentionGradients, CrossEntropy};
 use quintet_kernels::{DType, Device, Dropout, SearchPath, Segments, Tensor};
 
 struct Model {
@@ -29,86 +28,111 @@ struct Bench {
     device: Device,
     dtype: DType,
     mask: Dropout,
+    model: &'static str,
+    json: bool,
+    /// Of the names of operations that are timed.
+    only: String,
 }
 
 fn main() -> ExitCode {
     SearchPath::from_variables(|name| std::env::var_os(name)).install();
-    let name = std::env::args().nth(1).unwrap_or_else(|| "cpu".to_owned());
-    let device = match name.as_str() {
+    let (mut device, mut json, mut names, mut only) = ("cpu".to_string(), false, Vec::new(), String::new());
+    let models = models();
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--device" => device = arguments.next().unwrap_or_default(),
+            "--json" => json = true,
+            name if models.iter().any(|model| model.name == name) => names.push(argument),
+            _ => only = argument,
+        }
+    }
+    let opened = match device.as_str() {
         "cpu" => Ok(Device::cpu()),
         "cuda" => Device::cuda(0),
-        "emulated" => Device::emulated(0),
-        _ => panic!("no device {name}"),
+        "emulated" => Device::emulated(1),
+        _ => {
+            eprintln!("error: --device {device}: not cpu, cuda or emulated");
+            return ExitCode::from(2);
+        }
     };
-    match device {
-        Ok(device) => run(&device),
+    let device = match opened {
+        Ok(device) => device,
         Err(error) => {
             eprintln!("error: {error}");
             return ExitCode::FAILURE;
+        }
+    };
+    if names.is_empty() {
+        let defaults: &[&str] = if device.name() == "cpu" { &["t5-small", "tiny"] } else { &["t5-large"] };
+        names.extend(defaults.iter().map(ToString::to_string));
+    }
+    let dtypes: &[DType] = if device.name() == "cpu" { &[DType::F32, DType::Bf16] } else { &[DType::Bf16] };
+    for model in models.iter().filter(|model| names.iter().any(|name| name == model.name)) {
+        for &dtype in dtypes {
+            if !json {
+                println!("\n{} {dtype:?} on {}, {} threads", model.name, device.name(), rayon::current_num_threads());
+            }
+            let mask = Dropout { probability: 0.1, seed: 1, stream: 2 };
+            Bench { device: device.clone(), dtype, mask, model: model.name, json, only: only.clone() }.run(model);
         }
     }
     ExitCode::SUCCESS
 }
 
-fn run(device: &Device) {
-    let mask = Dropout { probability: 0.1, seed: 1, stream: 2 };
-    let (models, dtypes, parameters) = match device.name() {
-        "cuda" => (vec![large()], vec![DType::Bf16, DType::F16, DType::F32], 256 << 20),
-        "cpu" => (vec![small(), tiny()], vec![DType::F32, DType::Bf16], 16 << 20),
-        _ => (vec![tiny()], vec![DType::F32, DType::Bf16], 1 << 20),
-    };
-    for model in &models {
-        for &dtype in &dtypes {
-            println!("\n{} {dtype:?}, {}, {} threads", model.name, device.name(), rayon::current_num_threads());
-            Bench { device: device.clone(), dtype, mask }.run(model);
-        }
-    }
-    println!("\nupdates of {parameters} parameters");
-    Bench { device: device.clone(), dtype: DType::F32, mask }.updates(parameters);
+fn models() -> [Model; 4] {
+    let even =
+        |count: u32, length: u32| Segments::from_offsets(&(0..=count).map(|index| index * length).collect::<Vec<_>>());
+    [
+        Model {
+            name: "t5-small",
+            d_model: 512,
+            heads: 8,
+            head_size: 64,
+            d_ff: 2048,
+            vocabulary: 32128,
+            source: even(8, 128),
+            target: even(8, 32),
+        },
+        Model {
+            name: "tiny",
+            d_model: 128,
+            heads: 4,
+            head_size: 32,
+            d_ff: 512,
+            vocabulary: 80,
+            source: even(64, 8),
+            target: even(64, 8),
+        },
+        Model {
+            name: "t5-base",
+            d_model: 768,
+            heads: 12,
+            head_size: 64,
+            d_ff: 3072,
+            vocabulary: 32128,
+            source: even(8, 512),
+            target: even(8, 114),
+        },
+        Model {
+            name: "t5-large",
+            d_model: 1024,
+            heads: 16,
+            head_size: 64,
+            d_ff: 4096,
+            vocabulary: 32128,
+            source: even(8, 512),
+            target: even(8, 114),
+        },
+    ]
 }
 
-fn even(count: u32, length: u32) -> Segments {
-    Segments::from_offsets(&(0..=count).map(|index| index * length).collect::<Vec<_>>())
-}
-
-fn small() -> Model {
-    Model {
-        name: "t5-small",
-        d_model: 512,
-        heads: 8,
-        head_size: 64,
-        d_ff: 2048,
-        vocabulary: 32128,
-        source: even(8, 128),
-        target: even(8, 32),
-    }
-}
-
-fn tiny() -> Model {
-    Model {
-        name: "tiny",
-        d_model: 128,
-        heads: 4,
-        head_size: 32,
-        d_ff: 512,
-        vocabulary: 80,
-        source: even(64, 8),
-        target: even(64, 8),
-    }
-}
-
-/// So many tokens that no activation stays in a GPU's cache from one call to the next.
-fn large() -> Model {
-    Model {
-        name: "t5-v1_1-large",
-        d_model: 1024,
-        heads: 16,
-        head_size: 64,
-        d_ff: 2816,
-        vocabulary: 32128,
-        source: even(64, 512),
-        target: even(64, 114),
-    }
+/// Of attention.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Encoder,
+    Decoder,
+    Cross,
 }
 
 impl Bench {
@@ -120,9 +144,9 @@ impl Bench {
         self.linear("linear wo", rows, model.d_ff, model.d_model);
         self.linear("linear decoder wi", model.target.end(), model.d_model, model.d_ff);
         self.rows(rows, model.d_model, model.d_ff);
-        self.attention("attention encoder", model, &model.source, &model.source, true);
-        self.attention("attention cross", model, &model.target, &model.source, false);
-        self.attention("attention decoder", model, &model.target, &model.target, true);
+        self.attention("attention encoder", model, [&model.source, &model.source], Kind::Encoder);
+        self.attention("attention cross", model, [&model.target, &model.source], Kind::Cross);
+        self.attention("attention decoder", model, [&model.target, &model.target], Kind::Decoder);
         self.head(model.target.end(), model.d_model, model.vocabulary);
     }
 
@@ -133,13 +157,13 @@ impl Bench {
     fn typed(&self, dtype: DType, rows: usize, cols: usize) -> Tensor {
         let value = |index: usize| ((index * 7919) % 1009) as f32 / 1009.0 - 0.5;
         let values: Vec<f32> = (0..rows * cols).map(value).collect();
-        let tensor = self.device.upload(&values, rows, cols).unwrap();
-        if dtype == DType::F32 {
-            return tensor;
+        match dtype {
+            DType::Bf16 => {
+                let values: Vec<bf16> = values.into_iter().map(bf16::from_f32).collect();
+                self.device.upload(&values, rows, cols).unwrap()
+            }
+            _ => self.device.upload(&values, rows, cols).unwrap(),
         }
-        let mut narrow = self.device.empty(dtype, rows, cols).unwrap();
-        ops::cast(tensor.view(), narrow.view_mut()).unwrap();
-        narrow
     }
 
     fn linear(&self, name: &str, rows: usize, inputs: usize, outputs: usize) {
@@ -190,7 +214,8 @@ impl Bench {
         });
     }
 
-    fn attention(&self, name: &str, model: &Model, queries: &Segments, keys: &Segments, biased: bool) {
+    fn attention(&self, name: &str, model: &Model, [queries, keys]: [&Segments; 2], kind: Kind) {
+        let biased = kind != Kind::Cross;
         let (heads, inner) = (model.heads, model.heads * model.head_size);
         let (q, kv) = (self.tensor(queries.end(), inner), self.tensor(keys.end(), 2 * inner));
         let (mut d_q, mut d_kv) = (self.tensor(queries.end(), inner), self.tensor(keys.end(), 2 * inner));
@@ -198,7 +223,8 @@ impl Bench {
         let (bias, mut d_bias) = (self.typed(DType::F32, heads, 257), self.typed(DType::F32, heads, 257));
         let (k, v) = (kv.view().columns(0..inner), kv.view().columns(inner..2 * inner));
         let bias = biased.then_some(bias.view());
-        let inputs = Attention { q: q.view(), k, v, queries, keys, heads, bias, causal: false, mask: self.mask };
+        let inputs =
+            Attention { q: q.view(), k, v, queries, keys, heads, bias, causal: kind == Kind::Decoder, mask: self.mask };
         let scores: usize = (0..queries.len()).map(|index| queries.rows(index).len() * keys.rows(index).len()).sum();
         self.time(&format!("{name} forward"), 4 * scores * inner, "GFLOP/s", || {
             ops::attention_forward(inputs, out.view_mut(), lse.view_mut()).unwrap();
@@ -215,9 +241,7 @@ impl Bench {
         let (h, w, mut d_h) = (self.tensor(rows, width), self.tensor(vocabulary, width), self.tensor(rows, width));
         let mut d_w = self.typed(DType::F32, vocabulary, width);
         let mut losses = self.typed(DType::F32, rows, 1);
-        // As frequent as words are: the one of rank r has a share of about 1/r.
-        let rank = |row: usize| (vocabulary as f64).powf((row * 7919 % rows) as f64 / rows as f64) as u32 - 1;
-        let ids: Vec<u32> = (0..rows).map(rank).collect();
+        let ids: Vec<u32> = (0..rows as u32).map(|row| row * 31 % vocabulary as u32).collect();
         let labels = self.device.upload(&ids, rows, 1).unwrap();
         let loss = CrossEntropy { scale: 1.0, label_smoothing: 0.0, gradient_scale: 1.0 };
         self.time("cross entropy", 6 * rows * width * vocabulary, "GFLOP/s", || {
@@ -232,79 +256,35 @@ impl Bench {
         });
     }
 
-    /// As many parameters as that in matrices of 1024 columns, and a few vectors.
-    fn updates(&self, parameters: usize) {
-        let shapes = (0..parameters / (1 << 20)).flat_map(|_| [(1024, 1024, true), (1, 1024, false)]);
-        let mut end = 0;
-        let slots = shapes.map(|(rows, cols, is_matrix)| {
-            let range = end..end + rows * cols;
-            end = range.end;
-            TensorSlot { range, rows, cols, is_matrix, decays: is_matrix }
-        });
-        let slots = TensorSlots::new(slots.collect());
-        let mut parameters = self.typed(DType::F32, 1, end);
-        let gradient = self.typed(DType::F32, 1, end);
-        let zeros = |cols| self.device.zeros(DType::F32, 1, cols).unwrap();
-        let (mut exp_avg, mut exp_avg_sq) = (zeros(end), zeros(end));
-        for scale_by_rms in [false, true] {
-            let rule = AdamW {
-                learning_rate: 1e-3,
-                beta1: 0.9,
-                beta2: 0.999,
-                epsilon: 1e-8,
-                weight_decay: 0.0,
-                scale_by_rms,
-                step: 1,
-                gradient_scale: 1.0,
-            };
-            let (name, bytes) = if scale_by_rms { ("adamw scaled", 32) } else { ("adamw", 28) };
-            self.time(name, bytes * end, "GB/s", || {
-                let (p, m, v) = (parameters.view_mut(), exp_avg.view_mut(), exp_avg_sq.view_mut());
-                ops::adamw(rule, &slots, p, gradient.view(), m, v).unwrap();
-            });
-        }
-        let mut moments = zeros(slots.factored_moments_len());
-        let rule = Adafactor { learning_rate: 1e-3, weight_decay: 0.0, step: 1, gradient_scale: 1.0 };
-        self.time("adafactor", 20 * end, "GB/s", || {
-            ops::adafactor(rule, &slots, parameters.view_mut(), gradient.view(), moments.view_mut()).unwrap();
-        });
-        self.time("global norm", 4 * end, "GB/s", || {
-            ops::global_norm(gradient.view()).unwrap();
-        });
-        self.time("find not finite", 4 * end, "GB/s", || {
-            ops::find_not_finite(gradient.view()).unwrap();
-        });
-        let mut weights = self.device.empty(DType::Bf16, 1, end).unwrap();
-        self.time("cast to bf16", 6 * end, "GB/s", || ops::cast(parameters.view(), weights.view_mut()).unwrap());
-    }
-
-    /// Prints the best time of many.
+    /// Prints the best time of many. A GPU is given a number of launches at a time, so that it never waits for the host.
     fn time(&self, name: &str, amount: usize, unit: &str, mut f: impl FnMut()) {
+        if !name.contains(&self.only) {
+            return;
+        }
+        let repeats = if self.device.name() == "cuda" { 20 } else { 1 };
+        // The first compiles kernels.
+        f();
+        self.device.synchronize().unwrap();
         let begin = Instant::now();
         let mut best = f64::INFINITY;
         let mut rounds = 0;
         while rounds < 3 || begin.elapsed().as_secs_f64() < 0.25 {
-            best = best.min(self.seconds(&mut f));
+            let start = Instant::now();
+            for _ in 0..repeats {
+                f();
+            }
+            self.device.synchronize().unwrap();
+            best = best.min(start.elapsed().as_secs_f64() / repeats as f64);
             rounds += 1;
         }
-        println!("  {name:32} {:10.1} us {:8.1} {unit}", best * 1e6, amount as f64 / best / 1e9);
-    }
-
-    /// Of one call; on a GPU the mean of some that wait for nothing but each other.
-    fn seconds(&self, f: &mut impl FnMut()) -> f64 {
-        match &self.device {
-            Device::Cpu(_) => {
-                let start = Instant::now();
-                f();
-                start.elapsed().as_secs_f64()
-            }
-            Device::Gpu(gpu) => {
-                const CALLS: u32 = 10;
-                let calls = if self.device.name() == "cuda" { CALLS } else { 1 };
-                let timer = gpu.start_timer().unwrap();
-                (0..calls).for_each(|_| f());
-                timer.seconds().unwrap() / f64::from(calls)
-            }
+        let rate = amount as f64 / best / 1e9;
+        if self.json {
+            let (model, device, dtype) = (self.model, self.device.name(), self.dtype.name());
+            println!(
+                r#"{{"op":"{name}","model":"{model}","device":"{device}","dtype":"{dtype}","seconds":{best:e},"rate":{rate:.2},"unit":"{unit}"}}"#
+            );
+        } else {
+            println!("  {name:32} {:10.1} us {rate:8.1} {unit}", best * 1e6);
         }
     }
 }

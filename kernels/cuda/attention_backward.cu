@@ -304,6 +304,12 @@ KERNEL LAUNCH_BOUNDS(256) attention_backward_bias(
     }
 }
 
+// In f32 the next kernel would spill for one block more on a multiprocessor; so it is told that one is enough.
+#ifdef ELEMENT_F32
+#undef LAUNCH_BOUNDS
+#define LAUNCH_BOUNDS(threads) __launch_bounds__(threads, 1)
+#endif
+
 // Grid: (S · tiles, H), a tile being ROWS keys, as many as the longest sequence has. Rows of the scores are keys here.
 // hot
 KERNEL LAUNCH_BOUNDS(THREADS) attention_backward_keys(

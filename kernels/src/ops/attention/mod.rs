@@ -88,8 +88,8 @@ pub fn attention_forward(inputs: Attention, out: ViewMut, logsumexp: ViewMut) ->
 /// The gradients from `d_out[Nq, H·K]`, given the forward pass's `out` and `logsumexp`.
 ///
 /// With `f` the dropout factors and `d_p = f · (d_out · vᵀ)`: `d_v = (f · p)ᵀ · d_out`, `d_score = p · (d_p − δ)` where
-/// `δ = Σ p · d_p` over the keys, `d_q = d_score · k`, `d_k = d_scoreᵀ · q`. `δ` is also `d_out · out`, for a device that
-/// does not have a query's keys together; but that costs precision where `out` is bf16.
+/// `δ = Σ p · d_p` over the keys, `d_q = d_score · k`, `d_k = d_scoreᵀ · q`. `δ` is also `d_out · out`: a GPU takes it from
+/// there, since it does not have a query's keys together, and sees the rounding of `out` where that has 16 bits.
 pub fn attention_backward(
     inputs: Attention,
     out: View,

@@ -8,9 +8,10 @@
 //
 // Legend: V vocabulary. A block has a row; the grid is the rows of a chunk.
 //
-// Bytes of a row: 4V read by the first pass, 4V by the second, mostly from L2 (a row of T5 has 128 KiB, and four blocks a
-// processor on 132 processors have 66 MiB: two thirds of what L2 and the blocks' own order keep), 2V written. Keeping the row in registers
-// would save the second reading, but then a processor holds one row at a time and loads nothing while it computes.
+// Bytes of a row: 4V read by the first pass, 4V by the second, 2V written. The second reading should come from L2 for the
+// most part: a row of T5 has 128 KiB, and with 40 registers there are three blocks of 512 threads on a processor, 396 rows
+// or 50 MiB on an H200. Keeping the row in registers would save that reading, but then a processor holds one row and loads
+// nothing while it computes.
 #include "pack.cuh"
 #include "reduce.cuh"
 

@@ -35,18 +35,17 @@ pub enum Error {
     HeadSize { head_size: usize, most: usize },
     #[error("attention on a GPU tells apart distances up to {most}, and this bias up to {reach}; use --device cpu")]
     BiasReach { reach: usize, most: usize },
-    #[error("operation {0} is not written for GPUs yet")]
-    NotOnGpuYet(&'static str),
 }
 
 impl Error {
     /// True where the machine has to be changed, or another device chosen: trying again is no use. (Exit code 2.)
     pub fn is_user_error(&self) -> bool {
-        use Error::{DriverTooOld, MissingLibrary, NoCompiler, NoGpu, UnfitLibrary};
-        matches!(
-            self,
-            NoCompiler { .. } | MissingLibrary { .. } | UnfitLibrary { .. } | NoGpu { .. } | DriverTooOld { .. }
-        )
+        match self {
+            Error::NoCompiler { .. } | Error::MissingLibrary { .. } | Error::UnfitLibrary { .. } => true,
+            Error::NoGpu { .. } | Error::DriverTooOld { .. } => true,
+            Error::HeadSize { .. } | Error::BiasReach { .. } => true,
+            _ => false,
+        }
     }
 }
 
@@ -57,9 +56,4 @@ impl From<Error> for std::io::Error {
     fn from(error: Error) -> Self {
         std::io::Error::other(error)
     }
-}
-
-/// Stands where an operation's launch will be.
-pub(crate) fn not_on_gpu_yet<T>(operation: &'static str) -> Result<T> {
-    Err(Error::NotOnGpuYet(operation))
 }

@@ -13,13 +13,21 @@ pub(crate) struct KernelModule {
 
 /// The modules that models of the usual sizes use.
 pub(crate) fn modules() -> Vec<KernelModule> {
-    let elements = [DType::F32, DType::Bf16, DType::F16];
     let of_source = |source: &'static str| {
-        elements.into_iter().flat_map(move |element| {
+        elements(source).iter().flat_map(move |&element| {
             constants(source, element).into_iter().map(move |constants| KernelModule { source, element, constants })
         })
     };
     SOURCES.iter().flat_map(|(source, _)| of_source(source)).collect()
+}
+
+/// The types that an operation compiles its source for.
+fn elements(source: &str) -> &'static [DType] {
+    match source {
+        // What the optimizer reads and writes is f32; types of copies are arguments.
+        "adafactor" | "adamw" | "norm" => &[DType::F32],
+        _ => &[DType::F32, DType::Bf16, DType::F16],
+    }
 }
 
 /// The sets of constants that an operation compiles its source with.

@@ -37,6 +37,18 @@ pub enum Error {
     BiasReach { reach: usize, most: usize },
 }
 
+impl Error {
+    /// True where the machine has to be changed, or another device chosen: trying again is no use. (Exit code 2.)
+    pub fn is_user_error(&self) -> bool {
+        match self {
+            Error::NoCompiler { .. } | Error::MissingLibrary { .. } | Error::UnfitLibrary { .. } => true,
+            Error::NoGpu { .. } | Error::DriverTooOld { .. } => true,
+            Error::HeadSize { .. } | Error::BiasReach { .. } => true,
+            _ => false,
+        }
+    }
+}
+
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// For what writes a tensor to a file.

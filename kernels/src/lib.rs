@@ -31,7 +31,7 @@ pub use driver::Gpu;
 pub use driver::cache::set_cache_directory;
 pub use driver::cuda::resources::{KernelResources, kernel_resources};
 pub use driver::emulated::{emulator_compiler, set_compiler};
-pub use driver::inventory::{Found, GpuSummary, Inventory, Library, inventory};
+pub use driver::inventory::{Found, GpuSummary, Inventory, Library, inventory, usable_gpus};
 pub use driver::timer::Timer;
 pub use error::{Error, Result};
 pub use pool::MemoryStatistics;

@@ -1,13 +1,10 @@
-//! The kernels' sources, which are part of the program, and the modules that they are compiled to.
-
-use super::Module;
-use crate::DType;
+//! The kernels' sources, which are part of the program.
 
 /// A file's name and text.
 pub(crate) type Source = (&'static str, &'static str);
 
 /// A file of kernels for each operation.
-const KERNELS: &[Source] = &[
+pub(crate) const SOURCES: &[Source] = &[
     ("activation", include_str!("../../cuda/activation.cu")),
     ("adafactor", include_str!("../../cuda/adafactor.cu")),
     ("adamw", include_str!("../../cuda/adamw.cu")),
@@ -34,68 +31,9 @@ pub(crate) const HEADERS: &[Source] = &[
     ("slots.cuh", include_str!("../../cuda/slots.cuh")),
 ];
 
-/// The constants of a module.
-type Constants = &'static [(&'static str, u32)];
-
-/// Sources whose modules have constants, and all that operations use of them. Others have one module for each element
-/// type.
-const VARIANTS: &[(&str, &[Constants])] = &[
-    ("attention_backward", HEAD_SIZES),
-    ("attention_forward", HEAD_SIZES),
-    ("cast", &[&[("TO", 0)], &[("TO", 1)], &[("TO", 2)]]),
-    (
-        "rms_norm",
-        &[
-            &[("WARPS", 1), ("PACKS", 1)],
-            &[("WARPS", 1), ("PACKS", 2)],
-            &[("WARPS", 1), ("PACKS", 3)],
-            &[("WARPS", 1), ("PACKS", 4)],
-            &[("WARPS", 2), ("PACKS", 4)],
-            &[("WARPS", 4), ("PACKS", 4)],
-            &[("WARPS", 8), ("PACKS", 4)],
-        ],
-    ),
-];
-
-/// Those of the selftest and of published models; attention takes others too, which are compiled when they are met.
-const HEAD_SIZES: &[Constants] = &[
-    &[("HEAD_SIZE", 20), ("TF32", 0)],
-    &[("HEAD_SIZE", 32), ("TF32", 0)],
-    &[("HEAD_SIZE", 64), ("TF32", 0)],
-    &[("HEAD_SIZE", 64), ("TF32", 1)],
-    &[("HEAD_SIZE", 128), ("TF32", 0)],
-];
-
-/// The modules that operations launch kernels of: all, but for the values of constants. One that is not here is not compiled
-/// for GPUs before it is used on one, so it may not be used at all.
-pub(crate) fn modules() -> impl Iterator<Item = Module<'static>> {
-    KERNELS.iter().flat_map(|(source, _)| {
-        let elements = [DType::F32, DType::Bf16, DType::F16];
-        let modules =
-            move |element| variants(source).iter().map(move |constants| Module { source, element, constants });
-        let of_use = |module: &Module| module.element == DType::F32 || !module.constants.contains(&("TF32", 1));
-        elements.into_iter().flat_map(modules).filter(of_use)
-    })
-}
-
-fn variants(stem: &str) -> &'static [Constants] {
-    VARIANTS.iter().find(|(source, _)| *source == stem).map_or(&[&[]], |(_, variants)| variants)
-}
-
-/// The text of a module's source.
-pub(crate) fn text(module: &Module) -> &'static str {
-    if let Some((_, text)) = super::emulated::TEST_KERNELS.iter().find(|(name, _)| *name == module.source) {
-        return text;
-    }
-    let names = |constants: &[(&'static str, u32)]| constants.iter().map(|(name, _)| *name).collect::<Vec<_>>();
-    let known = variants(module.source).iter().any(|constants| names(constants) == names(module.constants));
-    assert!(known, "{} is not among the modules of driver/sources.rs", module.describe());
-    kernels(module.source)
-}
-
 /// The text of the file of kernels of this stem.
-fn kernels(stem: &str) -> &'static str {
-    let found = KERNELS.iter().find(|(name, _)| *name == stem);
+pub(crate) fn kernels(stem: &str) -> &'static str {
+    let found = SOURCES.iter().chain(super::emulated::TEST_KERNELS).find(|(name, _)| *name == stem);
     found.unwrap_or_else(|| panic!("no kernels/cuda/{stem}.cu")).1
 }
 
@@ -136,19 +74,5 @@ mod tests {
         let text = "// One.\n// hot\nKERNEL one(float* x) {\n// hot\n}\n\n// Two.\nKERNEL two(u32 n) {";
         assert!(is_hot(text, "one"));
         assert!(!is_hot(text, "two"));
-    }
-
-    #[test]
-    fn modules_are_all_elements_of_all_sources() {
-        assert_eq!(modules().filter(|module| module.source == "residual").count(), 3);
-        for (stem, _) in VARIANTS {
-            assert!(KERNELS.iter().any(|(source, _)| source == stem), "{stem}");
-        }
-    }
-
-    #[test]
-    #[should_panic(expected = "not among the modules")]
-    fn a_module_that_nobody_compiles_cannot_be_used() {
-        text(&Module { source: "residual", element: DType::F32, constants: &[("UNKNOWN", 1)] });
     }
 }

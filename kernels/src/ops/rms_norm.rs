@@ -102,6 +102,11 @@ multiversion! {
 
 const THREADS: usize = 256;
 
+/// What the source is compiled with for rows of `cols` columns.
+pub(super) fn constants(cols: usize) -> Vec<(&'static str, u32)> {
+    Team::new(cols).constants.to_vec()
+}
+
 /// How rows of `cols` columns are dealt out to warps (cuda/rms_norm.cu).
 struct Team {
     constants: [(&'static str, u32); 2],
@@ -162,8 +167,8 @@ fn rstd_argument(rstd: View) -> Argument {
     rstd.into()
 }
 
-/// Blocks of the backward pass, at most: enough for every GPU, and few rows of partial sums.
-const BLOCKS_MAX: usize = 512;
+/// Blocks of the backward pass, at most: two for each processor of a large GPU, and few rows of partial sums.
+const BLOCKS_MAX: usize = 256;
 
 fn backward_gpu(
     gpu: &Gpu,

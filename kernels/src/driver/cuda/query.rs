@@ -1,6 +1,6 @@
 //! What is there: the driver, its GPUs, and the libraries beside it. Opens no context.
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -66,6 +66,17 @@ impl DriverLibrary {
                 files: wanted.files.join(" or "),
                 problem: format!("is at {}, where the system's loader does not look", library.path.display()),
                 remedy: "put its folder into LD_LIBRARY_PATH".into(),
+            });
+        }
+        // SAFETY: addresses are compared, not called; the library is present.
+        let (ours, cudarcs) = unsafe {
+            let cudarcs = sys::culib().get::<*const c_void>(b"cuInit").map(|symbol| *symbol);
+            (library.function::<*const c_void>("cuInit")?, cudarcs)
+        };
+        if cudarcs.ok() != Some(ours) {
+            return Err(Error::UnfitLibrary {
+                path: library.path.display().to_string(),
+                problem: "the system's loader finds another libcuda.so; leave one of them in LD_LIBRARY_PATH".into(),
             });
         }
         result::init().map_err(no_gpu)?;
@@ -155,6 +166,13 @@ pub(crate) fn library_versions(driver_major: u32, search_path: &SearchPath) -> [
     let nvrtc = Nvrtc::open(driver_major, search_path).map(|nvrtc| (nvrtc.version(), nvrtc.library));
     let blas = blas::version(driver_major, search_path).map(|(library, version)| (version, library));
     [("NVRTC", nvrtc), ("cuBLASLt", blas), ("NCCL", nccl_version(driver_major, search_path))]
+}
+
+/// Sees that the libraries without which no GPU can be used are there.
+pub(crate) fn needed_libraries(driver_major: u32, search_path: &SearchPath) -> Result<()> {
+    Nvrtc::open(driver_major, search_path)?;
+    blas::version(driver_major, search_path)?;
+    Ok(())
 }
 
 fn nccl_version(driver_major: u32, search_path: &SearchPath) -> Result<(String, &'static Shared)> {

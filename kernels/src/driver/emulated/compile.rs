@@ -133,7 +133,7 @@ impl Library {
         static LIBRARIES: OnceLock<Libraries> = OnceLock::new();
         static LOADING: Mutex<()> = Mutex::new(());
         let libraries = LIBRARIES.get_or_init(Mutex::default);
-        let cell: &'static OnceLock<Library> = *libraries
+        let cell: &'static OnceLock<Library> = libraries
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .entry(module.describe())
@@ -205,7 +205,7 @@ impl Library {
 /// The path of the module's shared object.
 fn compile(module: &Module) -> Result<std::path::PathBuf> {
     let compiler = COMPILER.get().cloned().unwrap_or_else(|| "g++".into());
-    let text = sources::text(module);
+    let text = sources::kernels(module.source);
     let mut options: Vec<String> = OPTIONS.iter().map(|&option| option.to_owned()).collect();
     if is_sanitized() {
         options.extend(SANITIZER_OPTIONS.iter().map(|&option| option.to_owned()));

@@ -234,20 +234,23 @@ struct Rows {
 // Begins to copy rows `begin..begin + TILE_ROWS` to shared memory, zeros where there are no more. `aligned`: all rows
 // begin at multiples of 16 bytes and are whole chunks.
 template <u32 TILE_ROWS> DEVICE void load_tile(element* tile, const Rows& rows, u32 begin, bool aligned) {
-    constexpr u32 CHUNKS = WIDTH / CHUNK;
+    constexpr u32 CHUNKS = WIDTH / CHUNK, COUNT = TILE_ROWS * CHUNKS;
+    if (aligned) {
+        // One product of 64 bits for all rows, since there is one tile after the other.
+        const element* from = rows.first + u64(begin) * rows.stride;
+        const u32 count = rows.count - begin;
 #pragma unroll
-    for (u32 start = 0; start < TILE_ROWS * CHUNKS; start += THREADS) {
-        u32 index = start + threadIdx.x;
-        if (TILE_ROWS * CHUNKS % THREADS != 0 && index >= TILE_ROWS * CHUNKS) break;
-        u32 row = index / CHUNKS, col = index % CHUNKS * CHUNK;
-        u32 count = begin + row < rows.count && col < HEAD_SIZE ? HEAD_SIZE - col : 0;
-        const element* from = count > 0 ? rows.first + u64(begin + row) * rows.stride + col : rows.first;
-        element* to = tile + row * PITCH + col;
-        if (aligned) {
-            copy_async16(to, from, count > 0);
-        } else {
-#pragma unroll
-            for (u32 i = 0; i < CHUNK; i++) to[i] = i < count ? from[i] : from_float<element>(0.0f);
+        for (u32 start = 0; start < COUNT; start += THREADS) {
+            const u32 index = start + threadIdx.x, row = index / CHUNKS, col = index % CHUNKS * CHUNK;
+            if (start + THREADS > COUNT && index >= COUNT) break;
+            copy_async16(tile + row * PITCH + col, from + (row * rows.stride + col), row < count && col < HEAD_SIZE);
+        }
+    } else {
+#pragma unroll 1
+        for (u32 index = threadIdx.x; index < COUNT * CHUNK; index += THREADS) {
+            const u32 row = index / WIDTH, col = index % WIDTH;
+            const bool there = begin + row < rows.count && col < HEAD_SIZE;
+            tile[row * PITCH + col] = there ? rows.first[u64(begin + row) * rows.stride + col] : from_float<element>(0.0f);
         }
     }
 }
@@ -383,22 +386,11 @@ struct KeptKeys {
         }
     }
 
-    // Multiplies the scores of keys `begin..begin + KEYS` with the factors of dropout.
-    DEVICE void apply(const Dropout& dropout, Scores& scores, u32 begin) const {
-#pragma unroll
-        for (u32 m = 0; m < M; m++) {
-#pragma unroll
-            for (u32 half = 0; half < 2; half++) {
-                u32 word = words[m][half] >> (begin % 128 / 16);
-#pragma unroll
-                for (u32 n = 0; n < KEY_SUMS; n++) {
-#pragma unroll
-                    for (u32 i = 0; i < 2; i++) {
-                        u32 bit = word >> (8 * (n % 2 * 2 + i) + n / 2) & 1;
-                        scores[m][n][2 * half + i] *= bit ? dropout.scale : 0.0f;
-                    }
-                }
-            }
-        }
+    // Zeroes what is dropped of keys `begin..begin + KEYS`; the rest is not scaled yet.
+    DEVICE void apply(Scores& scores, u32 begin) const {
+        for_each_score([&](u32 m, u32 n, u32 i) {
+            const u32 word = words[m][i / 2] >> (begin % 128 / 16);
+            if (!(word >> (8 * (n % 2 * 2 + i % 2) + n / 2) & 1)) scores[m][n][i] = 0.0f;
+        });
     }
 };

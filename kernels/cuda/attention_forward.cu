@@ -139,7 +139,7 @@ KERNEL LAUNCH_BOUNDS(THREADS) attention_forward(
         softmax.add(scores, sums);
         if (dropout.threshold > 0) {
             if (key % 128 == 0) kept_keys.draw(dropout, query_row + warp_begin, heads, head, key / 128);
-            kept_keys.apply(dropout, scores, key);
+            kept_keys.apply(scores, key);
         }
         multiply_add_rows(sums, scores, v_tiles + stage * KEYS * PITCH);
     }
@@ -156,7 +156,7 @@ KERNEL LAUNCH_BOUNDS(THREADS) attention_forward(
                 const float value = softmax.most[m][half] + logf(softmax.total[m][half]);
                 logsumexp[u64(query_row + warp_begin + row) * logsumexp_stride + head] = value;
             }
-            softmax.total[m][half] = 1.0f / softmax.total[m][half];
+            softmax.total[m][half] = dropout.scale / softmax.total[m][half];
         }
     }
     for_each_element<WIDTH_SUMS>([&](u32 m, u32 n, u32 i) { sums[m][n][i] *= softmax.total[m][i / 2]; });

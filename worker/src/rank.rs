@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use quintet_data::{
     DataConfig, Dataset, Limits, Loader, Order, PackedBatch, Packer, Schedule as StepSchedule, Splits, Tokenizer, share,
 };
+use quintet_kernels::ops;
 use quintet_proto::v1::{Actions, Evaluated, Failed, Finished, Lease, MicroBatch, NotFinite, Plan};
 use quintet_proto::v1::{Ready, Saved, StepDone, StepFailed, Stop};
 
@@ -284,10 +285,10 @@ impl Rank {
                 examples: batch.examples() as u64,
             });
         }
-        // What overflows under a loss scale is skipped by all ranks, who see it in the sum of all.
-        if self.replica.loss_scaler().is_none()
-            && let Some(index) = self.gradient.find_not_finite()?
-        {
+        // Before the sum, so that a bad number tells whose it is. A rank alone sees it in the norm, for no pass over memory;
+        // what overflows under a loss scale is skipped by all ranks, who see it there too.
+        let looks = place.world_size > 1 && self.replica.loss_scaler().is_none();
+        if looks && let Some(index) = self.gradient.find_not_finite()? {
             return Ok(Attempt::Poisoned(format!("the gradient of {}", self.tensor_at(index))));
         }
         let target_tokens = self.global_target_tokens(place, lease.step, &reports)?;
@@ -295,7 +296,9 @@ impl Rank {
             (0..place.world_size).map(|rank| share(plan.micro_batches, rank, place.world_size)).collect();
         self.gradient.reduce(&mut place.collective, lease.step, &ranges)?;
         let Some(update) = self.replica.plan_update(self.gradient.total(), target_tokens)? else {
-            return Ok(Attempt::Poisoned("the norm of the global gradient".to_string()));
+            // Squares of f32 do not overflow the norm's f64, so there is one.
+            let index = ops::find_not_finite(self.gradient.total())?.unwrap_or_default();
+            return Ok(Attempt::Poisoned(format!("the global gradient of {}", self.tensor_at(index))));
         };
         self.pending = Some((lease.step, update));
         Ok(Attempt::Done(StepDone {

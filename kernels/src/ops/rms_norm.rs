@@ -167,8 +167,8 @@ fn rstd_argument(rstd: View) -> Argument {
     rstd.into()
 }
 
-/// Blocks of the backward pass, at most: enough for every GPU, and few rows of partial sums.
-const BLOCKS_MAX: usize = 512;
+/// Blocks of the backward pass, at most: two for each processor of a large GPU, and few rows of partial sums.
+const BLOCKS_MAX: usize = 256;
 
 fn backward_gpu(
     gpu: &Gpu,

@@ -40,10 +40,16 @@ pub enum Error {
 impl Error {
     /// True where the machine has to be changed, or another device chosen: trying again is no use. (Exit code 2.)
     pub fn is_user_error(&self) -> bool {
-        use Error::{BiasReach, DriverTooOld, HeadSize, MissingLibrary, NoCompiler, NoGpu, UnfitLibrary};
-        let missing = matches!(self, NoCompiler { .. } | MissingLibrary { .. } | UnfitLibrary { .. });
-        let unfit = matches!(self, NoGpu { .. } | DriverTooOld { .. } | HeadSize { .. } | BiasReach { .. });
-        missing || unfit
+        matches!(
+            self,
+            Error::NoCompiler { .. }
+                | Error::MissingLibrary { .. }
+                | Error::UnfitLibrary { .. }
+                | Error::NoGpu { .. }
+                | Error::DriverTooOld { .. }
+                | Error::HeadSize { .. }
+                | Error::BiasReach { .. }
+        )
     }
 }
 

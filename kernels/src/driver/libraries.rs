@@ -31,7 +31,7 @@ pub(crate) struct Wanted {
 impl Wanted {
     pub(crate) fn driver() -> Self {
         Wanted {
-            title: "the NVIDIA driver",
+            title: "NVIDIA driver",
             files: vec!["libcuda.so.1".into()],
             packaged: false,
             remedy: "install it (https://www.nvidia.com/drivers), or start the container with GPUs".into(),
@@ -96,7 +96,7 @@ impl Shared {
                         let path = if path.is_absolute() { path } else { loaded_path(file).unwrap_or(path) };
                         return Ok(Box::leak(Box::new(Shared { library, path })));
                     }
-                    Err(error) if path.is_absolute() => broken = broken.or(Some(format!("{error}"))),
+                    Err(error) if path.is_absolute() => broken = broken.or(Some(reason(&error))),
                     Err(_) => {}
                 }
             }
@@ -129,6 +129,11 @@ impl Shared {
             problem: format!("it has no function {name}"),
         })
     }
+}
+
+/// What the loader says; libloading itself only says that it failed.
+fn reason(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// Declares a table of a library's functions, and `load`, which fills it or says what the library lacks.

@@ -9,6 +9,8 @@ mod plan;
 mod query;
 pub(crate) mod resources;
 mod staging;
+#[cfg(test)]
+mod tests;
 mod timer;
 mod transfer;
 
@@ -74,8 +76,7 @@ unsafe impl Sync for Cuda {}
 
 impl Cuda {
     /// Opens the GPU of this number, with the libraries that it needs.
-    pub(crate) fn new(ordinal: usize) -> Result<Self> {
-        let search_path = SearchPath::current();
+    pub(crate) fn new(ordinal: usize, search_path: &SearchPath) -> Result<Self> {
         let driver = DriverLibrary::open(search_path)?;
         let info = driver.gpu(ordinal)?;
         info.check_supported()?;
@@ -343,7 +344,7 @@ impl Drop for Context {
 /// The module's machine code, from the disk if it was compiled before by this version of NVRTC from the same text.
 pub(crate) fn cubin(nvrtc: &Nvrtc, architecture: &str, module: Module) -> Result<Vec<u8>> {
     let options = options(architecture, module);
-    let source = sources::text(&module);
+    let source = sources::kernels(module.source);
     let version = nvrtc.version();
     let mut inputs: Vec<&[u8]> = vec![version.as_bytes(), source.as_bytes()];
     inputs.extend(options.iter().map(|option| option.as_bytes()));
@@ -357,7 +358,7 @@ pub(crate) fn cubin(nvrtc: &Nvrtc, architecture: &str, module: Module) -> Result
 
 fn compile(nvrtc: &Nvrtc, options: &[String], module: Module) -> Result<nvrtc::Compiled> {
     let name = format!("{}.cu", module.source);
-    let compiled = nvrtc.compile((&name, sources::text(&module)), sources::HEADERS, options);
+    let compiled = nvrtc.compile((&name, sources::kernels(module.source)), sources::HEADERS, options);
     compiled.map_err(|error| match error {
         Error::Compile { log, .. } => {
             Error::Compile { module: format!("{} for {}", module.describe(), options[0]), log }

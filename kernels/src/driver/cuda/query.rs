@@ -1,6 +1,6 @@
 //! What is there: the driver, its GPUs, and the libraries beside it. Opens no context.
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -66,6 +66,17 @@ impl DriverLibrary {
                 files: wanted.files.join(" or "),
                 problem: format!("is at {}, where the system's loader does not look", library.path.display()),
                 remedy: "put its folder into LD_LIBRARY_PATH".into(),
+            });
+        }
+        // SAFETY: addresses are compared, not called; the library is present.
+        let (ours, cudarcs) = unsafe {
+            let cudarcs = sys::culib().get::<*const c_void>(b"cuInit").map(|symbol| *symbol);
+            (library.function::<*const c_void>("cuInit")?, cudarcs)
+        };
+        if cudarcs.ok() != Some(ours) {
+            return Err(Error::UnfitLibrary {
+                path: library.path.display().to_string(),
+                problem: "the system's loader finds another libcuda.so; leave one of them in LD_LIBRARY_PATH".into(),
             });
         }
         result::init().map_err(no_gpu)?;

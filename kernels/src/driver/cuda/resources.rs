@@ -42,8 +42,9 @@ impl KernelResources {
 /// NVRTC is missing, or a kernel does not compile.
 pub fn kernel_resources(architectures: &[&str], only: &str) -> Result<Vec<KernelResources>> {
     let nvrtc = Nvrtc::open(NEWEST_MAJOR, SearchPath::current())?;
+    let modules = sources::modules();
     let mut work = Vec::new();
-    for module in sources::modules().filter(|module| module.describe().contains(only)) {
+    for module in modules.iter().map(sources::Compiled::module).filter(|module| module.describe().contains(only)) {
         work.extend(architectures.iter().map(|architecture| (module, *architecture)));
     }
     let reports: Result<Vec<Vec<KernelResources>>> =
@@ -59,7 +60,7 @@ fn report(nvrtc: &Nvrtc, architecture: &str, module: Module) -> Result<Vec<Kerne
     for kernel in &mut kernels {
         kernel.architecture = architecture.to_string();
         kernel.module = module.describe();
-        kernel.hot = is_hot(sources::text(&module), &kernel.kernel);
+        kernel.hot = is_hot(sources::kernels(module.source), &kernel.kernel);
     }
     Ok(kernels)
 }

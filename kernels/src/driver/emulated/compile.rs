@@ -205,7 +205,7 @@ impl Library {
 /// The path of the module's shared object.
 fn compile(module: &Module) -> Result<std::path::PathBuf> {
     let compiler = COMPILER.get().cloned().unwrap_or_else(|| "g++".into());
-    let text = sources::text(module);
+    let text = sources::kernels(module.source);
     let mut options: Vec<String> = OPTIONS.iter().map(|&option| option.to_owned()).collect();
     if is_sanitized() {
         options.extend(SANITIZER_OPTIONS.iter().map(|&option| option.to_owned()));

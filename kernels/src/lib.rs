@@ -29,7 +29,7 @@ mod tensor;
 pub use device::Device;
 pub use driver::Gpu;
 pub use driver::cache::set_cache_directory;
-pub use driver::communicator::{Communicator, Patience, Place};
+pub use driver::communicator::{Communicator, Patience, Place, WaitLimits};
 pub use driver::cuda::resources::{KernelResources, kernel_resources};
 pub use driver::emulated::{emulator_compiler, set_compiler};
 pub use driver::inventory::{Found, GpuSummary, Inventory, Library, inventory};

@@ -64,8 +64,9 @@ fn step(arguments: &BenchStepArguments) -> Result<()> {
     for number in 1..=(WARM_UP_STEPS + arguments.steps) as u64 {
         let started = Instant::now();
         step_gradient.begin(0..1, 1)?;
-        let (sums, gradient) = replica.compute(number, 0, &batch, step_gradient.lend()?)?;
+        let (sums, gradient) = replica.compute(number, 0, &batch, step_gradient.lend()?, &mut |_, _| {});
         step_gradient.give_back(gradient);
+        let sums = sums?;
         step_gradient.reduce(&mut collective, number, std::slice::from_ref(&(0..1)))?;
         let update = replica.plan_update(step_gradient.total(), sums.target_tokens)?;
         let update = update.ok_or_else(|| Failure::failed(format!("the gradient of step {number} is not finite")))?;

@@ -30,11 +30,19 @@ pub struct Place {
     pub world_size: u32,
 }
 
+/// The longest waits for the other ranks.
+#[derive(Clone, Copy, Debug)]
+pub struct WaitLimits {
+    /// Until all have met.
+    pub meeting: Duration,
+    /// In a sum, until all have their part of it.
+    pub sum: Duration,
+}
+
 /// When to give up waiting.
 #[derive(Clone)]
 pub struct Patience {
-    /// The longest wait for the other ranks.
-    pub limit: Duration,
+    pub limits: WaitLimits,
     /// Whether the work has become void.
     pub is_void: Arc<dyn Fn() -> bool + Send + Sync>,
 }
@@ -86,8 +94,8 @@ impl Communicator {
         let owner = owner.map_err(|error| Error::Nccl { action: "starting its thread", reason: error.to_string() })?;
         let (gpu, owner) = (gpu.clone(), Some(owner));
         let commands = Some(commands);
-        let mut communicator = Communicator { gpu, patience, abandoned, commands, answers, owner, failure: None };
-        communicator.answer()?;
+        let mut communicator = Communicator { gpu, patience: patience.clone(), abandoned, commands, answers, owner, failure: None };
+        communicator.answer(patience.limits.meeting)?;
         Ok(communicator)
     }
 
@@ -126,11 +134,11 @@ impl Communicator {
             return Err(error);
         }
         let _ = self.commands.as_ref().map(|commands| commands.send(Command::Wait));
-        self.answer()
+        self.answer(self.patience.limits.sum)
     }
 
-    /// What the owner says, who keeps to the same limits; unless it hangs.
-    fn answer(&mut self) -> Result<()> {
+    /// What the owner says, who keeps to the same limit; unless it hangs.
+    fn answer(&mut self, limit: Duration) -> Result<()> {
         let mut given_up: Option<Instant> = None;
         let started = Instant::now();
         loop {
@@ -141,7 +149,7 @@ impl Communicator {
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }
-            if started.elapsed() > self.patience.limit || (self.patience.is_void)() {
+            if started.elapsed() > limit || (self.patience.is_void)() {
                 let since = *given_up.get_or_insert_with(Instant::now);
                 if since.elapsed() > ABORT_LIMIT {
                     // It holds what it uses of the GPU; nothing of that may be given back under it.
@@ -191,8 +199,8 @@ impl Owner {
         };
         // SAFETY: see above.
         let handle = unsafe { nccl.begin(place.id, place.rank, place.world_size)? };
-        let owner = Owner { gpu, nccl, handle, stream, patience, abandoned };
-        owner.settle("meeting the other ranks", Owner::is_settled)?;
+        let owner = Owner { gpu, nccl, handle, stream, patience: patience.clone(), abandoned };
+        owner.settle("meeting the other ranks", patience.limits.meeting, Owner::is_settled)?;
         Ok(owner)
     }
 
@@ -203,7 +211,7 @@ impl Owner {
             let outcome = match command {
                 Command::Reduce(span) => self.reduce(&span),
                 Command::Wait => {
-                    self.settle("the sum over the ranks", Owner::is_done).inspect(|()| answered = answer.send(Ok(())))
+                    self.settle("the sum over the ranks", self.patience.limits.sum, Owner::is_done).inspect(|()| answered = answer.send(Ok(())))
                 }
             };
             if let Err(error) = outcome {
@@ -225,7 +233,7 @@ impl Owner {
         // SAFETY: the communicator stands; for the numbers, the caller of `all_reduce` has promised it.
         unsafe { self.nccl.all_reduce(self.handle, span.address, span.count, stream)? };
         // The next call may only come after this one.
-        self.settle("beginning a sum over the ranks", Owner::is_settled)
+        self.settle("beginning a sum over the ranks", self.patience.limits.sum, Owner::is_settled)
     }
 
     fn is_settled(&self) -> Result<bool> {
@@ -243,7 +251,7 @@ impl Owner {
     }
 
     /// Waits for something; `action` is for people.
-    fn settle(&self, action: &str, is_so: impl Fn(&Self) -> Result<bool>) -> Result<()> {
+    fn settle(&self, action: &str, limit: Duration, is_so: impl Fn(&Self) -> Result<bool>) -> Result<()> {
         let (started, mut pause) = (Instant::now(), PAUSE_MIN);
         loop {
             let is_void = || self.abandoned.load(Ordering::SeqCst) || (self.patience.is_void)();
@@ -255,7 +263,7 @@ impl Owner {
                 Err(error) => return Err(error),
             }
             let elapsed = started.elapsed();
-            if elapsed > self.patience.limit {
+            if elapsed > limit {
                 let problem = format!("{action}: nothing from the other ranks for {:.1} s", elapsed.as_secs_f64());
                 return Err(Error::PeersLost { problem });
             }
@@ -346,7 +354,8 @@ mod tests {
                 scope.spawn(move || {
                     let device = Device::emulated(0).unwrap();
                     let Device::Gpu(gpu) = &device else { unreachable!() };
-                    let patience = Patience { limit, is_void: Arc::new(move || is_void(rank)) };
+                    let limits = WaitLimits { meeting: PATIENT, sum: limit };
+                    let patience = Patience { limits, is_void: Arc::new(move || is_void(rank)) };
                     let communicator = Communicator::join(gpu, nccl, Place { id, rank, world_size }, patience).unwrap();
                     body(Rank { rank, communicator, device })
                 })
@@ -451,7 +460,10 @@ mod tests {
         let Some(nccl) = stand_in() else { return };
         let Device::Gpu(gpu) = Device::emulated(0).unwrap() else { unreachable!() };
         let place = Place { id: nccl.unique_id().unwrap(), rank: 0, world_size: 2 };
-        let patience = |limit, is_void| Patience { limit, is_void: Arc::new(move || is_void) };
+        let patience = |meeting, is_void| Patience {
+            limits: WaitLimits { meeting, sum: PATIENT },
+            is_void: Arc::new(move || is_void),
+        };
         let error = Communicator::join(&gpu, nccl, place, patience(Duration::from_millis(30), false)).err().unwrap();
         assert!(error.to_string().contains("meeting the other ranks"), "{error}");
         let place = Place { id: nccl.unique_id().unwrap(), ..place };

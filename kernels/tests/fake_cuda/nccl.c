@@ -8,7 +8,7 @@
 // FAKE_NCCL_FAULT=absent:RANK has that rank never meet the others.
 #include <arpa/inet.h>
 #include <errno.h>
-#include <limits.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -77,6 +77,11 @@ static Result transfer(Communicator* self, int socket, void* data, size_t bytes,
 #define READ(socket, data, bytes) TRY(transfer(self, socket, data, bytes, 1))
 #define WRITE(socket, data, bytes) TRY(transfer(self, socket, data, bytes, 0))
 
+static void send_at_once(int socket) {
+    int yes = 1;
+    setsockopt(socket, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
+}
+
 static Result accept_all(Communicator* self) {
     for (int missing = self->ranks - 1; missing;) {
         struct pollfd ready = {self->meeting.listener, POLLIN, 0};
@@ -87,6 +92,7 @@ static Result accept_all(Communicator* self) {
         if (socket < 0) continue;
         READ(socket, &hello, sizeof hello);
         if (hello.nonce != self->meeting.nonce || hello.ranks != (uint32_t)self->ranks || self->sockets[hello.rank] >= 0) return INVALID_USAGE;
+        send_at_once(socket);
         self->sockets[hello.rank] = socket;
         missing--;
     }
@@ -104,6 +110,7 @@ static Result meet(Communicator* self) {
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(self->meeting.port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     self->sockets[0] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (connect(self->sockets[0], (struct sockaddr*)&address, sizeof address)) return SYSTEM_ERROR;
+    send_at_once(self->sockets[0]);
     Hello hello = {self->meeting.nonce, self->rank, self->ranks};
     char go;
     WRITE(self->sockets[0], &hello, sizeof hello);

@@ -225,8 +225,8 @@ impl Rank {
     fn link(&self, session: &Session, mesh: Mesh) -> Result<Collective> {
         let Device::Gpu(gpu) = self.replica.model().device() else { return Ok(Collective::tcp(mesh)) };
         let silence_limit = self.job.silence_limit;
-        // Peers of whom one has given up find the other ones still listening.
-        let limits = WaitLimits { meeting: RENDEZVOUS_TIMEOUT.min(silence_limit / 2), sum: silence_limit };
+        // Ranks that give up sooner than the mesh and the coordinator do can try again together.
+        let limits = WaitLimits { meeting: RENDEZVOUS_TIMEOUT.min(silence_limit / 2), sum: silence_limit / 2 };
         let (generation, rank) = (mesh.generation(), mesh.rank());
         let (collective, gradients) =
             Collective::between_gpus(mesh, gpu, self.replica.step(), self.job.shares_gpu, limits)?;

@@ -233,7 +233,10 @@ pub(crate) struct BenchStepArguments {
     pub(crate) source_length: usize,
     #[arg(long, default_value_t = 128)]
     pub(crate) target_length: usize,
-    /// Timed steps, after two that are not.
+    /// Examples of differing lengths, from a quarter of those to the whole, as real text has.
+    #[arg(long)]
+    pub(crate) ragged: bool,
+    /// Timed steps, after some that are not.
     #[arg(long, default_value_t = 5)]
     pub(crate) steps: usize,
     /// fp32, tf32, bf16 or fp16; by default bf16 on a GPU, fp32 elsewhere.

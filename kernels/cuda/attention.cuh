@@ -3,20 +3,15 @@
 //
 // Compiled for an element type and for the constants
 //   HEAD_SIZE   K, up to 128
-//   WARP_ROWS   rows of the scores that a warp computes: 16 or 32
-//   WARPS       warps of a block; they have their rows one after the other
-//   KEYS        columns of the scores that a block computes at a time (of keys, or of queries): 16, 32 or 64
 //   TF32        1: f32 operands are rounded to tf32; 0: they are split in two, for three products instead of one
-// which `kernels/src/ops/attention/gpu.rs` chooses.
+// The file that includes this defines
+//   KEYS        columns of the scores that a block computes at a time (of keys, or of queries): 16, 32 or 64
 #pragma once
 
 #include "element.cuh"
 #include "ptx.cuh"
 #include "random.cuh"
 
-constexpr u32 THREADS = 32 * WARPS;
-// Rows of the scores that a block computes.
-constexpr u32 ROWS = WARPS * WARP_ROWS;
 // Elements of 16 bytes, which is what is copied, and what a fragment's rows are made of.
 constexpr u32 CHUNK = 16 / sizeof(element);
 // Depth of a product of fragments.
@@ -24,13 +19,23 @@ constexpr u32 DEPTH = 2 * CHUNK;
 // Columns of a tile: those beyond HEAD_SIZE are zero.
 constexpr u32 WIDTH = (HEAD_SIZE + 15) / 16 * 16;
 // Elements from a row of a tile to the next: an odd number of chunks, so that the same chunk of eight consecutive rows,
-// which is what `ldmatrix` reads at a time, lies in different banks.
+// which is what `load_matrices4` reads at a time, lies in different banks.
 constexpr u32 PITCH = WIDTH + CHUNK;
+
+// A warp has its rows of the scores, and of what they are multiplied with, in registers: 32 rows where they fit (operands
+// from shared memory then serve twice as many products), else 16. A block has 128 rows, so that what all its warps read is
+// loaded for many, or 64 if shared memory would not hold more. `kernels/src/ops/attention/gpu.rs` has the same numbers.
+constexpr u32 ROW_BYTES = WIDTH * sizeof(element);
+constexpr u32 WARP_ROWS = sizeof(element) == 2 && ROW_BYTES <= 128 ? 32 : 16;
+constexpr u32 WARPS = WARP_ROWS == 32 || ROW_BYTES > 256 ? 4 : 8;
+constexpr u32 ROWS = WARPS * WARP_ROWS;
+constexpr u32 THREADS = WARP * WARPS;
+
 // Fragments in the rows of a warp, in a tile's columns (as a sum, and as an operand), in KEYS (likewise).
 constexpr u32 M = WARP_ROWS / 16;
 constexpr u32 WIDTH_SUMS = WIDTH / 8, WIDTH_STEPS = WIDTH / DEPTH;
 constexpr u32 KEY_SUMS = KEYS / 8, KEY_STEPS = KEYS / DEPTH;
-static_assert(HEAD_SIZE <= 128 && WARP_ROWS % 16 == 0 && KEYS % 16 == 0 && 128 % KEYS == 0, "tile sizes");
+static_assert(HEAD_SIZE <= 128 && KEYS % 16 == 0 && 128 % KEYS == 0, "tile sizes");
 
 constexpr float LOG2_E = 1.4426950408889634f;
 #define INFINITE __uint_as_float(0x7f800000u)
@@ -229,20 +234,23 @@ struct Rows {
 // Begins to copy rows `begin..begin + TILE_ROWS` to shared memory, zeros where there are no more. `aligned`: all rows
 // begin at multiples of 16 bytes and are whole chunks.
 template <u32 TILE_ROWS> DEVICE void load_tile(element* tile, const Rows& rows, u32 begin, bool aligned) {
-    constexpr u32 CHUNKS = WIDTH / CHUNK;
+    constexpr u32 CHUNKS = WIDTH / CHUNK, COUNT = TILE_ROWS * CHUNKS;
+    if (aligned) {
+        // One product of 64 bits for all rows, since there is one tile after the other.
+        const element* from = rows.first + u64(begin) * rows.stride;
+        const u32 count = rows.count - begin;
 #pragma unroll
-    for (u32 start = 0; start < TILE_ROWS * CHUNKS; start += THREADS) {
-        u32 index = start + threadIdx.x;
-        if (TILE_ROWS * CHUNKS % THREADS != 0 && index >= TILE_ROWS * CHUNKS) break;
-        u32 row = index / CHUNKS, col = index % CHUNKS * CHUNK;
-        u32 count = begin + row < rows.count && col < HEAD_SIZE ? HEAD_SIZE - col : 0;
-        const element* from = count > 0 ? rows.first + u64(begin + row) * rows.stride + col : rows.first;
-        element* to = tile + row * PITCH + col;
-        if (aligned) {
-            copy_async16(to, from, count > 0);
-        } else {
-#pragma unroll
-            for (u32 i = 0; i < CHUNK; i++) to[i] = i < count ? from[i] : from_float<element>(0.0f);
+        for (u32 start = 0; start < COUNT; start += THREADS) {
+            const u32 index = start + threadIdx.x, row = index / CHUNKS, col = index % CHUNKS * CHUNK;
+            if (start + THREADS > COUNT && index >= COUNT) break;
+            copy_async16(tile + row * PITCH + col, from + (row * rows.stride + col), row < count && col < HEAD_SIZE);
+        }
+    } else {
+#pragma unroll 1
+        for (u32 index = threadIdx.x; index < COUNT * CHUNK; index += THREADS) {
+            const u32 row = index / WIDTH, col = index % WIDTH;
+            const bool there = begin + row < rows.count && col < HEAD_SIZE;
+            tile[row * PITCH + col] = there ? rows.first[u64(begin + row) * rows.stride + col] : from_float<element>(0.0f);
         }
     }
 }
@@ -378,22 +386,11 @@ struct KeptKeys {
         }
     }
 
-    // Multiplies the scores of keys `begin..begin + KEYS` with the factors of dropout.
-    DEVICE void apply(const Dropout& dropout, Scores& scores, u32 begin) const {
-#pragma unroll
-        for (u32 m = 0; m < M; m++) {
-#pragma unroll
-            for (u32 half = 0; half < 2; half++) {
-                u32 word = words[m][half] >> (begin % 128 / 16);
-#pragma unroll
-                for (u32 n = 0; n < KEY_SUMS; n++) {
-#pragma unroll
-                    for (u32 i = 0; i < 2; i++) {
-                        u32 bit = word >> (8 * (n % 2 * 2 + i) + n / 2) & 1;
-                        scores[m][n][2 * half + i] *= bit ? dropout.scale : 0.0f;
-                    }
-                }
-            }
-        }
+    // Zeroes what is dropped of keys `begin..begin + KEYS`; the rest is not scaled yet.
+    DEVICE void apply(Scores& scores, u32 begin) const {
+        for_each_score([&](u32 m, u32 n, u32 i) {
+            const u32 word = words[m][i / 2] >> (begin % 128 / 16);
+            if (!(word >> (8 * (n % 2 * 2 + i % 2) + n / 2) & 1)) scores[m][n][i] = 0.0f;
+        });
     }
 };

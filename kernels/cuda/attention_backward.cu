@@ -11,6 +11,7 @@
 // memory, and the results are the same at every run.
 //
 // Nq, Nk rows of queries and keys of all sequences; H heads; K head size; R reach of the bias; S sequences
+#define KEYS (ROW_BYTES <= 256 ? 32u : 16u)
 #include "attention.cuh"
 #include "reduce.cuh"
 
@@ -93,6 +94,7 @@ struct BiasGradient {
 // ---- Kernels ----
 
 // Grid: (S · tiles, H), a tile being ROWS queries, as many as the longest sequence has.
+// hot
 KERNEL LAUNCH_BOUNDS(THREADS) attention_backward_queries(
     const element* q,             // [Nq, H·K]
     const element* k,             // [Nk, H·K]
@@ -207,11 +209,11 @@ KERNEL LAUNCH_BOUNDS(THREADS) attention_backward_queries(
         multiply_transposed(d_scores, d_out_operand, v_tiles + stage * KEYS * PITCH);
         if (dropout.threshold > 0) {
             if (key % 128 == 0) kept_keys.draw(dropout, query_row + warp_begin, heads, head, key / 128);
-            kept_keys.apply(dropout, d_scores, key);
+            kept_keys.apply(d_scores, key);
         }
         for_each_score([&](u32 m, u32 n, u32 i) {
             const float p = exp2_fast(scores[m][n][i] * LOG2_E - shifts[m][i / 2]);
-            d_scores[m][n][i] = p * (d_scores[m][n][i] - row_deltas[m][i / 2]);
+            d_scores[m][n][i] = p * (dropout.scale * d_scores[m][n][i] - row_deltas[m][i / 2]);
         });
         if (reach >= 0) d_bias.add(d_scores, i32(key) - position);
         multiply_add_rows(sums, d_scores, k_tile);
@@ -295,6 +297,7 @@ KERNEL LAUNCH_BOUNDS(256) attention_backward_bias(
 }
 
 // Grid: (S · tiles, H), a tile being ROWS keys, as many as the longest sequence has. Rows of the scores are keys here.
+// hot
 KERNEL LAUNCH_BOUNDS(THREADS) attention_backward_keys(
     const element* q,             // [Nq, H·K]
     const element* k,             // [Nk, H·K]
@@ -386,7 +389,7 @@ KERNEL LAUNCH_BOUNDS(THREADS) attention_backward_keys(
             const u8* bytes = kept + stage * KEYS * 16;
             kept_bits = gather_kept(bytes, (warp_begin % 128) / 16);
             for_each_score([&](u32 m, u32 n, u32 i) {
-                d_scores[m][n][i] *= kept_bits >> score_number(m, n, i) & 1 ? dropout.scale : 0.0f;
+                if (!(kept_bits >> score_number(m, n, i) & 1)) d_scores[m][n][i] = 0.0f;
             });
         }
 #pragma unroll
@@ -399,14 +402,14 @@ KERNEL LAUNCH_BOUNDS(THREADS) attention_backward_keys(
 #pragma unroll
                 for (u32 i = 0; i < 4; i++) {
                     const float p = exp2_fast(scores[m][n][i] * LOG2_E - shifts[i % 2]);
-                    d_scores[m][n][i] = p * (d_scores[m][n][i] - column_deltas[i % 2]);
+                    d_scores[m][n][i] = p * (dropout.scale * d_scores[m][n][i] - column_deltas[i % 2]);
                     scores[m][n][i] = p;
                 }
             }
         }
         if (dropout.threshold > 0) {
             for_each_score([&](u32 m, u32 n, u32 i) {
-                scores[m][n][i] *= kept_bits >> score_number(m, n, i) & 1 ? dropout.scale : 0.0f;
+                if (!(kept_bits >> score_number(m, n, i) & 1)) scores[m][n][i] = 0.0f;
             });
         }
         multiply_add_rows(d_v_sums, scores, d_out_tile);
@@ -417,5 +420,6 @@ KERNEL LAUNCH_BOUNDS(THREADS) attention_backward_keys(
     const u64 row = key_row + warp_begin;
     const u32 own_rows = warp_number() * WARP_ROWS * PITCH, count = keys - warp_begin;
     store_rows(d_k_sums, k_tile + own_rows, d_k + row * d_k_stride + column, d_k_stride, count, aligned);
+    for_each_element<WIDTH_SUMS>([&](u32 m, u32 n, u32 i) { d_v_sums[m][n][i] *= dropout.scale; });
     store_rows(d_v_sums, v_tile + own_rows, d_v + row * d_v_stride + column, d_v_stride, count, aligned);
 }

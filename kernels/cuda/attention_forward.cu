@@ -8,6 +8,7 @@
 // far by e^(old − new maximum) when the maximum rises. Nothing of size query × key leaves the registers.
 //
 // Nq, Nk rows of queries and keys of all sequences; H heads; K head size; R reach of the bias
+#define KEYS (ROW_BYTES <= 256 ? 64u : 32u)
 #include "attention.cuh"
 
 // The running softmax of a warp's queries, of which a lane has rows g and g + 8 of each 16.
@@ -69,6 +70,7 @@ struct Softmax {
 };
 
 // Grid: (sequences · tiles, H), a tile being ROWS queries, as many as the longest sequence has.
+// hot
 KERNEL LAUNCH_BOUNDS(THREADS) attention_forward(
     const element* q,            // [Nq, H·K]
     const element* k,            // [Nk, H·K]
@@ -137,7 +139,7 @@ KERNEL LAUNCH_BOUNDS(THREADS) attention_forward(
         softmax.add(scores, sums);
         if (dropout.threshold > 0) {
             if (key % 128 == 0) kept_keys.draw(dropout, query_row + warp_begin, heads, head, key / 128);
-            kept_keys.apply(dropout, scores, key);
+            kept_keys.apply(scores, key);
         }
         multiply_add_rows(sums, scores, v_tiles + stage * KEYS * PITCH);
     }
@@ -154,7 +156,7 @@ KERNEL LAUNCH_BOUNDS(THREADS) attention_forward(
                 const float value = softmax.most[m][half] + logf(softmax.total[m][half]);
                 logsumexp[u64(query_row + warp_begin + row) * logsumexp_stride + head] = value;
             }
-            softmax.total[m][half] = 1.0f / softmax.total[m][half];
+            softmax.total[m][half] = dropout.scale / softmax.total[m][half];
         }
     }
     for_each_element<WIDTH_SUMS>([&](u32 m, u32 n, u32 i) { sums[m][n][i] *= softmax.total[m][i / 2]; });

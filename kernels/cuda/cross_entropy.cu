@@ -1,16 +1,17 @@
 // The loss of rows of logits, and its gradient in their place.
 //
-//     logsumexp = log Σ e^x      loss = logsumexp − x[label]      d_x = g · (e^(x − logsumexp) − s/V − (1 − s)·[label])
+//     logsumexp = log Σ e^x        loss = logsumexp − x[label]        d_x = e^(x − logsumexp) − s/V − (1 − s)·[label]
 //
-// for a label smoothing of s and a gradient scale of g; the loss that is returned is the one without smoothing. The logits
-// x are f32 and carry the head's scale already. d_x is rounded once, to `element`, which is what the two products that follow take, and is written
-// over the row that it came from: number i of 16 bits lies where x[i / 2] was.
+// for a label smoothing of s; the loss that is returned is the one without smoothing. The logits x are f32 and carry the
+// head's scale already. d_x, times `scale`, is rounded once, to `element`, which is what the two products that follow take,
+// and is written over the row that it came from: number i of 16 bits lies where x[i / 2] was.
 //
 // Legend: V vocabulary. A block has a row; the grid is the rows of a chunk.
 //
-// Bytes of a row: 4V read by the first pass, 4V by the second, mostly from L2 (a row of T5 has 128 KiB, and four blocks a
-// processor on 132 processors have 66 MiB: two thirds of what L2 and the blocks' own order keep), 2V written. Keeping the row in registers
-// would save the second reading, but then a processor holds one row at a time and loads nothing while it computes.
+// Bytes of a row: 4V read by the first pass, 4V by the second, 2V written. The second reading should come from L2 for the
+// most part: a row of T5 has 128 KiB, and with 40 registers there are three blocks of 512 threads on a processor, 396 rows
+// or 50 MiB on an H200. Keeping the row in registers would save that reading, but then a processor holds one row and loads
+// nothing while it computes.
 #include "pack.cuh"
 #include "reduce.cuh"
 
@@ -96,7 +97,7 @@ KERNEL LAUNCH_BOUNDS(512) cross_entropy_forward(
 
 // hot
 KERNEL LAUNCH_BOUNDS(512) cross_entropy_forward_backward(
-    float* logits, const u32* labels, float* losses, u32 vocabulary, float smoothing, float gradient_scale, u32 aligned
+    float* logits, const u32* labels, float* losses, u32 vocabulary, float smoothing, float scale, u32 aligned
 ) {
     Shared shared;
     Exponentials* of_warps = shared.take<Exponentials>(blockDim.x / WARP);
@@ -122,7 +123,7 @@ KERNEL LAUNCH_BOUNDS(512) cross_entropy_forward_backward(
 #pragma unroll
             for (u32 i = 0; i < PACK; i++) {
                 const float target = column + i == label ? 1.0f - smoothing + background : background;
-                values[k][i] = ignored ? 0.0f : gradient_scale * (exponential(values[k][i] - lse) - target);
+                values[k][i] = ignored ? 0.0f : scale * (exponential(values[k][i] - lse) - target);
             }
             store8(gradient, column, vocabulary, aligned, values[k]);
         }

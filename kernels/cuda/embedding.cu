@@ -2,7 +2,7 @@
 //
 //     y[n] = f · table[ids[n]]        d_table[id] += Σ f · d_y[n] over the rows n with ids[n] = id
 //
-// Legend: N rows, D columns, V vocabulary. An id of V or more gives a row of NaN, and no gradient.
+// Legend: N rows, D columns, V vocabulary. An id of V or more gives NaN in its row, and no gradient.
 //
 // Forward: a thread takes a piece of 8; every element is read and written once.
 //
@@ -21,17 +21,17 @@ KERNEL LAUNCH_BOUNDS(256) embedding_forward(
     u32 whole_vectors, DROPOUT_PARAMETERS
 ) {
     const Piece piece(rows, cols, whole_vectors);
-    float values[8], factors[8];
-#pragma unroll
-    for (u32 i = 0; i < 8; i++) values[i] = __uint_as_float(0x7fffffff);
+    const float none = __uint_as_float(0x7fffffff);
+    float values[8] = {}, factors[8];
     if (!piece.whole_vectors) {
         piece.each([&](u32 i, u32 row, u32 column) {
             const u32 id = ids[row];
-            if (id < vocabulary) values[i] = to_float(table[u64(id) * table_stride + column]);
+            values[i] = id < vocabulary ? to_float(table[u64(id) * table_stride + column]) : none;
         });
     } else if (piece.row < rows) {
         const u32 id = ids[piece.row];
-        if (id < vocabulary) load8(table + u64(id) * table_stride + piece.column, values);
+        load8(table + u64(min(id, vocabulary - 1)) * table_stride + piece.column, values);
+        if (id >= vocabulary) values[0] = none;
     }
     piece.factors(DROPOUT, factors);
 #pragma unroll

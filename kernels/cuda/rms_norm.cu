@@ -7,7 +7,7 @@
 //     d_x += r · g − x · r³ · mean(g · x)        d_w += Σ d_y · cast(x · r) over the rows
 //
 // Legend: N rows, D columns. A team of WARPS warps has a row, a thread PACKS packs of 8 of its columns, all in registers:
-// WARPS · PACKS · 256 ≥ D. A block is as many teams as there are in 256 threads, or one larger one.
+// WARPS · PACKS · 256 ≥ D. A block is as many teams as there are in 256 threads.
 //
 // Bytes: the fewest there are. Forward reads x and writes y; backward reads d_y, x and d_x and writes d_x. The sum d_w runs
 // down the rows of a block in registers, then over its teams, and leaves a row of partial sums per block, which
@@ -18,7 +18,7 @@
 constexpr u32 TEAM = WARPS * WARP;
 // Columns that a team takes at a time.
 constexpr u32 SPAN = TEAM * PACK;
-constexpr u32 THREADS = TEAM > 256 ? TEAM : 256;
+constexpr u32 THREADS = 256;
 
 // The sum over a team, in each of its threads. All threads of the block call.
 DEVICE float team_sum(float value, float* of_warps) {
@@ -43,8 +43,8 @@ KERNEL LAUNCH_BOUNDS(THREADS) rms_norm_forward(
     u32 cols, u32 aligned
 ) {
     Shared shared;
-    float* of_warps = shared.take<float>(blockDim.x / WARP);
-    const u32 row = blockIdx.x * (blockDim.x / TEAM) + threadIdx.x / TEAM;
+    float* of_warps = shared.take<float>(THREADS / WARP);
+    const u32 row = blockIdx.x * (THREADS / TEAM) + threadIdx.x / TEAM;
     const u32 first = threadIdx.x % TEAM * PACK;
     const bool exists = row < rows;
     const element* x_row = x + u64(row) * x_stride;
@@ -81,8 +81,8 @@ KERNEL LAUNCH_BOUNDS(THREADS) rms_norm_backward(
     element* d_x, u32 d_x_stride, float* partials, u32 rows, u32 cols, u32 rows_per_block, u32 aligned
 ) {
     Shared shared;
-    const u32 teams = blockDim.x / TEAM, team = threadIdx.x / TEAM;
-    float* of_warps = shared.take<float>(blockDim.x / WARP);
+    const u32 teams = THREADS / TEAM, team = threadIdx.x / TEAM;
+    float* of_warps = shared.take<float>(THREADS / WARP);
     float* d_weight_of_teams = shared.take<float>(teams * cols);
     const u32 first = threadIdx.x % TEAM * PACK;
     const u32 begin = blockIdx.x * rows_per_block, end = min(rows, begin + rows_per_block);

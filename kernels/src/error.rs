@@ -43,8 +43,18 @@ pub enum Error {
     /// What was waited for was declared void.
     #[error("NCCL: interrupted")]
     Void,
-    #[error("operation {0} is not written for GPUs yet")]
-    NotOnGpuYet(&'static str),
+}
+
+impl Error {
+    /// True where the machine has to be changed, or another device chosen: trying again is no use. (Exit code 2.)
+    pub fn is_user_error(&self) -> bool {
+        match self {
+            Error::NoCompiler { .. } | Error::MissingLibrary { .. } | Error::UnfitLibrary { .. } => true,
+            Error::NoGpu { .. } | Error::DriverTooOld { .. } => true,
+            Error::HeadSize { .. } | Error::BiasReach { .. } => true,
+            _ => false,
+        }
+    }
 }
 
 pub type Result<T> = std::result::Result<T, Error>;
@@ -54,9 +64,4 @@ impl From<Error> for std::io::Error {
     fn from(error: Error) -> Self {
         std::io::Error::other(error)
     }
-}
-
-/// Stands where an operation's launch will be.
-pub(crate) fn not_on_gpu_yet<T>(operation: &'static str) -> Result<T> {
-    Err(Error::NotOnGpuYet(operation))
 }

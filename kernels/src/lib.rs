@@ -32,7 +32,7 @@ pub use driver::cache::set_cache_directory;
 pub use driver::communicator::{Communicator, Patience, Place, WaitLimits};
 pub use driver::cuda::resources::{KernelResources, kernel_resources};
 pub use driver::emulated::{emulator_compiler, set_compiler};
-pub use driver::inventory::{Found, GpuSummary, Inventory, Library, inventory};
+pub use driver::inventory::{Found, GpuSummary, Inventory, Library, inventory, usable_gpus};
 pub use driver::nccl::{Nccl, NcclVersion, UniqueId};
 pub use driver::timer::Timer;
 pub use error::{Error, Result};

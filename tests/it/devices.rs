@@ -70,7 +70,7 @@ fn a_run_says_where_it_computes_and_why() {
         return;
     }
     let workspace = Workspace::new();
-    let steps = "training.max_steps=1";
+    let steps = "training.max_steps=1 training.warmup_steps=0";
     let ended = workspace.train("auto", steps).expect(0);
     let lines: Vec<&str> = ended.stderr.lines().filter(|line| line.starts_with("device: ")).collect();
     assert_eq!(lines.len(), 1, "{}", ended.stderr);

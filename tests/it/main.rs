@@ -5,6 +5,7 @@ mod bad_input;
 mod devices;
 mod diagnostics;
 mod docs;
+mod gpu;
 mod harness;
 mod invariance;
 mod jobs;

@@ -66,14 +66,27 @@ fn assert_same_training(run: &RunOutput, what: &str) {
 #[test]
 fn two_and_three_gpus_train_as_one() {
     let workspace = Workspace::new();
-    // Three of five micro-batches, and in the last step of the epoch four: leases differ, and one rank may have none.
-    for (workers, arguments) in [(2, ""), (3, "training.gradient_checkpointing=true"), (2, "training.micro_batch_size=10")]
-    {
-        let output = format!("{workers}{}", arguments.len());
-        let Some(ended) = train(&workspace, &output, &format!("--workers {workers} {arguments}"), "") else { return };
-        let line = BY_NCCL.replace('2', &workers.to_string()).replace(&format!("{workers}.99"), "2.99");
-        assert!(ended.expect(0).stderr.contains(&line), "{line}");
-        assert_same_training(&workspace.output(&output), &format!("{workers} workers {arguments}"));
+    for workers in [2, 3] {
+        // Leases differ: a step has five micro-batches, the last of an epoch four.
+        let output = workers.to_string();
+        let Some(ended) = train(&workspace, &output, &format!("--workers {workers}"), "") else { return };
+        let line = format!("gradients are reduced by NCCL 2.99.0, on {workers} GPUs\n");
+        let ended = ended.expect(0);
+        assert!(ended.stderr.contains(&line), "{}", ended.stderr);
+        assert_same_training(&workspace.output(&output), &format!("{workers} workers"));
+    }
+}
+
+#[test]
+fn a_rank_without_micro_batches_takes_part_in_the_sum() {
+    let workspace = Workspace::new();
+    let arguments = "training.micro_batch_size=10 training.max_steps=2";
+    let Some(ended) = train(&workspace, "2", &format!("--workers 2 {arguments}"), "") else { return };
+    ended.expect(0);
+    train(&workspace, "1", arguments, "");
+    // What is added to the gradient is nothing.
+    for key in ["loss", "grad_norm"] {
+        assert_eq!(workspace.output("1").column(key), workspace.output("2").column(key));
     }
 }
 
@@ -102,7 +115,11 @@ fn a_sum_that_fails_is_tried_again_with_a_new_communicator() {
     for (output, fault) in [("0", "fail:0:3"), ("1", "fail:1:20")] {
         let Some(ended) = train(&workspace, output, "--workers 2", fault) else { return };
         let ended = ended.expect(0);
-        assert!(ended.stderr.contains("failed, though all workers are alive; 2 go on as generation 2"), "{}", ended.stderr);
+        assert!(
+            ended.stderr.contains("failed, though all workers are alive; 2 go on as generation 2"),
+            "{}",
+            ended.stderr
+        );
         assert_eq!(ended.stderr.matches(BY_NCCL).count(), 2, "{}", ended.stderr);
         assert_same_training(&workspace.output(output), fault);
     }
@@ -121,9 +138,12 @@ fn a_sum_that_hangs_is_given_up() {
 #[test]
 fn a_communicator_that_does_not_come_about_is_done_without() {
     let workspace = Workspace::new();
-    let Some(ended) = train(&workspace, "run", "--workers 2 cluster.step_timeout_seconds=6", "absent:1") else { return };
+    let Some(ended) = train(&workspace, "run", "--workers 2 cluster.step_timeout_seconds=6", "absent:1") else {
+        return;
+    };
     let ended = ended.expect(0);
-    let line = "through the host by TCP, which is slower than NCCL; rank 0: NCCL: meeting the other ranks: nothing from";
+    let line =
+        "through the host by TCP, which is slower than NCCL; rank 0: NCCL: meeting the other ranks: nothing from";
     assert!(ended.stderr.contains(line), "{}", ended.stderr);
     assert_same_training(&workspace.output("run"), "an absent rank");
 }

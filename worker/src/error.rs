@@ -65,6 +65,7 @@ impl Error {
             Self::Config { .. } | Self::Checkpoint { .. } => true,
             Self::Data(error) => error.is_user_error(),
             Self::Model(error) => error.is_user_error(),
+            Self::Device(error) => error.is_user_error(),
             Self::Session(error) => error.is_user_error(),
             _ => false,
         }

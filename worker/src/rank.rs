@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use quintet_data::{
     DataConfig, Dataset, Limits, Loader, Order, PackedBatch, Packer, Schedule as StepSchedule, Splits, Tokenizer, share,
 };
-use quintet_kernels::{Device, WaitLimits};
+use quintet_kernels::{Device, WaitLimits, ops};
 use quintet_proto::v1::{Actions, Evaluated, Failed, Finished, Lease, Linked, MicroBatch, NotFinite, Plan};
 use quintet_proto::v1::{Ready, Saved, StepDone, StepFailed, Stop};
 use quintet_t5::Parameters;
@@ -216,7 +216,10 @@ impl Rank {
             let for_session = interrupter.clone();
             session.on_interrupt(plan.generation, Box::new(move || for_session.interrupt()));
             let deadline = Instant::now() + RENDEZVOUS_TIMEOUT;
-            self.link(session, Mesh::connect(&self.listener, membership, deadline, self.job.silence_limit, interrupter)?)?
+            self.link(
+                session,
+                Mesh::connect(&self.listener, membership, deadline, self.job.silence_limit, interrupter)?,
+            )?
         };
         Ok(Place { generation: plan.generation, rank: plan.rank, world_size, collective })
     }
@@ -310,10 +313,12 @@ impl Rank {
                 examples: batch.examples() as u64,
             });
         }
-        // What overflows under a loss scale is skipped by all ranks, who see it in the sum of all. Of what is being summed
-        // already, the norm of the sum will tell.
-        if self.replica.loss_scaler().is_none()
-            && !place.collective.overlaps()
+        // Before the sum, so that a bad number tells whose it is. A rank alone sees it in the norm, for no pass over memory,
+        // and so do ranks whose sum is under way already; what overflows under a loss scale is skipped by all ranks, who
+        // see it there too.
+        let is_whole = place.world_size == 1 || place.collective.overlaps();
+        if !is_whole
+            && self.replica.loss_scaler().is_none()
             && let Some(index) = self.gradient.find_not_finite()?
         {
             return Ok(Attempt::Poisoned(format!("the gradient of {}", self.tensor_at(index))));
@@ -323,9 +328,9 @@ impl Rank {
             (0..place.world_size).map(|rank| share(plan.micro_batches, rank, place.world_size)).collect();
         self.gradient.reduce(&mut place.collective, lease.step, &ranges)?;
         let Some(update) = self.replica.plan_update(self.gradient.total(), target_tokens)? else {
-            let index = self.gradient.find_not_finite()?;
-            let sum_of = |index| format!("the gradient of {}, summed over all ranks", self.tensor_at(index));
-            return Ok(Attempt::Poisoned(index.map_or_else(|| "the norm of the global gradient".to_string(), sum_of)));
+            // Squares of f32 do not overflow the norm's f64, so there is one.
+            let index = ops::find_not_finite(self.gradient.total())?.unwrap_or_default();
+            return Ok(Attempt::Poisoned(format!("the global gradient of {}", self.tensor_at(index))));
         };
         self.pending = Some((lease.step, update));
         Ok(Attempt::Done(StepDone {

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use quintet_kernels::{DType, Device, ops};
+use quintet_kernels::{DType, Device, inventory, ops};
 use quintet_t5::{Batch, BatchShape, Model, Parameters, preset, training_flops};
 use quintet_worker::collective::Collective;
 use quintet_worker::gradient::StepGradient;
@@ -23,8 +23,13 @@ pub(crate) fn run(arguments: BenchArguments) -> Result<u8> {
     }
 }
 
-/// Steps that are not timed: they fill the memory pool.
-const WARM_UP_STEPS: usize = 2;
+/// The timed steps are divided into so many rounds, whose median counts: a hiccup of the machine spoils one of them.
+const ROUNDS: usize = 5;
+
+/// Steps that are not timed: they fill the memory pool, compile kernels, and bring a GPU up to speed.
+fn warm_up_steps(device: &Device) -> usize {
+    if device.name() == "cuda" { 10 } else { 2 }
+}
 
 fn step(arguments: &BenchStepArguments) -> Result<()> {
     for (flag, value) in [
@@ -50,38 +55,28 @@ fn step(arguments: &BenchStepArguments) -> Result<()> {
     let training =
         TrainingConfig { gradient_checkpointing: arguments.gradient_checkpointing, ..TrainingConfig::default() };
     let parameters = model.layout().parameter_count();
-    let batch = batch(&model, arguments)?;
-    let shape = BatchShape { lengths: vec![(arguments.source_length, arguments.target_length); arguments.batch_size] };
+    let shape = shape(arguments);
+    let batch = batch(&model, &shape)?;
     let flops = training_flops(model.config(), &shape);
-    let tokens_max = (arguments.batch_size * arguments.target_length) as u64;
-    let mut replica = Replica::new(model, weights, &training, precision, u64::MAX, tokens_max)?;
+    let [source_tokens, target_tokens] = [sum(&shape, |lengths| lengths.0), sum(&shape, |lengths| lengths.1)];
+    let replica = Replica::new(model, weights, &training, precision, u64::MAX, target_tokens as u64)?;
+    let gradient = StepGradient::new(&device, replica.master().layout().len())?;
     // As a rank that is the only one does it.
-    let mut collective = Collective::local();
-    let mut step_gradient = StepGradient::new(&device, replica.master().layout().len())?;
+    let mut stepper = Stepper { replica, collective: Collective::local(), gradient, number: 0 };
     let resting = device.memory().live_bytes;
     device.reset_peak_memory();
-    let mut seconds = Vec::with_capacity(arguments.steps);
-    for number in 1..=(WARM_UP_STEPS + arguments.steps) as u64 {
-        let started = Instant::now();
-        step_gradient.begin(0..1, 1)?;
-        let (sums, gradient) = replica.compute(number, 0, &batch, step_gradient.lend()?, &mut |_, _| {});
-        step_gradient.give_back(gradient);
-        let sums = sums?;
-        step_gradient.reduce(&mut collective, number, std::slice::from_ref(&(0..1)))?;
-        let update = replica.plan_update(step_gradient.total(), sums.target_tokens)?;
-        let update = update.ok_or_else(|| Failure::failed(format!("the gradient of step {number} is not finite")))?;
-        replica.update(number, step_gradient.total(), update)?;
-        device.synchronize()?;
-        if number > WARM_UP_STEPS as u64 {
-            seconds.push(started.elapsed().as_secs_f64());
-        }
-    }
-    seconds.sort_by(f64::total_cmp);
-    let median = seconds[seconds.len() / 2];
-    let tokens = arguments.batch_size * (arguments.source_length + arguments.target_length);
-    let ceiling = matrix_product_flops(&device, precision)?;
+    let seconds = stepper.time(&device, &batch, arguments.steps)?;
+    let tokens = source_tokens + target_tokens;
+    let peak = peak_bytes(&device);
+    let peak_activation_bytes = device.memory().peak_bytes.saturating_sub(resting);
+    drop(stepper);
+    let measured = matrix_product_flops(&device, precision)?;
+    let gpu = (device.name() == "cuda").then(|| inventory().gpus.into_iter().next()).flatten();
+    let datasheet = gpu.as_ref().and_then(|gpu| dense_peak_flops(&gpu.name, precision));
+    let peak_flops = datasheet.unwrap_or(measured);
     let result = json!({
         "device": device.name(),
+        "gpu": gpu.map(|gpu| gpu.name),
         "precision": precision,
         "model": arguments.model,
         "threads": rayon::current_num_threads(),
@@ -90,13 +85,19 @@ fn step(arguments: &BenchStepArguments) -> Result<()> {
         "batch_size": arguments.batch_size,
         "source_length": arguments.source_length,
         "target_length": arguments.target_length,
-        "seconds_per_step": median,
-        "tokens_per_second": tokens as f64 / median,
+        "ragged": arguments.ragged,
+        "source_tokens": source_tokens,
+        "target_tokens": target_tokens,
+        "steps": arguments.steps,
+        "seconds_per_step": seconds,
+        "tokens_per_second": tokens as f64 / seconds,
         "model_flops_per_step": flops,
-        "mfu": flops / median / ceiling,
-        "matrix_product_flops_per_second": ceiling,
-        "peak_memory_bytes": peak_bytes(&device),
-        "peak_activation_bytes": device.memory().peak_bytes.saturating_sub(resting),
+        "mfu": flops / seconds / peak_flops,
+        "peak_flops_per_second": peak_flops,
+        "peak_flops_of": if datasheet.is_some() { "datasheet" } else { "matrix product" },
+        "matrix_product_flops_per_second": measured,
+        "peak_memory_bytes": peak,
+        "peak_activation_bytes": peak_activation_bytes,
     });
     if arguments.json {
         print_json(&result);
@@ -106,6 +107,51 @@ fn step(arguments: &BenchStepArguments) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Takes one training step after the other.
+struct Stepper {
+    replica: Replica,
+    collective: Collective,
+    gradient: StepGradient,
+    /// Of the last step.
+    number: u64,
+}
+
+impl Stepper {
+    /// Seconds of a step: of the wall clock, over steps that follow each other as in training.
+    fn time(&mut self, device: &Device, batch: &Batch, steps: usize) -> Result<f64> {
+        for _ in 0..warm_up_steps(device) {
+            self.step(batch)?;
+        }
+        let rounds = ROUNDS.min(steps);
+        let mut seconds = Vec::with_capacity(rounds);
+        for round in 0..rounds {
+            let steps = steps * (round + 1) / rounds - steps * round / rounds;
+            device.synchronize()?;
+            let started = Instant::now();
+            for _ in 0..steps {
+                self.step(batch)?;
+            }
+            device.synchronize()?;
+            seconds.push(started.elapsed().as_secs_f64() / steps as f64);
+        }
+        seconds.sort_by(f64::total_cmp);
+        Ok(seconds[rounds / 2])
+    }
+
+    fn step(&mut self, batch: &Batch) -> Result<()> {
+        self.number += 1;
+        let number = self.number;
+        self.gradient.begin(0..1, 1)?;
+        let (sums, gradient) = self.replica.compute(number, 0, batch, self.gradient.lend()?, &mut |_, _| {});
+        self.gradient.give_back(gradient);
+        let sums = sums?;
+        self.gradient.reduce(&mut self.collective, number, std::slice::from_ref(&(0..1)))?;
+        let update = self.replica.plan_update(self.gradient.total(), sums.target_tokens)?;
+        let update = update.ok_or_else(|| Failure::failed(format!("the gradient of step {number} is not finite")))?;
+        Ok(self.replica.update(number, self.gradient.total(), update)?)
+    }
 }
 
 /// A preset with fresh weights, or a directory.
@@ -124,31 +170,85 @@ fn open(device: &Device, name: &str) -> Result<(Model, Parameters)> {
     Ok(quintet_t5::load_pretrained(device, directory)?)
 }
 
-/// Full-length examples of arbitrary tokens.
-fn batch(model: &Model, arguments: &BenchStepArguments) -> Result<Batch> {
-    let vocab = model.config().vocab_size as u64;
-    let ids = |length: usize, salt: u64| -> Vec<u32> {
-        let count = (arguments.batch_size * length) as u64;
-        (0..count).map(|index| ((index * 2_654_435_761 + salt * 40_503) % vocab) as u32).collect()
+/// How long the examples are: all of full length, or any length from a quarter of it on, spread evenly. The latter by a
+/// formula that benchmarks/step_torch.py has too.
+fn shape(arguments: &BenchStepArguments) -> BatchShape {
+    let length = |full: usize, row: usize, spread: u64| {
+        let least = full.div_ceil(4);
+        let fraction = (row as u64 + 1) * spread % (1 << 32);
+        if arguments.ragged { least + ((fraction * (full - least + 1) as u64) >> 32) as usize } else { full }
     };
-    let offsets = |length: usize| -> Vec<u32> { (0..=arguments.batch_size).map(|row| (row * length) as u32).collect() };
+    let lengths = |row: usize| {
+        let source = length(arguments.source_length, row, 2_654_435_761);
+        (source, length(arguments.target_length, row, 2_246_822_519))
+    };
+    BatchShape { lengths: (0..arguments.batch_size).map(lengths).collect() }
+}
+
+fn sum(shape: &BatchShape, length: impl Fn(&(usize, usize)) -> usize) -> usize {
+    shape.lengths.iter().map(length).sum()
+}
+
+/// Examples of arbitrary tokens.
+fn batch(model: &Model, shape: &BatchShape) -> Result<Batch> {
+    let vocab = model.config().vocab_size as u64;
+    let ids = |count: usize, salt: u64| -> Vec<u32> {
+        (0..count as u64).map(|index| ((index * 2_654_435_761 + salt * 40_503) % vocab) as u32).collect()
+    };
+    let offsets = |length: fn(&(usize, usize)) -> usize| -> Vec<u32> {
+        let ends = shape.lengths.iter().scan(0, |end, lengths| {
+            *end += length(lengths) as u32;
+            Some(*end)
+        });
+        std::iter::once(0).chain(ends).collect()
+    };
     Ok(Batch::new(
         model.device(),
-        &ids(arguments.source_length, 1),
-        &offsets(arguments.source_length),
-        &ids(arguments.target_length, 2),
-        &offsets(arguments.target_length),
+        &ids(sum(shape, |lengths| lengths.0), 1),
+        &offsets(|lengths| lengths.0),
+        &ids(sum(shape, |lengths| lengths.1), 2),
+        &offsets(|lengths| lengths.1),
         model.config().decoder_start_token_id,
     )?)
 }
 
-/// What one large matrix product of this precision reaches here: the ceiling that `mfu` is a share of.
+/// What a GPU's tensor cores can do by its datasheet, without sparsity, in FLOP/s: what the published utilisations are
+/// shares of. None for other GPUs, and for f32, which tensor cores do not multiply.
+fn dense_peak_flops(gpu: &str, precision: Precision) -> Option<f64> {
+    // Longer names first: an "NVIDIA H100 PCIe" is not an "NVIDIA H100 80GB HBM3".
+    let sixteen_bits = [
+        ("H100 PCIe", 756e12),
+        ("H100 NVL", 835e12),
+        ("H200 NVL", 835e12),
+        ("GH200", 989.4e12),
+        ("H200", 989.4e12),
+        ("H100", 989.4e12),
+        ("A100", 312e12),
+        ("A30", 165e12),
+        ("L40S", 362e12),
+    ];
+    let (_, peak) = sixteen_bits.into_iter().find(|(name, _)| gpu.contains(name))?;
+    match precision {
+        Precision::Fp32 => None,
+        Precision::Tf32 => Some(peak / 2.0),
+        Precision::Bf16 | Precision::Fp16 => Some(peak),
+    }
+}
+
+/// What one large matrix product of this precision reaches here.
 fn matrix_product_flops(device: &Device, precision: Precision) -> Result<f64> {
-    // Large enough to fill the device, small enough to be done in an instant.
-    let size = if device.name() == "cuda" { 8192 } else { 1024 };
-    // On the CPU all types are computed in f32, which it is fastest in.
-    let dtype = if device.name() == "cuda" { precision.dtype() } else { DType::F32 };
-    let values: Vec<f32> = (0..size * size).map(|index| (index % 7) as f32 - 3.0).collect();
+    // Large enough to fill the device, small enough to be done in an instant. On the CPU all types are computed in f32,
+    // which it is fastest in.
+    let (size, dtype, repeats) = match device.name() {
+        "cuda" => (8192, precision.dtype(), 20),
+        _ => (1024, DType::F32, 1),
+    };
+    // Numbers without a pattern: a GPU is faster on those that change few of its wires.
+    let values: Vec<f32> = (0..(size * size) as u32)
+        .map(|index| {
+            index.wrapping_mul(2_654_435_761).rotate_left(13).wrapping_mul(2_246_822_519) as f32 / 2_f32.powi(31) - 1.0
+        })
+        .collect();
     let values = device.upload(&values, size, size)?;
     let [mut x, mut y] = [device.empty(dtype, size, size)?, device.empty(dtype, size, size)?];
     ops::cast(values.view(), x.view_mut())?;
@@ -156,9 +256,28 @@ fn matrix_product_flops(device: &Device, precision: Precision) -> Result<f64> {
     for _ in 0..8 {
         device.synchronize()?;
         let started = Instant::now();
-        ops::linear_forward(x.view(), x.view(), y.view_mut(), false)?;
+        for _ in 0..repeats {
+            ops::linear_forward(x.view(), x.view(), y.view_mut(), false)?;
+        }
         device.synchronize()?;
-        best = best.min(started.elapsed().as_secs_f64());
+        best = best.min(started.elapsed().as_secs_f64() / repeats as f64);
     }
     Ok(2.0 * (size as f64).powi(3) / best)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_datasheet_is_found_by_the_name_that_the_driver_gives() {
+        let peak = |gpu| dense_peak_flops(gpu, Precision::Bf16);
+        assert_eq!(peak("NVIDIA H200"), Some(989.4e12));
+        assert_eq!(peak("NVIDIA H100 80GB HBM3"), Some(989.4e12));
+        assert_eq!(peak("NVIDIA H100 PCIe"), Some(756e12));
+        assert_eq!(peak("NVIDIA A100-SXM4-80GB"), Some(312e12));
+        assert_eq!(peak("NVIDIA GeForce RTX 4090"), None);
+        assert_eq!(dense_peak_flops("NVIDIA H200", Precision::Tf32), Some(494.7e12));
+        assert_eq!(dense_peak_flops("NVIDIA H200", Precision::Fp32), None);
+    }
 }

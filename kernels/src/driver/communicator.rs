@@ -94,7 +94,8 @@ impl Communicator {
         let owner = owner.map_err(|error| Error::Nccl { action: "starting its thread", reason: error.to_string() })?;
         let (gpu, owner) = (gpu.clone(), Some(owner));
         let commands = Some(commands);
-        let mut communicator = Communicator { gpu, patience: patience.clone(), abandoned, commands, answers, owner, failure: None };
+        let mut communicator =
+            Communicator { gpu, patience: patience.clone(), abandoned, commands, answers, owner, failure: None };
         communicator.answer(patience.limits.meeting)?;
         Ok(communicator)
     }
@@ -210,9 +211,9 @@ impl Owner {
         for command in commands {
             let outcome = match command {
                 Command::Reduce(span) => self.reduce(&span),
-                Command::Wait => {
-                    self.settle("the sum over the ranks", self.patience.limits.sum, Owner::is_done).inspect(|()| answered = answer.send(Ok(())))
-                }
+                Command::Wait => self
+                    .settle("the sum over the ranks", self.patience.limits.sum, Owner::is_done)
+                    .inspect(|()| answered = answer.send(Ok(()))),
             };
             if let Err(error) = outcome {
                 // Ends what the GPU does before anybody hears of the failure and uses its memory otherwise.
@@ -368,91 +369,121 @@ mod tests {
     #[test]
     fn ranks_add_up_piece_by_piece_again_and_again() {
         for world_size in [1, 2, 4] {
-            on_ranks(world_size, PATIENT, |_| false, |mut rank| {
-                let mut tensor = rank.numbers(10_000, |index| (index % 100) as f32 + rank.rank as f32);
-                for round in 0..20 {
-                    rank.reduce(&mut tensor, 900 + round);
-                    rank.communicator.wait().unwrap();
-                    let sums = tensor.download::<f32>().unwrap();
-                    let expected = |index: usize| {
-                        let ranks = world_size as f32;
-                        ranks * (index % 100) as f32 + ranks * (ranks - 1.0) / 2.0
-                    };
-                    assert!(sums.iter().enumerate().all(|(index, &sum)| sum == expected(index)), "{sums:?}");
-                    tensor = rank.numbers(10_000, |index| (index % 100) as f32 + rank.rank as f32);
-                }
-            });
+            on_ranks(
+                world_size,
+                PATIENT,
+                |_| false,
+                |mut rank| {
+                    let mut tensor = rank.numbers(10_000, |index| (index % 100) as f32 + rank.rank as f32);
+                    for round in 0..20 {
+                        rank.reduce(&mut tensor, 900 + round);
+                        rank.communicator.wait().unwrap();
+                        let sums = tensor.download::<f32>().unwrap();
+                        let expected = |index: usize| {
+                            let ranks = world_size as f32;
+                            ranks * (index % 100) as f32 + ranks * (ranks - 1.0) / 2.0
+                        };
+                        assert!(sums.iter().enumerate().all(|(index, &sum)| sum == expected(index)), "{sums:?}");
+                        tensor = rank.numbers(10_000, |index| (index % 100) as f32 + rank.rank as f32);
+                    }
+                },
+            );
         }
     }
 
     #[test]
     fn a_rank_that_leaves_is_a_failure_of_peers() {
-        on_ranks(3, PATIENT, |_| false, |mut rank| {
-            let mut tensor = rank.numbers(1000, |_| 1.0);
-            if rank.rank == 1 {
-                return;
-            }
-            rank.reduce(&mut tensor, 100);
-            let error = rank.communicator.wait().unwrap_err();
-            assert!(matches!(error, Error::PeersLost { .. }), "{error}");
-            assert!(error.to_string().contains("network error"), "{error}");
-            assert!(matches!(rank.communicator.wait(), Err(Error::PeersLost { .. })), "of no more use");
-        });
+        on_ranks(
+            3,
+            PATIENT,
+            |_| false,
+            |mut rank| {
+                let mut tensor = rank.numbers(1000, |_| 1.0);
+                if rank.rank == 1 {
+                    return;
+                }
+                rank.reduce(&mut tensor, 100);
+                let error = rank.communicator.wait().unwrap_err();
+                assert!(matches!(error, Error::PeersLost { .. }), "{error}");
+                assert!(error.to_string().contains("network error"), "{error}");
+                assert!(matches!(rank.communicator.wait(), Err(Error::PeersLost { .. })), "of no more use");
+            },
+        );
     }
 
     #[test]
     fn a_rank_that_does_not_come_is_waited_for_no_longer_than_allowed() {
         let barrier = Barrier::new(2);
         let limit = Duration::from_millis(50);
-        on_ranks(2, limit, |_| false, |mut rank| {
-            let mut tensor = rank.numbers(1000, |_| 1.0);
-            if rank.rank == 0 {
-                rank.reduce(&mut tensor, 1000);
-                let error = rank.communicator.wait().unwrap_err();
-                assert!(matches!(error, Error::PeersLost { .. }), "{error}");
-                assert!(error.to_string().contains("nothing from the other ranks"), "{error}");
-            }
-            barrier.wait();
-        });
+        on_ranks(
+            2,
+            limit,
+            |_| false,
+            |mut rank| {
+                let mut tensor = rank.numbers(1000, |_| 1.0);
+                if rank.rank == 0 {
+                    rank.reduce(&mut tensor, 1000);
+                    let error = rank.communicator.wait().unwrap_err();
+                    assert!(matches!(error, Error::PeersLost { .. }), "{error}");
+                    assert!(error.to_string().contains("nothing from the other ranks"), "{error}");
+                }
+                barrier.wait();
+            },
+        );
     }
 
     #[test]
     fn who_is_told_that_the_work_is_void_returns() {
         let (barrier, void) = (Barrier::new(2), Arc::new(AtomicBool::new(false)));
         let its_void = void.clone();
-        on_ranks(2, PATIENT, move |rank| rank == 0 && its_void.load(Ordering::SeqCst), |mut rank| {
-            let mut tensor = rank.numbers(1000, |_| 1.0);
-            if rank.rank == 0 {
-                rank.reduce(&mut tensor, 1000);
-                void.store(true, Ordering::SeqCst);
-                assert!(matches!(rank.communicator.wait(), Err(Error::Void)));
-            }
-            barrier.wait();
-        });
+        on_ranks(
+            2,
+            PATIENT,
+            move |rank| rank == 0 && its_void.load(Ordering::SeqCst),
+            |mut rank| {
+                let mut tensor = rank.numbers(1000, |_| 1.0);
+                if rank.rank == 0 {
+                    rank.reduce(&mut tensor, 1000);
+                    void.store(true, Ordering::SeqCst);
+                    assert!(matches!(rank.communicator.wait(), Err(Error::Void)));
+                }
+                barrier.wait();
+            },
+        );
     }
 
     #[test]
     fn what_is_under_way_ends_with_the_communicator() {
         let barrier = Barrier::new(2);
-        on_ranks(2, PATIENT, |_| false, |mut rank| {
-            let mut tensor = rank.numbers(1000, |_| 1.0);
-            if rank.rank == 0 {
-                rank.reduce(&mut tensor, 10);
-                let started = Instant::now();
-                drop(rank.communicator);
-                assert!(started.elapsed() < PATIENT / 2);
-            }
-            barrier.wait();
-        });
+        on_ranks(
+            2,
+            PATIENT,
+            |_| false,
+            |mut rank| {
+                let mut tensor = rank.numbers(1000, |_| 1.0);
+                if rank.rank == 0 {
+                    rank.reduce(&mut tensor, 10);
+                    let started = Instant::now();
+                    drop(rank.communicator);
+                    assert!(started.elapsed() < PATIENT / 2);
+                }
+                barrier.wait();
+            },
+        );
     }
 
     #[test]
     fn ranks_that_sum_different_ranges_are_told() {
-        on_ranks(2, PATIENT, |_| false, |mut rank| {
-            let mut tensor = rank.numbers(1000, |_| 1.0);
-            rank.reduce(&mut tensor, 400 + rank.rank as usize);
-            assert!(rank.communicator.wait().is_err());
-        });
+        on_ranks(
+            2,
+            PATIENT,
+            |_| false,
+            |mut rank| {
+                let mut tensor = rank.numbers(1000, |_| 1.0);
+                rank.reduce(&mut tensor, 400 + rank.rank as usize);
+                assert!(rank.communicator.wait().is_err());
+            },
+        );
     }
 
     #[test]

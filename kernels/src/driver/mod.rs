@@ -30,6 +30,7 @@ pub struct Gpu {
     tf32: Arc<AtomicBool>,
 }
 
+#[expect(clippy::large_enum_variant, reason = "a process has a few, each behind an Arc")]
 pub(crate) enum Driver {
     Cuda(cuda::Cuda),
     Emulated(emulated::Emulated),

@@ -21,7 +21,7 @@ functions!(Functions {
 });
 
 /// A communicator, as the library calls it.
-pub(super) type Handle = *mut c_void;
+pub(crate) type Handle = *mut c_void;
 
 pub(super) const SUCCESS: c_int = 0;
 const SYSTEM_ERROR: c_int = 2;
@@ -38,7 +38,7 @@ const VERSION_MIN: NcclVersion = NcclVersion(21_800);
 
 /// `ncclConfig_t` as it was in 2.17: newer libraries know by `size` and `version` what of theirs it lacks.
 #[repr(C)]
-struct Config {
+pub(crate) struct Config {
     size: usize,
     magic: c_uint,
     version: c_uint,
@@ -153,8 +153,7 @@ impl Nccl {
         let (mut handle, mut config) = (std::ptr::null_mut(), Config::non_blocking());
         let (rank, world_size) = (rank as c_int, world_size as c_int);
         // SAFETY: the caller's; handle and configuration outlive the call.
-        let status =
-            unsafe { (self.functions.ncclCommInitRankConfig)(&mut handle, world_size, id, rank, &mut config) };
+        let status = unsafe { (self.functions.ncclCommInitRankConfig)(&mut handle, world_size, id, rank, &mut config) };
         self.check("ncclCommInitRankConfig", status)?;
         Ok(handle)
     }
@@ -209,7 +208,10 @@ impl Nccl {
                 true => String::new(),
                 false => CStr::from_ptr(text).to_string_lossy().trim().to_string(),
             };
-            (text((self.functions.ncclGetErrorString)(status)), text((self.functions.ncclGetLastError)(std::ptr::null_mut())))
+            (
+                text((self.functions.ncclGetErrorString)(status)),
+                text((self.functions.ncclGetLastError)(std::ptr::null_mut())),
+            )
         };
         let reason = if last.is_empty() { text } else { format!("{text}: {last}") };
         match status {

@@ -1,13 +1,10 @@
-//! The kernels' sources, which are part of the program, and the modules that they are compiled to.
-
-use super::Module;
-use crate::DType;
+//! The kernels' sources, which are part of the program.
 
 /// A file's name and text.
 pub(crate) type Source = (&'static str, &'static str);
 
 /// A file of kernels for each operation.
-const KERNELS: &[Source] = &[
+pub(crate) const SOURCES: &[Source] = &[
     ("activation", include_str!("../../cuda/activation.cu")),
     ("adafactor", include_str!("../../cuda/adafactor.cu")),
     ("adamw", include_str!("../../cuda/adamw.cu")),
@@ -34,41 +31,9 @@ pub(crate) const HEADERS: &[Source] = &[
     ("slots.cuh", include_str!("../../cuda/slots.cuh")),
 ];
 
-/// A module that owns its constants.
-pub(crate) struct Compiled {
-    source: &'static str,
-    element: DType,
-    constants: Vec<(&'static str, u32)>,
-}
-
-impl Compiled {
-    pub(crate) fn module(&self) -> Module<'_> {
-        Module { source: self.source, element: self.element, constants: &self.constants }
-    }
-}
-
-/// The modules that models of the usual sizes launch kernels of: what is compiled where there is no GPU, to see that it
-/// compiles and what it takes.
-pub(crate) fn modules() -> Vec<Compiled> {
-    let elements = [DType::F32, DType::Bf16, DType::F16];
-    let of_source = |source: &'static str| {
-        elements.into_iter().flat_map(move |element| {
-            constants(source, element).into_iter().map(move |constants| Compiled { source, element, constants })
-        })
-    };
-    KERNELS.iter().flat_map(|(source, _)| of_source(source)).collect()
-}
-
-/// The sets of constants that an operation compiles its source with.
-fn constants(source: &str, _element: DType) -> Vec<Vec<(&'static str, u32)>> {
-    match source {
-        _ => vec![Vec::new()],
-    }
-}
-
 /// The text of the file of kernels of this stem.
 pub(crate) fn kernels(stem: &str) -> &'static str {
-    let found = KERNELS.iter().chain(super::emulated::TEST_KERNELS).find(|(name, _)| *name == stem);
+    let found = SOURCES.iter().chain(super::emulated::TEST_KERNELS).find(|(name, _)| *name == stem);
     found.unwrap_or_else(|| panic!("no kernels/cuda/{stem}.cu")).1
 }
 

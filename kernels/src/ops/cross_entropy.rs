@@ -149,8 +149,13 @@ fn gpu_chunk(vocabulary: usize) -> usize {
     (LOGITS / vocabulary / MULTIPLE * MULTIPLE).max(ROWS_MIN)
 }
 
+/// What the gradient by the logits, at most 1, is multiplied with where it is stored: fp16 has no room to spare below.
+fn stored_scale(element: DType) -> f32 {
+    if element == DType::F16 { 32_768.0 } else { 1.0 }
+}
+
 /// As on the CPU, with at most `chunk` rows at a time. The products' operands must have one type, so the gradient by the
-/// logits is rounded to that of `h`, in the place of the logits; it lacks their scale, which the products multiply with.
+/// logits is rounded to that of `h`, in the place of the logits; the products multiply it with its scales.
 #[expect(clippy::too_many_arguments, reason = "the operation's, a device and a size")]
 fn launch(
     gpu: &Gpu,
@@ -169,15 +174,15 @@ fn launch(
         let range = start..rows.min(start + chunk);
         let h = h.rows_range(range.clone());
         let mut logits = logits.view_mut().rows_range(0..range.len());
-        let (b, alpha) = (w, loss.scale);
-        let c = logits.reborrow();
+        let (b, c, alpha) = (w, logits.reborrow(), loss.scale);
         gpu.gemm(Product { a: h, a_transposed: false, b, b_transposed: true, c, alpha, accumulate: false })?;
         let element = h.dtype();
-        let differentiate = gradients.is_some().then_some([loss.label_smoothing, loss.gradient_scale]);
+        let differentiate = gradients.is_some().then_some(loss.label_smoothing);
         let (labels, losses) = (labels.rows_range(range.clone()), losses.view().rows_range(range.clone()));
         launch_rows(gpu, element, logits.view(), labels, losses, differentiate)?;
         if let Some((d_h, d_w)) = &mut gradients {
             let a = logits.view().with_elements_of(element);
+            let alpha = loss.scale * loss.gradient_scale / stored_scale(element);
             let c = d_h.reborrow().rows_range(range);
             gpu.gemm(Product { a, a_transposed: false, b, b_transposed: false, c, alpha, accumulate: false })?;
             let c = d_w.reborrow();
@@ -194,14 +199,14 @@ fn launch_rows(
     logits: View,
     labels: View,
     losses: View,
-    differentiate: Option<[f32; 2]>,
+    smoothing: Option<f32>,
 ) -> Result<()> {
     const THREADS_MAX: usize = 512;
     let vocabulary = logits.cols();
     let threads = vocabulary.div_ceil(16).next_multiple_of(32).min(THREADS_MAX);
-    let function = if differentiate.is_some() { "cross_entropy_forward_backward" } else { "cross_entropy_forward" };
+    let function = if smoothing.is_some() { "cross_entropy_forward_backward" } else { "cross_entropy_forward" };
     let mut arguments = vec![logits.into(), labels.into(), losses.into(), vocabulary.into()];
-    arguments.extend(differentiate.into_iter().flatten().map(Argument::F32));
+    arguments.extend(smoothing.into_iter().flat_map(|smoothing| [smoothing, stored_scale(element)].map(Argument::F32)));
     arguments.push(has_whole_vectors(&[logits]).into());
     gpu.launch(Launch {
         module: Module { source: "cross_entropy", element, constants: &[] },
@@ -228,7 +233,7 @@ mod tests {
         let labels: Vec<u32> = (0..rows as u32).map(|row| if row == 4 { IGNORED_LABEL } else { row * 3 }).collect();
         let labels = device.upload(&labels, rows, 1).unwrap();
         let run = |chunk: usize| {
-            let loss = CrossEntropy { scale: 0.5, label_smoothing: 0.1, gradient_scale: 1.0 };
+            let loss = CrossEntropy { scale: 0.5, label_smoothing: 0.1, gradient_scale: 3.0 };
             let (mut losses, mut d_h) = (upload(rows, 1), upload(rows, width));
             let mut d_w = device.zeros(DType::F32, vocabulary, width).unwrap();
             let gradients = Some((d_h.view_mut(), d_w.view_mut()));

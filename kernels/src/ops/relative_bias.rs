@@ -143,4 +143,22 @@ mod tests {
             assert_eq!((decoder.bucket(-distance), decoder.bucket(distance)), (bucket, 0), "{distance}");
         }
     }
+
+    /// Also where a bucket begins at a whole number of logarithmic steps: distances that are powers of two.
+    #[test]
+    fn gpus_put_distances_into_the_same_buckets() {
+        let device = Device::emulated(8).unwrap();
+        for (num_buckets, max_distance) in [(32, 128), (8, 20), (16, 64), (64, 512), (12, 96), (4, 16)] {
+            for bidirectional in [false, true] {
+                let buckets = RelativeBuckets { num_buckets, max_distance, bidirectional };
+                // The table of one head that names its buckets.
+                let names: Vec<f32> = (0..num_buckets).map(|bucket| bucket as f32).collect();
+                let table = device.upload(&names, num_buckets, 1).unwrap();
+                let mut bias = device.empty(DType::F32, 1, 2 * max_distance + 1).unwrap();
+                relative_bias_forward(table.view(), buckets, bias.view_mut()).unwrap();
+                let want: Vec<f32> = buckets.buckets().map(|bucket| bucket as f32).collect();
+                assert_eq!(bias.download::<f32>().unwrap(), want, "{buckets:?}");
+            }
+        }
+    }
 }

@@ -100,24 +100,29 @@ multiversion! {
     }
 }
 
+const THREADS: usize = 256;
+
+/// What the source is compiled with for rows of `cols` columns.
+pub(super) fn constants(cols: usize) -> Vec<(&'static str, u32)> {
+    Team::new(cols).constants.to_vec()
+}
+
 /// How rows of `cols` columns are dealt out to warps (cuda/rms_norm.cu).
 struct Team {
     constants: [(&'static str, u32); 2],
-    /// Threads of a block, and rows that it has at a time.
-    block: usize,
+    /// Rows that a block has at a time.
     rows: usize,
 }
 
 impl Team {
     fn new(cols: usize) -> Self {
+        // As driver/sources.rs lists them.
         const PACKS_MAX: usize = 4;
-        const THREADS: usize = 256;
         let packs = cols.div_ceil(32 * 8);
         let warps = packs.div_ceil(PACKS_MAX).next_power_of_two();
-        assert!(warps <= 32, "RMSNorm over {cols} columns");
-        let block = THREADS.max(32 * warps);
-        let constants = [("WARPS", warps as u32), ("PACKS", packs.div_ceil(warps) as u32)];
-        Team { constants, block, rows: block / (32 * warps) }
+        assert!(warps <= 8, "RMSNorm over {cols} columns");
+        let constants = [("WARPS", warps as u32), ("PACKS", packs.min(PACKS_MAX) as u32)];
+        Team { constants, rows: THREADS / (32 * warps) }
     }
 
     fn launch(
@@ -133,8 +138,8 @@ impl Team {
             module: Module { source: "rms_norm", element, constants: &self.constants },
             function,
             grid: [blocks as u32, 1, 1],
-            block: self.block as u32,
-            shared_bytes: (self.block / 32 * 4).next_multiple_of(16) + shared_floats * 4,
+            block: THREADS as u32,
+            shared_bytes: THREADS / 32 * 4 + shared_floats * 4,
             arguments,
         })
     }
@@ -162,8 +167,8 @@ fn rstd_argument(rstd: View) -> Argument {
     rstd.into()
 }
 
-/// Blocks of the backward pass, at most: enough for every GPU, and few rows of partial sums.
-const BLOCKS_MAX: usize = 512;
+/// Blocks of the backward pass, at most: two for each processor of a large GPU, and few rows of partial sums.
+const BLOCKS_MAX: usize = 256;
 
 fn backward_gpu(
     gpu: &Gpu,
@@ -195,13 +200,13 @@ fn backward_gpu(
         has_whole_vectors(&[d_y, x, weight, d_x.view()]).into(),
     ];
     team.launch(gpu, x.dtype(), "rms_norm_backward", blocks, team.rows * cols, &arguments)?;
-    const THREADS: usize = 1024;
+    const SUM_THREADS: usize = 1024;
     gpu.launch(Launch {
         module: Module { source: "rms_norm", element: x.dtype(), constants: &team.constants },
         function: "rms_norm_d_weight",
         grid: [cols.div_ceil(32) as u32, 1, 1],
-        block: THREADS as u32,
-        shared_bytes: THREADS * 4,
+        block: SUM_THREADS as u32,
+        shared_bytes: SUM_THREADS * 4,
         arguments: &[partials.view().into(), blocks.into(), (&d_weight).into(), cols.into()],
     })
 }

@@ -49,7 +49,13 @@ impl Collective {
     ///
     /// # Errors
     /// Those of the mesh.
-    pub fn between_gpus(mesh: Mesh, gpu: &Gpu, step: u64, shares_gpu: bool, limits: WaitLimits) -> Result<(Self, String)> {
+    pub fn between_gpus(
+        mesh: Mesh,
+        gpu: &Gpu,
+        step: u64,
+        shares_gpu: bool,
+        limits: WaitLimits,
+    ) -> Result<(Self, String)> {
         let (connected, line) = nccl::upgrade(mesh, gpu, step, shares_gpu, limits)?;
         Ok((connected.map_or_else(Self::tcp, |nccl| Self::Nccl(Box::new(nccl))), line))
     }

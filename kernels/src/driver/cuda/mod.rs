@@ -19,6 +19,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_void};
 use std::fs;
+use std::mem::ManuallyDrop;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
@@ -31,7 +32,7 @@ use self::transfer::Transfer;
 use super::{Argument, Launch, Module, Product, cache, sources};
 use crate::{DType, Error, Result, SearchPath};
 
-pub(crate) use self::query::{DriverLibrary, library_versions};
+pub(crate) use self::query::{DriverLibrary, GpuInfo, library_versions, needed_libraries};
 pub(crate) use self::side::SideStream;
 pub(crate) use self::timer::Event;
 
@@ -52,7 +53,7 @@ pub(crate) struct Cuda {
     transfer: Mutex<Transfer>,
     workspace: sys::CUdeviceptr,
     /// Dropped by hand, before the context.
-    blas: Option<Blas>,
+    blas: ManuallyDrop<Blas>,
     /// For messages.
     last_kernel: Mutex<&'static str>,
 }
@@ -103,7 +104,7 @@ impl Cuda {
             modules: Mutex::default(),
             transfer: Mutex::new(transfer),
             workspace,
-            blas: Some(blas),
+            blas: ManuallyDrop::new(blas),
             last_kernel: Mutex::new("none"),
         })
     }
@@ -205,7 +206,6 @@ impl Cuda {
     /// A product whose operands, if they are f32, may be rounded to `tf32`.
     pub(crate) fn gemm(&self, product: Product, tf32: bool) -> Result<()> {
         let (m, n, k) = product.shape();
-        let Some(blas) = &self.blas else { return Ok(()) };
         if m == 0 || n == 0 || (k == 0 && product.accumulate) {
             return Ok(());
         }
@@ -214,7 +214,7 @@ impl Cuda {
             return self.fill_rows_zero(&product);
         }
         *lock(&self.last_kernel) = "a matrix product";
-        blas.multiply(&Problem::new(&product, tf32), self.stream)
+        self.blas.multiply(&Problem::new(&product, tf32), self.stream)
     }
 
     /// The sum over nothing.
@@ -309,11 +309,11 @@ impl Drop for Cuda {
         if self.bind().is_err() {
             return;
         }
-        // SAFETY: after the stream is done nobody uses any of these; each is given back once. At the end of a process
+        // SAFETY: after the stream is done nobody uses any of these; each is given back once, here. At the end of a process
         // the driver may be gone before, which is no harm.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
-            self.blas = None;
+            ManuallyDrop::drop(&mut self.blas);
             for loaded in lock(&self.modules).values() {
                 let _ = result::module::unload(loaded.module);
             }

@@ -166,3 +166,10 @@ pub(crate) fn library_versions(driver_major: u32, search_path: &SearchPath) -> [
     let nccl = nccl.map(|nccl| (nccl.version().to_string(), nccl.library));
     [("NVRTC", nvrtc), ("cuBLASLt", blas), ("NCCL", nccl)]
 }
+
+/// Sees that the libraries without which no GPU can be used are there.
+pub(crate) fn needed_libraries(driver_major: u32, search_path: &SearchPath) -> Result<()> {
+    Nvrtc::open(driver_major, search_path)?;
+    blas::version(driver_major, search_path)?;
+    Ok(())
+}

@@ -1,7 +1,6 @@
 //! The driver on a GPU that is made up (tests/fake_cuda): its stream is as lazy as it may be, its memory is watched, and
 //! its cuBLASLt multiplies as the documentation says. What a kernel computes is not tested here.
 
-use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
 

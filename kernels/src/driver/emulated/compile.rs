@@ -133,7 +133,7 @@ impl Library {
         static LIBRARIES: OnceLock<Libraries> = OnceLock::new();
         static LOADING: Mutex<()> = Mutex::new(());
         let libraries = LIBRARIES.get_or_init(Mutex::default);
-        let cell: &'static OnceLock<Library> = *libraries
+        let cell: &'static OnceLock<Library> = libraries
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .entry(module.describe())

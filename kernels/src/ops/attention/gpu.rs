@@ -12,7 +12,7 @@ const REACH_MAX: usize = 1024;
 const BIAS_WARPS: usize = 8;
 const LANES: usize = 32;
 
-/// How the kernels cut the scores of a head into tiles. A warp has its rows of scores, and of what they are multiplied
+/// How the kernels cut the scores of a head into tiles, as `cuda/attention.cuh` has it. A warp has its rows of scores, and of what they are multiplied
 /// with, in registers: 32 rows where they fit (operands from shared memory then serve twice as many products), 16 where
 /// rows are long. A block has 128 rows, so that the rows of a tile are read by it alone, or 64 if shared memory would not
 /// hold more.
@@ -58,16 +58,6 @@ impl Tiling {
     fn table_bytes(&self, reach: Option<usize>, keys: usize) -> usize {
         reach.map_or(0, |reach| 4 * (2 * reach + 1 + 2 * (self.warp_rows + keys)))
     }
-
-    fn constants(&self, keys: usize) -> [(&'static str, u32); 5] {
-        [
-            ("HEAD_SIZE", self.head_size as u32),
-            ("WARP_ROWS", self.warp_rows as u32),
-            ("WARPS", self.warps as u32),
-            ("KEYS", keys as u32),
-            ("TF32", 0),
-        ]
-    }
 }
 
 /// Sum of what a kernel takes of shared memory, each part rounded up to 16 bytes.
@@ -80,6 +70,7 @@ struct Launcher<'a> {
     gpu: &'a Gpu,
     inputs: &'a Attention<'a>,
     tiling: Tiling,
+    constants: [(&'static str, u32); 2],
     /// Whether all rows begin at, and consist of, whole vectors of 16 bytes.
     aligned: bool,
 }
@@ -102,7 +93,9 @@ impl<'a> Launcher<'a> {
                 .iter()
                 .chain(views)
                 .all(|view| whole(view.address()) && whole(view.stride() * dtype.bytes()));
-        Ok(Launcher { gpu, inputs, tiling: Tiling::new(dtype, head_size), aligned })
+        let tf32 = dtype == DType::F32 && gpu.tf32();
+        let constants = [("HEAD_SIZE", head_size as u32), ("TF32", tf32.into())];
+        Ok(Launcher { gpu, inputs, tiling: Tiling::new(dtype, head_size), constants, aligned })
     }
 
     /// Of the sequences' queries, and of their keys: starts and lengths.
@@ -116,7 +109,7 @@ impl<'a> Launcher<'a> {
     /// order: pointers, where the sequences are, strides, and what is the same for all.
     fn launch(&self, kernel: Kernel, pointers: &[Argument], strides: &[usize]) -> Result<()> {
         let (inputs, tiling) = (self.inputs, self.tiling);
-        let Kernel { source, function, longest, keys, shared_bytes } = kernel;
+        let Kernel { source, function, longest, shared_bytes } = kernel;
         let tiles = longest.div_ceil(tiling.rows());
         let reach = inputs.reach().map_or(-1, |reach| reach as i32);
         let mut arguments = pointers.to_vec();
@@ -127,7 +120,7 @@ impl<'a> Launcher<'a> {
         arguments.extend(common);
         arguments.extend(dropout_arguments(inputs.mask));
         self.gpu.launch(Launch {
-            module: Module { source, element: tiling.dtype, constants: &tiling.constants(keys) },
+            module: Module { source, element: tiling.dtype, constants: &self.constants },
             function,
             grid: [(inputs.queries.len() * tiles) as u32, inputs.heads as u32, 1],
             block: tiling.threads(),
@@ -143,8 +136,6 @@ struct Kernel {
     function: &'static str,
     /// Rows of the longest sequence: of queries, or of keys.
     longest: usize,
-    /// Columns of the scores that it computes at a time.
-    keys: usize,
     shared_bytes: usize,
 }
 
@@ -168,7 +159,6 @@ pub(super) fn forward(gpu: &Gpu, inputs: &Attention, out: &ViewMut, logsumexp: &
         source: "attention_forward",
         function: "attention_forward",
         longest: inputs.queries.longest(),
-        keys,
         shared_bytes: shared_bytes(&[
             tiling.tile_bytes(tiling.rows() + 4 * keys),
             tiling.table_bytes(inputs.reach(), keys),
@@ -224,7 +214,6 @@ fn backward_queries(
         source: "attention_backward",
         function: "attention_backward_queries",
         longest: inputs.queries.longest(),
-        keys,
         shared_bytes: shared_bytes(&[
             tiling.tile_bytes(2 * tiling.rows() + 4 * keys),
             4 * tiling.rows(),
@@ -265,7 +254,6 @@ fn backward_keys(
         source: "attention_backward",
         function: "attention_backward_keys",
         longest: inputs.keys.longest(),
-        keys,
         shared_bytes: shared_bytes(&[
             tiling.tile_bytes(2 * tiling.rows() + 4 * keys),
             2 * 4 * 2 * keys,
@@ -286,11 +274,7 @@ fn add_bias_partials(launcher: &Launcher, partials: View, tiles: usize, d_bias: 
     let (inputs, tiling) = (launcher.inputs, launcher.tiling);
     let [_, query_lengths, ..] = launcher.segments()?;
     launcher.gpu.launch(Launch {
-        module: Module {
-            source: "attention_backward",
-            element: tiling.dtype,
-            constants: &tiling.constants(tiling.backward_keys),
-        },
+        module: Module { source: "attention_backward", element: tiling.dtype, constants: &launcher.constants },
         function: "attention_backward_bias",
         grid: [d_bias.cols().div_ceil(LANES) as u32, inputs.heads as u32, 1],
         block: (BIAS_WARPS * LANES) as u32,

@@ -9,6 +9,7 @@ use crate::harness::{Ended, Process, quintet};
 use crate::jobs::{RunOutput, Workspace, words};
 
 /// The folder of the stand-in; none if it cannot be built, and then tests are skipped.
+#[expect(clippy::print_stderr, reason = "a check that is skipped says so")]
 fn stand_in() -> Option<&'static Path> {
     static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
     let build = || {

@@ -31,7 +31,7 @@ fn stand_in() -> Option<&'static Path> {
 
 const SETTINGS: &str = "training.max_steps=4 training.learning_rate=1e-3 training.warmup_steps=1 training.eval_steps=4 \
                         evaluation.max_examples=3";
-const BY_NCCL: &str = "gradients are reduced by NCCL 2.99.0, on 2 GPUs";
+const BY_NCCL: &str = "gradients are reduced by NCCL 2.99.0 between 2 GPUs";
 
 /// A run on emulated GPUs that finds the stand-in, which is to do what `fault` says.
 fn train(workspace: &Workspace, output: &str, arguments: &str, fault: &str) -> Option<Ended> {
@@ -71,7 +71,7 @@ fn two_and_three_gpus_train_as_one() {
         // Leases differ: a step has five micro-batches, the last of an epoch four.
         let output = workers.to_string();
         let Some(ended) = train(&workspace, &output, &format!("--workers {workers}"), "") else { return };
-        let line = format!("gradients are reduced by NCCL 2.99.0, on {workers} GPUs\n");
+        let line = format!("gradients are reduced by NCCL 2.99.0 between {workers} GPUs\n");
         let ended = ended.expect(0);
         assert!(ended.stderr.contains(&line), "{}", ended.stderr);
         assert_same_training(&workspace.output(&output), &format!("{workers} workers"));

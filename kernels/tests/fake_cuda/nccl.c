@@ -1,5 +1,6 @@
-// NCCL for emulated GPUs, whose memory is the host's: libnccl_emulated.so for tests. Ranks, be they processes or threads,
-// meet at a loopback socket of rank 0, which adds up what they send, in the order of ranks. As with a real communicator
+// NCCL that is made up: for emulated GPUs (as libnccl_emulated.so), whose memory is the host's, and for the made-up driver
+// (as libnccl.so.2), where it knows but one rank, which it doubles, so that one sees when. Ranks, be they processes or
+// threads, meet at a loopback socket of rank 0, which adds up what they send, in the order of ranks. As with a real communicator
 // that does not block, a call only begins something: a thread does it, and ncclCommGetAsyncError tells how it goes.
 // Stricter than NCCL: ranks that do not give the same counts in the same order are told so.
 //
@@ -26,13 +27,15 @@
 #define RANKS_MAX 64
 #define SUMS_MAX 4096
 
-typedef enum { SUCCESS = 0, SYSTEM_ERROR = 2, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, REMOTE_ERROR = 6, IN_PROGRESS = 7 } Result;
+typedef enum { SUCCESS = 0, UNHANDLED_CUDA_ERROR, SYSTEM_ERROR = 2, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, REMOTE_ERROR = 6, IN_PROGRESS = 7 } Result;
 typedef struct { char internal[128]; } UniqueId;
 typedef struct { size_t size; unsigned magic, version; int blocking; } Config;
 typedef struct { uint64_t magic, nonce; uint32_t port; int32_t listener; } Meeting;
 typedef struct { uint64_t nonce; uint32_t rank, ranks; } Hello;
 typedef struct { uint64_t number, count; } Header;
 typedef struct { float* numbers; size_t count; } Sum;
+// The first member of driver.c's.
+typedef struct Stream { int (*enqueue)(struct Stream*, int (*run)(void*), const void* data, size_t bytes); } Stream;
 
 typedef struct {
     int rank, ranks, is_first;
@@ -225,10 +228,20 @@ API Result ncclCommGetAsyncError(Communicator* self, Result* state) {
     return SUCCESS;
 }
 
-API Result ncclAllReduce(const float* from, float* to, size_t count, int type, int operation, Communicator* self, void* stream) {
-    if (type != 7 || operation != 0 || from != to || stream) {
-        last_error = "only sums of f32 in place, without a stream";
+static int run_doubling(void* data) {
+    Sum* sum = data;
+    for (size_t index = 0; index < sum->count; index++) sum->numbers[index] *= 2;
+    return 0;
+}
+
+API Result ncclAllReduce(const float* from, float* to, size_t count, int type, int operation, Communicator* self, Stream* stream) {
+    if (type != 7 || operation != 0 || from != to || (stream && self->ranks > 1)) {
+        last_error = "only sums of f32 in place, and of one rank in streams";
         return INVALID_ARGUMENT;
+    }
+    if (stream) {
+        Sum sum = {to, count};
+        return stream->enqueue(stream, run_doubling, &sum, sizeof sum) ? UNHANDLED_CUDA_ERROR : SUCCESS;
     }
     pthread_mutex_lock(&self->mutex);
     self->sums[self->issued++ % SUMS_MAX] = (Sum){to, count};

@@ -77,7 +77,7 @@ pub(super) fn upgrade(
     let first_problem = (0..).zip(problems).find_map(|(rank, problem)| Some(format!("rank {rank}: {}", problem?)));
     match (joined, first_problem) {
         (Ok(communicator), None) => {
-            let line = format!("gradients are reduced by NCCL {version}, on {world_size} GPUs");
+            let line = format!("gradients are reduced by NCCL {version} between {world_size} GPUs");
             Ok((Ok(NcclMesh { mesh, communicator, begun: None }), line))
         }
         (_, problem) => Ok((Err(mesh), through_host(&problem.unwrap_or_default()))),

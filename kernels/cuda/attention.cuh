@@ -1,6 +1,25 @@
 // What the attention kernels have in common: tiles of rows in shared memory, small matrices in registers, the bias by
 // distance, dropout.
 //
+// The scores of a head are cut into pieces of ROWS × KEYS. A block has ROWS rows and goes over the columns; each of its warps
+// has WARP_ROWS of the rows to itself, from the scores to the sums over the columns, so that numbers of size query × key never
+// leave a thread's registers: a sum of products comes out in the very layout that the next product wants as its left operand.
+// Tiles of q, k, v, d_out lie in shared memory; what changes with the columns is there twice, and is copied in the background.
+//
+//                      K   element  block (warps × rows)  columns  shared memory  blocks a multiprocessor  limit
+//   attention_forward  64  16 bits  4 × 32                64        57 KiB        2 (8 warps)              registers
+//                     128  16 bits  8 × 16                64       104 KiB        1 (8 warps)              registers
+//                      64  f32      8 × 16                64       104 KiB        2 (16 warps)             shared memory
+//   …_backward_queries 64  16 bits  4 × 32                32        70 KiB        2 (8 warps)              registers
+//                     128  16 bits  8 × 16                32       128 KiB        1 (8 warps)              registers
+//   …_backward_keys    64  16 bits  4 × 32                32        58 KiB        2 (8 warps)              registers
+// (on a GPU with 228 KiB of shared memory and 64 Ki registers, a bias that reaches 128). A multiprocessor is kept busy by two
+// warps on each of its quarters and by the independent products of each, as in FlashAttention-2.
+//
+// Work against traffic, K = 64, 16 bits: a tile of 64 keys and values, 16 KiB, comes from the L2 cache for 128 queries: 2·2·128·
+// 64·64 FLOP, 128 for each byte. From shared memory a warp reads 2 × 8 KiB for 128 products of 16 × 8 × 16: 128 bytes each,
+// which is what the memory gives in the time of such a product on one of the four quarters at the tensor cores' full rate.
+//
 // Compiled for an element type and for the constants
 //   HEAD_SIZE   K, up to 128
 //   TF32        1: f32 operands are rounded to tf32; 0: they are split in two, for three products instead of one
@@ -89,7 +108,7 @@ template <> DEVICE void multiply_add<float>(float (&sum)[4], const Left& left, c
 
 // Rows 0..16, columns 0..DEPTH of `tile`.
 DEVICE Left load_left(const element* tile) {
-    u32 lane = lane_number();
+    const u32 lane = lane_number();
     Left left;
     load_matrices4(left.x, tile + lane % 16 * PITCH + lane / 16 * CHUNK);
     return left;
@@ -97,7 +116,7 @@ DEVICE Left load_left(const element* tile) {
 
 // The transposed of rows 0..16, columns 0..DEPTH of `tile`: two fragments side by side.
 DEVICE void load_right_transposed(Right (&right)[2], const element* tile) {
-    u32 lane = lane_number();
+    const u32 lane = lane_number();
     u32 x[4];
     load_matrices4(x, tile + (lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * CHUNK);
     right[0] = {x[0], x[1]};
@@ -108,7 +127,7 @@ DEVICE void load_right_transposed(Right (&right)[2], const element* tile) {
 // that `as_left` has its columns in.
 DEVICE void load_right(Right (&right)[2], const element* tile) {
     if constexpr (sizeof(element) == 2) {
-        u32 lane = lane_number();
+        const u32 lane = lane_number();
         u32 x[4];
         load_matrices4<true>(x, tile + lane % 16 * PITCH + lane / 16 * CHUNK);
         right[0] = {x[0], x[1]};
@@ -260,18 +279,18 @@ template <u32 TILE_ROWS> DEVICE void load_tile(element* tile, const Rows& rows, 
 DEVICE void store_rows(
     const Outputs& sums, element* stage, element* first, u32 stride, u32 count, bool aligned
 ) {
-    u32 g = lane_group(), t = lane_in_group();
+    const u32 g = lane_group(), t = lane_in_group();
     __syncwarp();
     for_each_element<WIDTH_SUMS>([&](u32 m, u32 n, u32 i) {
-        u32 row = 16 * m + i / 2 * 8 + g;
+        const u32 row = 16 * m + i / 2 * 8 + g;
         stage[row * PITCH + 8 * n + 2 * t + i % 2] = from_float<element>(sums[m][n][i]);
     });
     __syncwarp();
     constexpr u32 CHUNKS = (HEAD_SIZE + CHUNK - 1) / CHUNK;
 #pragma unroll
     for (u32 start = 0; start < WARP_ROWS * CHUNKS; start += 32) {
-        u32 index = start + lane_number();
-        u32 row = index / CHUNKS, col = index % CHUNKS * CHUNK;
+        const u32 index = start + lane_number();
+        const u32 row = index / CHUNKS, col = index % CHUNKS * CHUNK;
         if (row >= WARP_ROWS || row >= count) break;
         element* to = first + u64(row) * stride + col;
         const element* from = stage + row * PITCH + col;

@@ -6,9 +6,16 @@
 //     d_q = d_score · k             d_k = d_scoreᵀ · q         d_bias[distance] = Σ d_score of that distance
 //
 // Two kernels compute the scores, each in the order in which its results add up in registers: one over the keys of ROWS
-// queries for d_q, δ and d_bias, one over the queries of ROWS keys for d_k and d_v. That is 7 products for what FlashAttention
-// does with 5, but no scores go through shared memory from warp to warp, d_q is not summed by atomic additions to device
-// memory, and the results are the same at every run.
+// queries for d_q, δ and d_bias (3 products), one over the queries of ROWS keys for d_k and d_v (4 products). That is 7
+// products where one kernel would need 5. For that, d_score does not go through shared memory from warp to warp, which the
+// reading of operands keeps busy already, d_q is not summed by atomic additions to device memory, and the results are the
+// same at every run.
+//
+// d_bias is summed by distance: first what a lane has of the same distance, then the lanes through shared memory, then the
+// warps of a block, then the blocks in a kernel of its own. Tiles beyond the bias' reach only add up. All orders are fixed.
+//
+// δ is the sum over `out`, which is rounded to the element type, and not over the keys, which would cost two more products:
+// as everywhere in FlashAttention, gradients of 16 bits see that rounding.
 //
 // Nq, Nk rows of queries and keys of all sequences; H heads; K head size; R reach of the bias; S sequences
 #define KEYS (ROW_BYTES <= 256 ? 32u : 16u)
@@ -27,7 +34,8 @@ struct BiasGradient {
     // Of this lane, for the distances that share the outermost values.
     float before, after;
 
-    DEVICE BiasGradient(float* table, float* stage, i32 reach) : table(table), stage(stage), reach(reach), before(0.0f), after(0.0f) {
+    DEVICE BiasGradient(float* table, float* stage, i32 reach)
+        : table(table), stage(stage), reach(reach), before(0.0f), after(0.0f) {
         for (u32 index = lane_number(); index < bias_table_length(reach); index += WARP) table[index] = 0.0f;
     }
 

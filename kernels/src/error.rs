@@ -48,12 +48,16 @@ pub enum Error {
 impl Error {
     /// True where the machine has to be changed, or another device chosen: trying again is no use. (Exit code 2.)
     pub fn is_user_error(&self) -> bool {
-        match self {
-            Error::NoCompiler { .. } | Error::MissingLibrary { .. } | Error::UnfitLibrary { .. } => true,
-            Error::NoGpu { .. } | Error::DriverTooOld { .. } => true,
-            Error::HeadSize { .. } | Error::BiasReach { .. } => true,
-            _ => false,
-        }
+        matches!(
+            self,
+            Error::NoCompiler { .. }
+                | Error::MissingLibrary { .. }
+                | Error::UnfitLibrary { .. }
+                | Error::NoGpu { .. }
+                | Error::DriverTooOld { .. }
+                | Error::HeadSize { .. }
+                | Error::BiasReach { .. }
+        )
     }
 }
 

@@ -85,7 +85,7 @@ impl Bench<'_> {
     }
 
     fn typed_input(&mut self, dtype: DType, rows: usize, cols: usize, scale: f32) -> Result<Input> {
-        let round = |value: f32| if self.tf32 { f32::from_bits(value.to_bits() + 0x1000 & !0x1fff) } else { value };
+        let round = |value: f32| if self.tf32 { f32::from_bits((value.to_bits() + 0x1000) & !0x1fff) } else { value };
         let values = self.random.normals(rows * cols).into_iter().map(|value| round(value * scale));
         let values: Vec<f32> = values.collect();
         let tensor = self.upload(dtype, &values, rows, cols)?;

@@ -14,7 +14,7 @@ enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVAL
        ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719 };
 
 #define MEMORY_BYTES (1ul << 30)
-#define SHARED_BYTES_MAX 232448
+#define SHARED_BYTES_MAX 166912
 
 typedef struct Operation {
     int (*run)(void*);
@@ -251,7 +251,8 @@ static int run_report(void* data) {
 static int run_failure(void* data) { return LAUNCH_FAILED; }
 int cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsigned block, unsigned block_y,
                    unsigned block_z, unsigned shared_bytes, Stream* stream, void** arguments, void** extra) {
-    if (shared_bytes > (unsigned)function->shared_bytes || y > 65535 || block_y != 1 || block_z != 1) return INVALID_VALUE;
+    if (shared_bytes > (unsigned)function->shared_bytes || block_y != 1 || block_z != 1) return INVALID_VALUE;
+    if (!strcmp(function->name, "refused")) return INVALID_VALUE;
     if (strcmp(function->name, "report_launch")) {
         char nothing = 0;
         LOCKED(status = enqueue(stream, run_failure, &nothing, 1););

@@ -111,7 +111,7 @@ impl Cuda {
 
     /// Of the GPU, or of the MIG instance that it is.
     pub(crate) fn uuid(&self) -> Result<String> {
-        let mut uuid = sys::CUuuid::default();
+        let mut uuid = sys::CUuuid { bytes: [0; 16] };
         // SAFETY: the answer outlives the call. The first version would not tell instances apart.
         check("cuDeviceGetUuid", unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, self.device) }.result())?;
         Ok(uuid.bytes.iter().map(|&byte| format!("{:02x}", byte as u8)).collect())

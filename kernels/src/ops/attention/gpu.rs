@@ -290,3 +290,36 @@ fn add_bias_partials(launcher: &Launcher, partials: View, tiles: usize, d_bias: 
         ],
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::ops::{Attention, attention_forward};
+    use crate::{DType, Device, Dropout, Error, Result, Segments};
+
+    fn attend(head_size: usize, reach: usize) -> Result<()> {
+        let (device, rows) = (Device::emulated(1)?, Segments::from_offsets(&[0, 1]));
+        let q = device.zeros(DType::F32, 1, head_size)?;
+        let bias = device.zeros(DType::F32, 1, 2 * reach + 1)?;
+        let (mut out, mut logsumexp) = (device.empty(DType::F32, 1, head_size)?, device.empty(DType::F32, 1, 1)?);
+        let inputs = Attention {
+            q: q.view(),
+            k: q.view(),
+            v: q.view(),
+            queries: &rows,
+            keys: &rows,
+            heads: 1,
+            bias: Some(bias.view()),
+            causal: false,
+            mask: Dropout::NONE,
+        };
+        attention_forward(inputs, out.view_mut(), logsumexp.view_mut())
+    }
+
+    #[test]
+    fn what_the_kernels_have_no_room_for_is_an_error() {
+        let error = attend(130, 9).unwrap_err();
+        assert!(matches!(error, Error::HeadSize { head_size: 130, most: 128 }), "{error}");
+        let error = attend(64, 5000).unwrap_err();
+        assert!(matches!(error, Error::BiasReach { reach: 5000, most: 1024 }), "{error}");
+    }
+}

@@ -2,10 +2,12 @@
 //! host. An operation knows neither; names, arguments, grids and shared memory are the same for both.
 
 pub(crate) mod cache;
+pub(crate) mod communicator;
 pub(crate) mod cuda;
 pub(crate) mod emulated;
 pub(crate) mod inventory;
 mod libraries;
+pub(crate) mod nccl;
 pub(crate) mod sources;
 pub(crate) mod timer;
 
@@ -141,6 +143,14 @@ impl Gpu {
         match &*self.driver {
             Driver::Cuda(cuda) => cuda.synchronize(),
             Driver::Emulated(emulated) => emulated.synchronize(),
+        }
+    }
+
+    /// Tells this GPU, or the part of one that it is, from all others in the world.
+    pub fn id(&self) -> Result<String> {
+        match &*self.driver {
+            Driver::Cuda(cuda) => cuda.uuid(),
+            Driver::Emulated(_) => Ok(format!("emulated by process {}", std::process::id())),
         }
     }
 

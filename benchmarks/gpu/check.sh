@@ -110,7 +110,7 @@ part_doctor() {
     "$quintet" doctor || failed "doctor failed"
     "$quintet" doctor --json
     local found
-    found=$("$quintet" doctor | tail -n 1)
+    found=$("$quintet" doctor | grep '^devices:')
     case $found in *"$DEVICE"*) echo "$found" ;; *) failed "no $DEVICE: $found" ;; esac
 }
 

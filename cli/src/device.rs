@@ -1,7 +1,7 @@
 //! Which device a command computes on, and why.
 
 use quintet_coordinator::config::Device as Wanted;
-use quintet_kernels::{Device, inventory};
+use quintet_kernels::{Device, usable_gpus};
 use quintet_worker::DeviceChoice;
 
 use crate::args::DeviceChoice as Flag;
@@ -25,20 +25,17 @@ impl Decision {
         match wanted {
             Wanted::Cpu => plain(DeviceChoice::Cpu, ""),
             Wanted::Emulated => plain(DeviceChoice::Emulated, ": the GPU's kernels on the processor, for tests"),
-            Wanted::Cuda | Wanted::Auto => {
-                let found = inventory();
-                match (found.obstacle(), wanted) {
-                    (None, _) => {
-                        let gpus = found.gpus.len();
-                        let name = found.gpus.get(gpu).map_or("no such GPU", |gpu| &gpu.name);
-                        let count = if gpus > 1 { format!(", of {gpus}") } else { String::new() };
-                        let why = format!(": GPU {gpu}{count}, {name}");
-                        Ok(Decision { choice: DeviceChoice::Cuda(gpu), gpus, why })
-                    }
-                    (Some(obstacle), Wanted::Auto) => plain(DeviceChoice::Cpu, &format!(", not a GPU: {obstacle}")),
-                    (Some(obstacle), _) => Err(Failure::bad_input(format!("device cuda: {obstacle}"))),
+            Wanted::Cuda | Wanted::Auto => match (usable_gpus(), wanted) {
+                (Ok(found), _) => {
+                    let gpus = found.len();
+                    let name = found.get(gpu).map_or("no such GPU", |gpu| &gpu.name);
+                    let count = if gpus > 1 { format!(", of {gpus}") } else { String::new() };
+                    let why = format!(": GPU {gpu}{count}, {name}");
+                    Ok(Decision { choice: DeviceChoice::Cuda(gpu), gpus, why })
                 }
-            }
+                (Err(obstacle), Wanted::Auto) => plain(DeviceChoice::Cpu, &format!(", not a GPU: {obstacle}")),
+                (Err(obstacle), _) => Err(Failure::bad_input(format!("device cuda: {obstacle}"))),
+            },
         }
     }
 
@@ -57,7 +54,10 @@ impl Decision {
     }
 
     pub(crate) fn open(&self) -> Result<Device> {
-        self.choice.open().map_err(|error| Failure::failed(format!("device {}: {error}", self.choice.name())))
+        self.choice.open().map_err(|error| {
+            let failure = Failure::from(error);
+            Failure { message: format!("device {}: {}", self.choice.name(), failure.message), ..failure }
+        })
     }
 }
 

@@ -40,10 +40,10 @@ macro_rules! from_library_error {
     )*};
 }
 
-from_library_error!(quintet_data::Error, quintet_t5::Error, quintet_worker::Error, quintet_coordinator::Error);
-
-impl From<quintet_kernels::Error> for Failure {
-    fn from(error: quintet_kernels::Error) -> Self {
-        Failure::failed(error.to_string())
-    }
-}
+from_library_error!(
+    quintet_kernels::Error,
+    quintet_data::Error,
+    quintet_t5::Error,
+    quintet_worker::Error,
+    quintet_coordinator::Error
+);

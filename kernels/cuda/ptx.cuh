@@ -17,6 +17,16 @@ DEVICE void copy_async16(void* shared, const void* device, bool valid = true) {
 #endif
 }
 
+// Of 4 bytes.
+DEVICE void copy_async4(void* shared, const void* device, bool valid = true) {
+#ifdef EMULATED
+    emulator::copy_async(shared, device, 4, valid ? 4 : 0);
+#else
+    const u32 to = u32(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(device), "r"(valid ? 4 : 0) : "memory");
+#endif
+}
+
 // Closes a group of this thread's copies.
 DEVICE void commit_copies() {
 #ifdef EMULATED
@@ -97,5 +107,51 @@ DEVICE void mma_tf32(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// The nearest tf32, which is f32 with 10 bits of mantissa; ties away from zero.
+DEVICE u32 to_tf32(float value) {
+#ifdef EMULATED
+    return value == value ? (__float_as_uint(value) + 0x1000) & ~0x1fffu : __float_as_uint(value);
+#else
+    u32 rounded;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
+    return rounded;
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Arithmetic
+
+// Two 16-bit elements in a register, `low` in its low half: first in memory.
+DEVICE u32 pack(float low, float high, bf16) {
+#ifdef EMULATED
+    return from_float<bf16>(low).bits | u32(from_float<bf16>(high).bits) << 16;
+#else
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#endif
+}
+
+DEVICE u32 pack(float low, float high, f16) {
+#ifdef EMULATED
+    return from_float<f16>(low).bits | u32(from_float<f16>(high).bits) << 16;
+#else
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#endif
+}
+
+// 2^value to 2 units in the last place; zero where that would be subnormal.
+DEVICE float exp2_fast(float value) {
+#ifdef EMULATED
+    return exp2f(value);
+#else
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(value));
+    return power;
 #endif
 }

@@ -2,7 +2,7 @@
 #pragma once
 #include "element.cuh"
 
-DEVICE float warp_sum(float value) {
+template <class T> DEVICE T warp_sum(T value) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(ALL_LANES, value, step);
     return value;
@@ -16,12 +16,12 @@ DEVICE float warp_max(float value) {
 
 // Over all threads of the block, which must all call; `partial` is shared memory for a float a warp (32 suffice) and may be
 // used again afterwards.
-DEVICE float block_sum(float value, float* partial) {
+template <class T> DEVICE T block_sum(T value, T* partial) {
     const u32 lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
     value = warp_sum(value);
     if (lane == 0) partial[threadIdx.x / WARP] = value;
     __syncthreads();
-    value = warp_sum(lane < warps ? partial[lane] : 0.0f);
+    value = warp_sum(lane < warps ? partial[lane] : T(0));
     __syncthreads();
     return value;
 }

@@ -90,6 +90,7 @@ struct Kernel {
     // A letter for each parameter: p pointer, u u32, i i32, U u64, f float.
     const char* signature;
     void (*call)(const void* const* arguments);
+    u32 threads_max; // of a block
 };
 
 struct Launch {

@@ -22,17 +22,26 @@
 // ---------------------------------------------------------------------------------------------------------------------
 // Bits and numbers
 
+namespace emulator {
+template <class To, class From> To bits_as(From value) {
+    static_assert(sizeof(To) == sizeof(From), "the same number of bits");
+    To result;
+    memcpy(&result, &value, sizeof result);
+    return result;
+}
+} // namespace emulator
+
 inline float __uint_as_float(unsigned bits) {
-    return __builtin_bit_cast(float, bits);
+    return emulator::bits_as<float>(bits);
 }
 inline unsigned __float_as_uint(float value) {
-    return __builtin_bit_cast(unsigned, value);
+    return emulator::bits_as<unsigned>(value);
 }
 inline float __int_as_float(int bits) {
-    return __builtin_bit_cast(float, bits);
+    return emulator::bits_as<float>(bits);
 }
 inline int __float_as_int(float value) {
-    return __builtin_bit_cast(int, value);
+    return emulator::bits_as<int>(value);
 }
 inline unsigned __umulhi(unsigned a, unsigned b) {
     return unsigned((unsigned long long)a * b >> 32);
@@ -303,4 +312,6 @@ template <class... P, void (*F)(P...)> struct Caller<F> {
 
 } // namespace emulator
 
-#define EMULATOR_KERNEL(function) {#function, emulator::Caller<function>::signature, emulator::Caller<function>::call}
+// A row of the table of kernels; `bounds` are its launch bounds, whose constants the kernels' own file defines.
+#define EMULATOR_KERNEL(function, bounds) \
+    { #function, emulator::Caller<function>::signature, emulator::Caller<function>::call, bounds }

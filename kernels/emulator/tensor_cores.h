@@ -1,6 +1,6 @@
 // What a warp does together on matrices, as ptx.cuh describes it.
 #pragma once
-#include "block.h"
+#include "cuda.h"
 
 namespace emulator {
 
@@ -44,7 +44,7 @@ struct Fragments {
 // Element `half` of a register, as a float; tf32 is a float of which the low 13 bits do not count.
 template <class T> float fragment_element(u32 bits, u32 half) {
     if constexpr (sizeof(T) == 4) {
-        return __builtin_bit_cast(float, bits & 0xffffe000u);
+        return __uint_as_float(bits & 0xffffe000u);
     } else {
         return to_float(T{(unsigned short)(bits >> 16 * half)});
     }

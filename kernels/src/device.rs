@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::driver::{Driver, Gpu, cuda, emulated};
 use crate::pool::{Memory, MemoryStatistics, Pool};
 use crate::tensor::{DType, Tensor};
-use crate::{Element, Result};
+use crate::{Element, Result, SearchPath};
 
 /// A device; clones are the same device. An operation matches on it once.
 #[derive(Clone)]
@@ -29,7 +29,7 @@ impl Device {
 
     /// The NVIDIA GPU of this number.
     pub fn cuda(ordinal: usize) -> Result<Self> {
-        Ok(Device::Gpu(Gpu::new(Driver::Cuda(cuda::Cuda::new(ordinal)?))))
+        Ok(Device::Gpu(Gpu::new(Driver::Cuda(cuda::Cuda::new(ordinal, SearchPath::current())?))))
     }
 
     /// The CUDA kernels, compiled for the host by the system's C++ compiler. Slow, and for tests: the order in which

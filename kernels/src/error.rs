@@ -31,8 +31,34 @@ pub enum Error {
     DriverTooOld { found: String, needed: String },
     #[error("CUDA: {action} failed: {reason}")]
     Cuda { action: String, reason: String },
-    #[error("operation {0} is not written for GPUs yet")]
-    NotOnGpuYet(&'static str),
+    #[error("attention on a GPU takes heads of at most {most} numbers, and these have {head_size}; use --device cpu")]
+    HeadSize { head_size: usize, most: usize },
+    #[error("attention on a GPU tells apart distances up to {most}, and this bias up to {reach}; use --device cpu")]
+    BiasReach { reach: usize, most: usize },
+    #[error("NCCL: {action} failed: {reason}")]
+    Nccl { action: &'static str, reason: String },
+    /// This GPU is well, and can go on in another communicator.
+    #[error("NCCL: {problem}")]
+    PeersLost { problem: String },
+    /// What was waited for was declared void.
+    #[error("NCCL: interrupted")]
+    Void,
+}
+
+impl Error {
+    /// True where the machine has to be changed, or another device chosen: trying again is no use. (Exit code 2.)
+    pub fn is_user_error(&self) -> bool {
+        matches!(
+            self,
+            Error::NoCompiler { .. }
+                | Error::MissingLibrary { .. }
+                | Error::UnfitLibrary { .. }
+                | Error::NoGpu { .. }
+                | Error::DriverTooOld { .. }
+                | Error::HeadSize { .. }
+                | Error::BiasReach { .. }
+        )
+    }
 }
 
 pub type Result<T> = std::result::Result<T, Error>;
@@ -42,9 +68,4 @@ impl From<Error> for std::io::Error {
     fn from(error: Error) -> Self {
         std::io::Error::other(error)
     }
-}
-
-/// Stands where an operation's launch will be.
-pub(crate) fn not_on_gpu_yet<T>(operation: &'static str) -> Result<T> {
-    Err(Error::NotOnGpuYet(operation))
 }

@@ -186,56 +186,105 @@ pub(crate) struct Attention<'a> {
 }
 
 pub(crate) struct AttentionGradients {
-    pub(crate) d_q: Vec<f64>,
-    pub(crate) d_k: Vec<f64>,
-    pub(crate) d_v: Vec<f64>,
-    pub(crate) d_bias: Vec<f64>,
+    pub(crate) d_q: Sums,
+    pub(crate) d_k: Sums,
+    pub(crate) d_v: Sums,
+    pub(crate) d_bias: Sums,
+}
+
+/// Sums, and how large the numbers were that cancelled in them: what rounding errors are proportional to.
+#[derive(Clone, Default)]
+pub(crate) struct Sums {
+    pub(crate) values: Vec<f64>,
+    /// Sums of the squares of the terms' sizes.
+    squares: Vec<f64>,
+}
+
+impl Sums {
+    pub(crate) fn zeros(length: usize) -> Self {
+        Sums { values: vec![0.0; length], squares: vec![0.0; length] }
+    }
+
+    /// Adds a term that came out of numbers of about this size.
+    pub(crate) fn add(&mut self, index: usize, term: f64, size: f64) {
+        self.values[index] += term;
+        self.squares[index] += size * size;
+    }
+
+    /// The rows of these and of others, of `cols` columns, side by side.
+    pub(crate) fn beside(&self, others: &Sums, cols: usize) -> Self {
+        let beside = |left: &[f64], right: &[f64]| {
+            left.chunks(cols).zip(right.chunks(cols)).flat_map(|(left, right)| [left, right].concat()).collect()
+        };
+        Sums { values: beside(&self.values, &others.values), squares: beside(&self.squares, &others.squares) }
+    }
+
+    /// Of a random walk of such steps.
+    pub(crate) fn sizes(&self) -> Vec<f64> {
+        self.squares.iter().map(|squares| squares.sqrt()).collect()
+    }
 }
 
 impl Attention<'_> {
     /// `(out, logsumexp)`
-    pub(crate) fn forward(&self) -> (Vec<f64>, Vec<f64>) {
-        let mut out = vec![0.0; self.q.len()];
+    pub(crate) fn forward(&self) -> (Sums, Vec<f64>) {
+        let mut out = Sums::zeros(self.q.len());
         let mut logsumexp = vec![0.0; self.q.len() / self.size];
         self.for_each_query(|query, head, keys| {
             let total = keys.iter().map(|key| key.score.exp()).sum::<f64>();
             logsumexp[query * self.heads + head] = total.ln();
             for key in keys {
                 for col in 0..self.size {
-                    out[self.at(query, head, col)] +=
-                        key.score.exp() / total * key.factor * self.v[self.at(key.row, head, col)];
+                    let term = key.score.exp() / total * key.factor * self.v[self.at(key.row, head, col)];
+                    out.add(self.at(query, head, col), term, term);
                 }
             }
         });
         (out, logsumexp)
     }
 
-    pub(crate) fn backward(&self, d_out: &[f64]) -> AttentionGradients {
-        let (mut d_q, mut d_k, mut d_v) = (vec![0.0; self.q.len()], vec![0.0; self.k.len()], vec![0.0; self.k.len()]);
-        let mut d_bias = vec![0.0; self.bias.as_ref().map_or(0, Vec::len)];
+    /// With `out`, `δ` is taken from it as from any other input, and not from the probabilities: a device that does so sees
+    /// the rounding of `out`, which is no fault of its backward pass.
+    pub(crate) fn backward(&self, d_out: &[f64], out: Option<&[f64]>) -> AttentionGradients {
+        let (mut d_q, mut d_k, mut d_v) =
+            (Sums::zeros(self.q.len()), Sums::zeros(self.k.len()), Sums::zeros(self.k.len()));
+        let mut d_bias = Sums::zeros(self.bias.as_ref().map_or(0, Vec::len));
         self.for_each_query(|query, head, keys| {
             let total = keys.iter().map(|key| key.score.exp()).sum::<f64>();
             let p: Vec<f64> = keys.iter().map(|key| key.score.exp() / total).collect();
-            let d_p = |key: &Key| {
-                let product = |col| d_out[self.at(query, head, col)] * self.v[self.at(key.row, head, col)];
-                key.factor * (0..self.size).map(product).sum::<f64>()
+            let d_p: Vec<Sums> = keys.iter().map(|key| self.d_p(d_out, query, head, key)).collect();
+            let delta = match out {
+                Some(out) => {
+                    let columns = self.at(query, head, 0)..self.at(query, head, 0) + self.size;
+                    out[columns.clone()].iter().zip(&d_out[columns]).map(|(out, d_out)| out * d_out).sum::<f64>()
+                }
+                None => p.iter().zip(&d_p).map(|(p, d_p)| p * d_p.values[0]).sum::<f64>(),
             };
-            let d_p: Vec<f64> = keys.iter().map(d_p).collect();
-            let mean = p.iter().zip(&d_p).map(|(p, d_p)| p * d_p).sum::<f64>();
             for (index, key) in keys.iter().enumerate() {
-                let d_score = p[index] * (d_p[index] - mean);
+                let d_score = p[index] * (d_p[index].values[0] - delta);
+                let size = p[index] * (d_p[index].sizes()[0] + delta.abs());
                 for col in 0..self.size {
                     let (at_query, at_key) = (self.at(query, head, col), self.at(key.row, head, col));
-                    d_v[at_key] += p[index] * key.factor * d_out[at_query];
-                    d_q[at_query] += d_score * self.k[at_key];
-                    d_k[at_key] += d_score * self.q[at_query];
+                    let d_value = p[index] * key.factor * d_out[at_query];
+                    d_v.add(at_key, d_value, d_value);
+                    d_q.add(at_query, d_score * self.k[at_key], size * self.k[at_key]);
+                    d_k.add(at_key, d_score * self.q[at_query], size * self.q[at_query]);
                 }
                 if let Some(distance) = key.distance {
-                    d_bias[distance] += d_score;
+                    d_bias.add(distance, d_score, size);
                 }
             }
         });
         AttentionGradients { d_q, d_k, d_v, d_bias }
+    }
+
+    fn d_p(&self, d_out: &[f64], query: usize, head: usize, key: &Key) -> Sums {
+        let mut d_p = Sums::zeros(1);
+        for col in 0..self.size {
+            let term = key.factor * d_out[self.at(query, head, col)] * self.v[self.at(key.row, head, col)];
+            d_p.add(0, term, term);
+        }
+        d_p
     }
 
     fn at(&self, row: usize, head: usize, col: usize) -> usize {
@@ -408,17 +457,19 @@ mod tests {
                 mask: Dropout { probability: 0.3, seed: 4, stream: 5 },
             };
             let d_out = normals(&mut random, 5 * 4);
-            let gradients = inputs.backward(&d_out);
+            let gradients = inputs.backward(&d_out, None);
             let with = |set: &dyn Fn(&mut Attention)| {
                 let mut inputs = inputs.clone();
                 set(&mut inputs);
-                inputs.forward().0
+                inputs.forward().0.values
             };
-            check("d_q", &inputs.q, &gradients.d_q, &d_out, |q| with(&|inputs| inputs.q = q.to_vec()));
-            check("d_k", &inputs.k, &gradients.d_k, &d_out, |k| with(&|inputs| inputs.k = k.to_vec()));
-            check("d_v", &inputs.v, &gradients.d_v, &d_out, |v| with(&|inputs| inputs.v = v.to_vec()));
+            check("d_q", &inputs.q, &gradients.d_q.values, &d_out, |q| with(&|inputs| inputs.q = q.to_vec()));
+            check("d_k", &inputs.k, &gradients.d_k.values, &d_out, |k| with(&|inputs| inputs.k = k.to_vec()));
+            check("d_v", &inputs.v, &gradients.d_v.values, &d_out, |v| with(&|inputs| inputs.v = v.to_vec()));
             let bias = inputs.bias.clone().unwrap();
-            check("d_bias", &bias, &gradients.d_bias, &d_out, |bias| with(&|inputs| inputs.bias = Some(bias.to_vec())));
+            check("d_bias", &bias, &gradients.d_bias.values, &d_out, |bias| {
+                with(&|inputs| inputs.bias = Some(bias.to_vec()))
+            });
         }
     }
 

@@ -178,6 +178,12 @@ impl<'a> View<'a> {
         View { address: self.address + offset * self.dtype.bytes(), rows, cols, stride: cols, ..self }
     }
 
+    /// The memory of each row as elements of another, no larger type: as many, from the row's beginning on.
+    pub(crate) fn with_elements_of(self, dtype: DType) -> Self {
+        assert!(dtype.bytes() <= self.dtype.bytes());
+        View { dtype, stride: self.stride * self.dtype.bytes() / dtype.bytes(), ..self }
+    }
+
     pub(crate) fn is_contiguous(&self) -> bool {
         self.stride == self.cols || self.rows <= 1
     }

@@ -50,6 +50,7 @@ fn bf16_and_adafactor_are_the_same_for_any_number_of_workers() {
     let workspace = Workspace::new();
     for settings in [
         "training.precision=bf16 training.max_steps=8",
+        "training.precision=fp16 training.max_steps=8",
         "training.optimizer=adafactor training.max_steps=8",
         "model.tokenizer=wordlevel training.label_smoothing_factor=0.1 training.max_steps=8",
     ] {

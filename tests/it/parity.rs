@@ -33,8 +33,12 @@ const PLAIN: TrainOptions =
 
 impl Reference {
     fn open(name: &'static str) -> Self {
+        Self::open_on(&Device::cpu(), name)
+    }
+
+    fn open_on(device: &Device, name: &'static str) -> Self {
         let numbers = references().join(if name == "sharded" { "t5_v1_1" } else { name });
-        let (model, weights) = load_pretrained(&Device::cpu(), &references().join(name)).unwrap();
+        let (model, weights) = load_pretrained(device, &references().join(name)).unwrap();
         assert_eq!(model.config().dropout_rate, 0.0);
         let json = |file| -> Value { serde_json::from_slice(&fs::read(numbers.join(file)).unwrap()).unwrap() };
         let batch = json("batch.json");
@@ -69,8 +73,8 @@ impl Reference {
         self.expected[key].as_f64().unwrap()
     }
 
-    /// The losses of as many steps as are stored, each before its update.
-    fn trajectory(&self, kind: OptimizerKind) -> Vec<f64> {
+    /// The losses of the first steps, each before its update.
+    fn trajectory(&self, kind: OptimizerKind, steps: usize) -> Vec<f64> {
         let settings = &self.expected[optimizer_name(kind)];
         let number = |key: &str| settings[key].as_f64().unwrap();
         let betas = &settings["betas"];
@@ -83,7 +87,6 @@ impl Reference {
         let mut optimizer = Optimizer::new(self.model.device(), kind, hyperparameters, self.slots()).unwrap();
         let mut weights = self.copy_of_weights();
         let batch = self.batch();
-        let steps = settings["losses"].as_array().unwrap().len();
         let step = |_| {
             let (sums, gradients) = self.train(&weights, &batch, PLAIN);
             let max_norm = settings["max_grad_norm"].as_f64().unwrap_or(0.0);
@@ -201,12 +204,40 @@ fn twenty_steps_of_each_optimizer_follow_hugging_face() {
             let optimizer = optimizer_name(kind);
             let want = reference.expected[&optimizer]["losses"].as_array().unwrap();
             assert_eq!(want.len(), 20);
-            for (step, (got, want)) in reference.trajectory(kind).into_iter().zip(want).enumerate() {
+            for (step, (got, want)) in reference.trajectory(kind, want.len()).into_iter().zip(want).enumerate() {
                 let what = format!("{}, {optimizer}, step {step}", reference.name);
                 assert_close(&what, got, want.as_f64().unwrap(), 1e-4);
             }
         }
     }
+}
+
+/// The GPU's kernels, on the processor: of every family the loss and all gradients, of one the first steps and an output.
+#[test]
+fn the_emulated_gpu_gives_the_numbers_of_hugging_face() {
+    let device = Device::emulated(3).unwrap();
+    for name in ["t5_v1_0", "t5_v1_1", "umt5"] {
+        let reference = Reference::open_on(&device, name);
+        let (sums, gradients) = reference.train(&reference.weights, &reference.batch(), PLAIN);
+        assert_close(name, mean(sums), reference.number("loss"), 1e-5);
+        let (scale, all) = (1.0 / sums.target_tokens as f64, gradients.download().unwrap());
+        for tensor in reference.model.layout().tensors() {
+            let distance = relative_distance(&all[tensor.range.clone()], scale, &reference.gradients[&tensor.name]);
+            assert!(distance <= 1e-4, "{name}: {} is off by {distance:e}", tensor.name);
+        }
+    }
+    let reference = Reference::open_on(&device, "t5_v1_1");
+    for kind in [OptimizerKind::AdamW, OptimizerKind::Adafactor] {
+        let want = reference.expected[optimizer_name(kind)]["losses"].as_array().unwrap();
+        for (step, (got, want)) in reference.trajectory(kind, 3).into_iter().zip(want).enumerate() {
+            assert_close(&format!("{kind:?}, step {step}"), got, want.as_f64().unwrap(), 1e-4);
+        }
+    }
+    let want: Vec<Vec<u32>> = serde_json::from_value(reference.expected["greedy"]["outputs"].clone()).unwrap();
+    let (ids, offsets) = concatenate(&reference.source[..1]);
+    let most = reference.expected["greedy"]["max_new_tokens"].as_u64().unwrap() as usize;
+    let outputs = reference.model.generate_greedy(&reference.weights, &ids, &offsets, most).unwrap();
+    assert_eq!(outputs[0].token_ids, want[0]);
 }
 
 #[test]
@@ -238,6 +269,29 @@ fn gradient_checkpointing_changes_no_bit() {
             (sums.loss_sum.to_bits(), gradients.download().unwrap().iter().map(|g| g.to_bits()).collect::<Vec<_>>())
         };
         assert!(run(false) == run(true), "{}", reference.name);
+    }
+}
+
+/// What is told to be finished is not touched again, or whoever reduces it meanwhile reduces something else.
+#[test]
+fn finished_gradients_are_final() {
+    for mut reference in NAMES.map(Reference::open) {
+        reference.model.set_dropout_rate(0.1);
+        let mut gradients = reference.model.zero_parameters(DType::F32).unwrap();
+        let mut seen: Vec<(usize, Vec<f32>)> = Vec::new();
+        let options = TrainOptions { gradient_checkpointing: true, ..PLAIN };
+        let mut observe = |gradients: &mut Parameters, start| {
+            seen.push((start, gradients.download().unwrap().split_off(start)));
+        };
+        let batch = reference.batch();
+        reference.model.train_observed(&reference.weights, &batch, options, &mut gradients, &mut observe).unwrap();
+        let whole = gradients.download().unwrap();
+        for (start, part) in &seen {
+            assert!(whole[*start..] == *part, "{}: the gradient from {start} on", reference.name);
+        }
+        let starts: Vec<usize> = seen.iter().map(|(start, _)| *start).collect();
+        assert!(starts.is_sorted_by(|a, b| a > b) && starts.last() == Some(&0), "{}: {starts:?}", reference.name);
+        assert!(starts.len() > 4, "{}: {starts:?}", reference.name);
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use quintet_data::Tokenizer;
 use quintet_kernels::{DType, Device, Tensor, View, ops};
-use quintet_t5::{Batch, Config, LossSums, Model, Parameters, TrainOptions, Weights};
+use quintet_t5::{Batch, Config, LossSums, Model, OnFinished, Parameters, TrainOptions, Weights};
 
 use crate::config::{ModelSection, Precision, TrainingConfig};
 use crate::optimizer::{ClippedMean, NamedSlot, Optimizer};
@@ -192,8 +192,15 @@ impl Replica {
     }
 
     /// The loss sums of micro-batch `index` of `step`; its gradient, summed over target tokens, is added to `gradient`,
-    /// an f32 arena.
-    pub fn compute(&self, step: u64, index: u32, batch: &Batch, gradient: Tensor) -> Result<(LossSums, Tensor)> {
+    /// an f32 arena, which comes back in any case.
+    pub fn compute(
+        &self,
+        step: u64,
+        index: u32,
+        batch: &Batch,
+        gradient: Tensor,
+        on_finished: OnFinished,
+    ) -> (Result<LossSums>, Tensor) {
         let options = TrainOptions {
             seed: step_seed(self.training.seed, step),
             micro_batch: index,
@@ -202,8 +209,8 @@ impl Replica {
             gradient_scale: self.scaling.map_or(1.0, |scaling| scaling.gradient_scale() as f32),
         };
         let mut gradients = Parameters::new(self.model.layout().clone(), gradient);
-        let sums = self.model.train(self.weights(), batch, options, &mut gradients)?;
-        Ok((sums, gradients.into_values()))
+        let sums = self.model.train_observed(self.weights(), batch, options, &mut gradients, on_finished);
+        (sums.map_err(Error::from), gradients.into_values())
     }
 
     /// What a step with this sum of gradients over its global batch does; nothing good where it is not finite and no loss
@@ -285,4 +292,74 @@ fn step_seed(seed: u64, step: u64) -> u64 {
     state = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     state = (state ^ (state >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     state ^ (state >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TOKENS: u64 = 12;
+
+    fn replica(precision: Precision) -> Replica {
+        let config =
+            Config { vocab_size: 20, d_model: 8, d_kv: 4, d_ff: 12, num_heads: 2, num_layers: 1, ..Config::default() };
+        let model = Model::new(&Device::cpu(), config).unwrap();
+        let mut master = model.zero_parameters(DType::F32).unwrap();
+        quintet_t5::initialize(model.config(), 1, &mut master).unwrap();
+        Replica::new(model, master, &TrainingConfig::default(), precision, 10, TOKENS).unwrap()
+    }
+
+    /// The gradient of a batch of twelve target tokens.
+    fn gradient(replica: &Replica, step: u64) -> Tensor {
+        let (source, target): (Vec<u32>, Vec<u32>) = ((2..12).collect(), (3..15).collect());
+        let batch = Batch::new(replica.model().device(), &source, &[0, 4, 10], &target, &[0, 5, 12], 0).unwrap();
+        let zeros = replica.model().zero_parameters(DType::F32).unwrap().into_values();
+        let (sums, gradient) = replica.compute(step, 0, &batch, zeros, &mut |_, _| {});
+        let sums = sums.unwrap();
+        assert_eq!(sums.target_tokens, TOKENS);
+        gradient
+    }
+
+    #[test]
+    fn the_loss_scale_cancels() {
+        let norm = |precision| {
+            let replica = replica(precision);
+            match replica.plan_update(gradient(&replica, 1).view(), TOKENS).unwrap() {
+                Some(Update::Apply(mean)) => mean.norm,
+                other => panic!("{other:?}"),
+            }
+        };
+        let (exact, rounded) = (norm(Precision::Fp32), norm(Precision::Fp16));
+        assert!((rounded / exact - 1.0).abs() < 5e-3, "{rounded} and {exact}");
+        assert_ne!(rounded, exact);
+    }
+
+    #[test]
+    fn an_overflowing_step_changes_nothing_but_the_scale() {
+        let mut replica = replica(Precision::Fp16);
+        let mut sum = gradient(&replica, 1);
+        sum.as_mut_slice::<f32>()[5] = f32::INFINITY;
+        let digest = replica.digest().unwrap();
+        let update = replica.plan_update(sum.view(), TOKENS).unwrap();
+        assert_eq!(update, Some(Update::Skip));
+        replica.update(1, sum.view(), Update::Skip).unwrap();
+        assert_eq!((replica.digest().unwrap(), replica.step(), replica.optimizer().steps()), (digest, 1, 0));
+        assert_eq!(replica.loss_scaler().unwrap().scale(), 32768.0);
+        let sum = gradient(&replica, 2);
+        let update = replica.plan_update(sum.view(), TOKENS).unwrap().unwrap();
+        assert!(matches!(update, Update::Apply(_)));
+        replica.update(2, sum.view(), update).unwrap();
+        assert_ne!(replica.digest().unwrap(), digest);
+        assert_eq!((replica.step(), replica.optimizer().steps()), (2, 1));
+    }
+
+    #[test]
+    fn without_a_loss_scale_what_is_not_finite_is_refused() {
+        for precision in [Precision::Fp32, Precision::Bf16] {
+            let replica = replica(precision);
+            let mut sum = gradient(&replica, 1);
+            sum.as_mut_slice::<f32>()[5] = f32::NAN;
+            assert_eq!(replica.plan_update(sum.view(), TOKENS).unwrap(), None);
+        }
+    }
 }

@@ -56,17 +56,17 @@ impl Findings {
         }
         match &self.gpu.driver {
             Ok(driver) => println!("NVIDIA driver: runs CUDA up to {}, {}", driver.version, driver.path.display()),
-            Err(missing) => println!("NVIDIA driver: {missing}"),
+            Err(missing) => println!("{missing}"),
         }
         for (title, found) in &self.gpu.libraries {
             match found {
                 Ok(library) => println!("{title}: {}, {}", library.version, library.path.display()),
-                Err(missing) => println!("{title}: {missing}"),
+                Err(missing) => println!("{missing}"),
             }
         }
         match &self.compiler {
             Ok(version) => println!("C++ compiler, for the emulated device: {version}"),
-            Err(missing) => println!("C++ compiler, for the emulated device: {missing}"),
+            Err(missing) => println!("{missing}"),
         }
         match self.loopback {
             true => println!("loopback: ports can be opened"),

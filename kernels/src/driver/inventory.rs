@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::cuda::{DriverLibrary, library_versions};
+use super::cuda::{DriverLibrary, GpuInfo, library_versions, needed_libraries};
 use super::libraries::NEWEST_MAJOR;
 use crate::{Result, SearchPath};
 
@@ -36,22 +36,26 @@ pub struct GpuSummary {
 }
 
 impl Inventory {
-    /// Whether [`crate::Device::cuda`] can be expected to succeed. NCCL is only for several GPUs.
+    /// Whether [`usable_gpus`] finds one. NCCL is only for several.
     pub fn has_usable_gpu(&self) -> bool {
         let libraries = self.libraries.iter().filter(|(title, _)| *title != "NCCL");
         self.gpus.iter().any(|gpu| gpu.unfit.is_none()) && libraries.into_iter().all(|(_, found)| found.is_ok())
     }
+}
 
-    /// The first thing in the way of using a GPU.
-    pub fn obstacle(&self) -> Option<&str> {
-        if self.has_usable_gpu() {
-            return None;
-        }
-        let driver = self.driver.as_ref().err().map(String::as_str);
-        let gpu = || self.gpus.iter().find_map(|gpu| gpu.unfit.as_deref());
-        let library = || self.libraries.iter().find_map(|(_, found)| found.as_ref().err()).map(String::as_str);
-        driver.or_else(gpu).or_else(library)
+/// The GPUs of this machine, of which at least one can be used. Opens none of them; takes no time where there is no driver.
+///
+/// # Errors
+/// What is in the way of using one.
+pub fn usable_gpus() -> Result<Vec<GpuSummary>> {
+    let search_path = SearchPath::current();
+    let driver = DriverLibrary::open(search_path)?;
+    let gpus = driver.gpus()?;
+    if !gpus.iter().any(|gpu| gpu.check_supported().is_ok()) {
+        driver.gpu(0)?.check_supported()?;
     }
+    needed_libraries(driver.major(), search_path)?;
+    Ok(gpus.into_iter().map(summary).collect())
 }
 
 /// Looks for the driver, GPUs and libraries. Opens no GPU; takes a second at most.
@@ -64,10 +68,10 @@ pub fn inventory() -> Inventory {
         }
         Err(error) => (Err(error.to_string()), NEWEST_MAJOR),
     };
-    let gpus = driver.as_ref().map(|driver| summaries(driver)).unwrap_or(Ok(Vec::new()));
-    let (gpus, driver) = match (gpus, driver) {
-        (Ok(gpus), driver) => (gpus, driver),
-        (Err(error), _) => (Vec::new(), Err(error.to_string())),
+    let gpus = driver.as_ref().map_or(Ok(Vec::new()), DriverLibrary::gpus);
+    let (gpus, driver) = match gpus {
+        Ok(gpus) => (gpus.into_iter().map(summary).collect(), driver),
+        Err(error) => (Vec::new(), Err(error.to_string())),
     };
     let libraries = library_versions(major, search_path).into_iter().map(|(title, found)| {
         let found = found.map(|(version, library)| Library { version, path: library.path.clone() });
@@ -80,13 +84,12 @@ pub fn inventory() -> Inventory {
     }
 }
 
-fn summaries(driver: &DriverLibrary) -> Result<Vec<GpuSummary>> {
-    let gpus = driver.gpus()?.into_iter().map(|gpu| GpuSummary {
+fn summary(gpu: GpuInfo) -> GpuSummary {
+    GpuSummary {
         unfit: gpu.check_supported().err().map(|error| error.to_string()),
         name: gpu.name,
         memory_bytes: gpu.memory_bytes,
         compute_capability: gpu.compute_capability,
         multiprocessors: gpu.multiprocessors,
-    });
-    Ok(gpus.collect())
+    }
 }

@@ -31,7 +31,7 @@ pub(crate) struct Wanted {
 impl Wanted {
     pub(crate) fn driver() -> Self {
         Wanted {
-            title: "the NVIDIA driver",
+            title: "NVIDIA driver",
             files: vec!["libcuda.so.1".into()],
             packaged: false,
             remedy: "install it (https://www.nvidia.com/drivers), or start the container with GPUs".into(),
@@ -53,6 +53,16 @@ impl Wanted {
             files: vec!["libnccl.so.2".into()],
             packaged: true,
             remedy: format!("`pip install {package}`, or install the package libnccl2"),
+        }
+    }
+
+    /// What tests build in the place of NCCL, for it cannot add up what lies in the host's memory.
+    pub(crate) fn emulated_nccl() -> Self {
+        Wanted {
+            title: "NCCL for emulated GPUs",
+            files: vec!["libnccl_emulated.so".into()],
+            packaged: false,
+            remedy: "only tests have it".into(),
         }
     }
 
@@ -96,7 +106,7 @@ impl Shared {
                         let path = if path.is_absolute() { path } else { loaded_path(file).unwrap_or(path) };
                         return Ok(Box::leak(Box::new(Shared { library, path })));
                     }
-                    Err(error) if path.is_absolute() => broken = broken.or(Some(format!("{error}"))),
+                    Err(error) if path.is_absolute() => broken = broken.or(Some(reason(&error))),
                     Err(_) => {}
                 }
             }
@@ -129,6 +139,11 @@ impl Shared {
             problem: format!("it has no function {name}"),
         })
     }
+}
+
+/// What the loader says; libloading itself only says that it failed.
+fn reason(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// Declares a table of a library's functions, and `load`, which fills it or says what the library lacks.

@@ -1,57 +1,39 @@
-//! The kernels' sources, which are part of the program, and the modules that they are compiled to.
-
-use super::Module;
-use crate::DType;
+//! The kernels' sources, which are part of the program.
 
 /// A file's name and text.
 pub(crate) type Source = (&'static str, &'static str);
 
 /// A file of kernels for each operation.
-const KERNELS: &[Source] = &[("residual", include_str!("../../cuda/residual.cu"))];
+pub(crate) const SOURCES: &[Source] = &[
+    ("activation", include_str!("../../cuda/activation.cu")),
+    ("adafactor", include_str!("../../cuda/adafactor.cu")),
+    ("adamw", include_str!("../../cuda/adamw.cu")),
+    ("attention_backward", include_str!("../../cuda/attention_backward.cu")),
+    ("attention_forward", include_str!("../../cuda/attention_forward.cu")),
+    ("cast", include_str!("../../cuda/cast.cu")),
+    ("cross_entropy", include_str!("../../cuda/cross_entropy.cu")),
+    ("embedding", include_str!("../../cuda/embedding.cu")),
+    ("norm", include_str!("../../cuda/norm.cu")),
+    ("relative_bias", include_str!("../../cuda/relative_bias.cu")),
+    ("residual", include_str!("../../cuda/residual.cu")),
+    ("rms_norm", include_str!("../../cuda/rms_norm.cu")),
+];
 
 /// What they include.
 pub(crate) const HEADERS: &[Source] = &[
+    ("attention.cuh", include_str!("../../cuda/attention.cuh")),
     ("element.cuh", include_str!("../../cuda/element.cuh")),
+    ("pack.cuh", include_str!("../../cuda/pack.cuh")),
+    ("piece.cuh", include_str!("../../cuda/piece.cuh")),
     ("ptx.cuh", include_str!("../../cuda/ptx.cuh")),
     ("random.cuh", include_str!("../../cuda/random.cuh")),
     ("reduce.cuh", include_str!("../../cuda/reduce.cuh")),
+    ("slots.cuh", include_str!("../../cuda/slots.cuh")),
 ];
 
-/// The constants of a module.
-type Constants = &'static [(&'static str, u32)];
-
-/// Sources whose modules have constants, and all that operations use of them. Others have one module for each element
-/// type.
-const VARIANTS: &[(&str, &[Constants])] = &[];
-
-/// Every module that operations launch kernels of. One that is not here is not compiled for GPUs before it is used on
-/// one, so it may not be used at all.
-pub(crate) fn modules() -> impl Iterator<Item = Module<'static>> {
-    KERNELS.iter().flat_map(|(source, _)| {
-        let elements = [DType::F32, DType::Bf16, DType::F16];
-        let modules =
-            move |element| variants(source).iter().map(move |constants| Module { source, element, constants });
-        elements.into_iter().flat_map(modules)
-    })
-}
-
-fn variants(stem: &str) -> &'static [Constants] {
-    VARIANTS.iter().find(|(source, _)| *source == stem).map_or(&[&[]], |(_, variants)| variants)
-}
-
-/// The text of a module's source.
-pub(crate) fn text(module: &Module) -> &'static str {
-    if let Some((_, text)) = super::emulated::TEST_KERNELS.iter().find(|(name, _)| *name == module.source) {
-        return text;
-    }
-    let known = variants(module.source).contains(&module.constants);
-    assert!(known, "{} is not among the modules of driver/sources.rs", module.describe());
-    kernels(module.source)
-}
-
 /// The text of the file of kernels of this stem.
-fn kernels(stem: &str) -> &'static str {
-    let found = KERNELS.iter().find(|(name, _)| *name == stem);
+pub(crate) fn kernels(stem: &str) -> &'static str {
+    let found = SOURCES.iter().chain(super::emulated::TEST_KERNELS).find(|(name, _)| *name == stem);
     found.unwrap_or_else(|| panic!("no kernels/cuda/{stem}.cu")).1
 }
 
@@ -92,19 +74,5 @@ mod tests {
         let text = "// One.\n// hot\nKERNEL one(float* x) {\n// hot\n}\n\n// Two.\nKERNEL two(u32 n) {";
         assert!(is_hot(text, "one"));
         assert!(!is_hot(text, "two"));
-    }
-
-    #[test]
-    fn modules_are_all_elements_of_all_sources() {
-        assert_eq!(modules().filter(|module| module.source == "residual").count(), 3);
-        for (stem, _) in VARIANTS {
-            assert!(KERNELS.iter().any(|(source, _)| source == stem), "{stem}");
-        }
-    }
-
-    #[test]
-    #[should_panic(expected = "not among the modules")]
-    fn a_module_that_nobody_compiles_cannot_be_used() {
-        text(&Module { source: "residual", element: DType::F32, constants: &[("UNKNOWN", 1)] });
     }
 }

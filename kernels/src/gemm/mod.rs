@@ -23,7 +23,7 @@ const DEPTH_BLOCK: usize = 512;
 
 /// The most rows and columns of a block, so that with [`DEPTH_BLOCK`] its operands stay in a core's cache. Rows that are
 /// not packed are cheap to have many of.
-const PACKED_ROWS: usize = 480;
+const PACKED_ROWS: usize = 516;
 const PACKED_COLS: usize = 512;
 const ROWS_IN_PLACE: usize = 1024;
 
@@ -174,31 +174,25 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
         self.c.rows * self.c.cols * self.a.cols / 50
     }
 
-    /// The rows and columns of the blocks that tasks compute: as many blocks as keep the threads busy, and cut so that
-    /// little is packed twice. Blocks side by side pack the same of `a`, blocks below each other the same of `b`.
+    /// The rows and columns of the blocks that tasks compute: enough blocks to keep the threads busy, cut so that the
+    /// least is packed. Blocks side by side pack the same of `a`, blocks below each other the same of `b`.
     fn block_size(&self, threads: usize) -> (usize, usize) {
         let (tile_rows, tile_cols) = (self.kernel.rows, self.kernel.cols);
         let (rows, cols) = (self.c.rows.max(1), self.c.cols.max(1));
         let (tiles_down, tiles_across) = (rows.div_ceil(tile_rows), cols.div_ceil(tile_cols));
         let a_is_packed = !self.reads_a_in_place();
-        let mut down = rows.div_ceil(if a_is_packed { PACKED_ROWS } else { ROWS_IN_PLACE });
-        let mut across = cols.div_ceil(PACKED_COLS);
+        let down_min = rows.div_ceil(if a_is_packed { PACKED_ROWS } else { ROWS_IN_PLACE });
+        let across_min = cols.div_ceil(PACKED_COLS);
         let wanted = match (threads, a_is_packed) {
             (1, _) => 1,
-            (_, true) => 4 * threads,
+            (_, true) => 2 * threads,
             (_, false) => 8 * threads,
         };
-        while down * across < wanted {
-            let (rows_can_be_cut, cols_can_be_cut) = (8 * down <= tiles_down, 2 * across <= tiles_across);
-            let cols_are_cheaper = !a_is_packed || rows <= cols;
-            if cols_can_be_cut && (cols_are_cheaper || !rows_can_be_cut) {
-                across *= 2;
-            } else if rows_can_be_cut {
-                down *= 2;
-            } else {
-                break;
-            }
-        }
+        let packed = |down: usize, across: usize| if a_is_packed { across * rows } else { 0 } + down * cols;
+        let grids = (down_min..=down_min.max(tiles_down.min(wanted)))
+            .map(|down| (down, wanted.div_ceil(down).clamp(across_min, across_min.max(tiles_across))));
+        let enough = |&(down, across): &(usize, usize)| (down * across < wanted, packed(down, across));
+        let (down, across) = grids.min_by_key(enough).unwrap_or((down_min, across_min));
         (tiles_down.div_ceil(down) * tile_rows, tiles_across.div_ceil(across) * tile_cols)
     }
 

@@ -5,7 +5,9 @@
 
 use std::f32::consts::{FRAC_2_SQRT_PI, SQRT_2};
 
+use super::elementwise::Elementwise;
 use super::{check_dtype, check_shape};
+use crate::driver::Gpu;
 use crate::float::{Float, with_float};
 use crate::parallel::{SharedMut, for_each_row_block, rows_per_task};
 use crate::simd::{exp, multiversion};
@@ -16,7 +18,7 @@ pub fn relu_forward(x: View, mask: Dropout, h: ViewMut) -> Result<()> {
     check_shape!(x, h.rows(), h.cols());
     check_dtype!(x.dtype(), h);
     match h.device() {
-        Device::Gpu(_) => return crate::error::not_on_gpu_yet("relu_forward"),
+        Device::Gpu(gpu) => launch(gpu, "relu_forward", &[x, h.view()], h.cols(), mask)?,
         Device::Cpu(_) => with_float!(x.dtype(), T => relu_forward_cpu::<T>(x, mask, h)),
     }
     Ok(())
@@ -51,7 +53,7 @@ pub fn relu_backward(x: View, d_h: View, mask: Dropout, d_x: ViewMut) -> Result<
     check_shape!(d_h, d_x.rows(), d_x.cols());
     check_dtype!(x.dtype(), d_h, d_x);
     match d_x.device() {
-        Device::Gpu(_) => return crate::error::not_on_gpu_yet("relu_backward"),
+        Device::Gpu(gpu) => launch(gpu, "relu_backward", &[x, d_h, d_x.view()], d_h.cols(), mask)?,
         Device::Cpu(_) => with_float!(x.dtype(), T => relu_backward_cpu::<T>(x, d_h, mask, d_x)),
     }
     Ok(())
@@ -85,7 +87,7 @@ pub fn gated_gelu_forward(x: View, mask: Dropout, h: ViewMut) -> Result<()> {
     check_shape!(x, h.rows(), 2 * h.cols());
     check_dtype!(x.dtype(), h);
     match h.device() {
-        Device::Gpu(_) => return crate::error::not_on_gpu_yet("gated_gelu_forward"),
+        Device::Gpu(gpu) => launch(gpu, "gated_gelu_forward", &[x, h.view()], h.cols(), mask)?,
         Device::Cpu(_) => with_float!(x.dtype(), T => gated_gelu_forward_cpu::<T>(x, mask, h)),
     }
     Ok(())
@@ -120,7 +122,7 @@ pub fn gated_gelu_backward(x: View, d_h: View, mask: Dropout, d_x: ViewMut) -> R
     check_shape!(d_x, d_h.rows(), 2 * d_h.cols());
     check_dtype!(x.dtype(), d_h, d_x);
     match d_x.device() {
-        Device::Gpu(_) => return crate::error::not_on_gpu_yet("gated_gelu_backward"),
+        Device::Gpu(gpu) => launch(gpu, "gated_gelu_backward", &[x, d_h, d_x.view()], d_h.cols(), mask)?,
         Device::Cpu(_) => with_float!(x.dtype(), T => gated_gelu_backward_cpu::<T>(x, d_h, mask, d_x)),
     }
     Ok(())
@@ -176,4 +178,10 @@ fn gelu_tanh(x: f32) -> (f32, f32) {
     // 1 − s without cancellation. Where e is huge, s · (1 − s) is nothing whatever x is.
     let rest = e * s;
     (x * s, s + x * s * rest * twice_u_slope)
+}
+
+/// `cols` is F.
+fn launch(gpu: &Gpu, function: &'static str, views: &[View], cols: usize, mask: Dropout) -> Result<()> {
+    let (source, element) = ("activation", views[0].dtype());
+    Elementwise { source, function, element, constants: &[], first: &[], views, cols, mask: Some(mask) }.launch(gpu)
 }

@@ -14,9 +14,9 @@
 use rayon::prelude::*;
 
 use super::norm::{LANES, sum_by_lanes};
-use super::slots::{BLOCK, FactoredMoments, TensorSlot, TensorSlots};
+use super::slots::{BLOCK, FactoredMoments, TensorSlots};
 use super::{check_dtype, check_shape};
-use crate::error::not_on_gpu_yet;
+use crate::driver::{Argument, Gpu, Launch, Module};
 use crate::simd::multiversion;
 use crate::{DType, Device, Result, View, ViewMut};
 
@@ -54,7 +54,7 @@ pub fn adafactor(
     assert!(slots.end() <= parameters.cols(), "tensors beyond the arena");
     match parameters.device() {
         Device::Cpu(_) => cpu(rule, slots, parameters, gradient.as_slice(), moments.into_slice()),
-        Device::Gpu(_) => not_on_gpu_yet("adafactor"),
+        Device::Gpu(gpu) => launch(gpu, rule, slots, parameters, gradient, moments),
     }
 }
 
@@ -62,7 +62,7 @@ fn cpu(rule: Adafactor, slots: &TensorSlots, parameters: ViewMut, g: &[f32], mom
     let device = parameters.device();
     let p = parameters.into_slice::<f32>();
     for (slot, places) in slots.as_slice().iter().zip(slots.factored_moments()) {
-        let update = Update::new(&rule, slot);
+        let update = Update::new(&rule, slot.decays);
         let (p, g) = (&mut p[slot.range.clone()], &g[slot.range.clone()]);
         match places {
             FactoredMoments::Factored { row, col } => {
@@ -94,8 +94,8 @@ struct Update {
 }
 
 impl Update {
-    fn new(rule: &Adafactor, slot: &TensorSlot) -> Self {
-        let weight_decay = if slot.decays { rule.weight_decay } else { 0.0 };
+    fn new(rule: &Adafactor, decays: bool) -> Self {
+        let weight_decay = if decays { rule.weight_decay } else { 0.0 };
         Update {
             beta: 1.0 - (rule.step as f64).powf(DECAY_RATE),
             keep: (1.0 - rule.learning_rate * weight_decay) as f32,
@@ -253,4 +253,58 @@ fn row_update_sum_of_squares(g: &[f32], r: f32, col_factor: &[f32]) -> f64 {
         *lane += square(g * (r * c));
     }
     lanes.iter().sum()
+}
+
+fn launch(
+    gpu: &Gpu,
+    rule: Adafactor,
+    slots: &TensorSlots,
+    parameters: ViewMut,
+    gradient: View,
+    moments: ViewMut,
+) -> Result<()> {
+    const THREADS: usize = 256;
+    const FACTOR_THREADS: usize = 1024;
+    /// Blocks that share a tensor's columns, at most.
+    const STRIPES_MAX: usize = 64;
+    let device = parameters.device();
+    let tables = slots.on_device(device)?;
+    let (count, tasks) = (tables.slots.rows(), tables.tasks.rows());
+    let empty = |dtype, cols| device.empty(dtype, 1, cols);
+    let col_sums = empty(DType::F32, tables.col_sums)?;
+    let factors = empty(DType::F32, moments.cols())?;
+    let partials = empty(DType::U32, 2 * tasks)?; // there is no tensor of f64: two words each
+    let rates = empty(DType::F32, count)?;
+    let launch = |function, grid: [usize; 2], threads: usize, shared_bytes, arguments: &[Argument]| {
+        gpu.launch(Launch {
+            module: Module { source: "adafactor", element: DType::F32, constants: &[] },
+            function,
+            grid: [grid[0] as u32, grid[1] as u32, 1],
+            block: threads as u32,
+            shared_bytes,
+            arguments,
+        })
+    };
+
+    let update = Update::new(&rule, false);
+    let betas = [Argument::F32(update.beta as f32), Argument::F32((1.0 - update.beta) as f32)];
+    let gradient_scale = Argument::F32(rule.gradient_scale);
+    let aligned = [parameters.view(), gradient].iter().all(|arena| arena.address().is_multiple_of(16)).into();
+    let (slots, task_table) = (tables.slots.view().into(), tables.tasks.view().into());
+    let (p, g, moments) = ((&parameters).into(), gradient.into(), (&moments).into());
+    let (col_sums, factors) = (col_sums.view().into(), factors.view().into());
+    let (partials, rates) = (partials.view().into(), rates.view().into());
+    let sums = THREADS / 32 * 8;
+
+    let arguments = [slots, task_table, g, moments, col_sums, betas[0], betas[1], gradient_scale];
+    launch("adafactor_moments", [tasks, 1], THREADS, 0, &arguments)?;
+    let grid = [tables.cols_max.div_ceil(32).min(STRIPES_MAX), count];
+    let arguments = [slots, moments, col_sums, factors, betas[0], betas[1]];
+    launch("adafactor_factors", grid, FACTOR_THREADS, FACTOR_THREADS * 4 + 32 * 8, &arguments)?;
+    let arguments = [slots, task_table, g, factors, partials, aligned, gradient_scale];
+    launch("adafactor_squares", [tasks, 1], THREADS, sums, &arguments)?;
+    let arguments = [slots, partials, rates, Argument::F32(rule.learning_rate as f32), gradient_scale];
+    launch("adafactor_rates", [count, 1], THREADS, sums, &arguments)?;
+    let decay = Argument::F32((rule.learning_rate * rule.weight_decay) as f32);
+    launch("adafactor", [tasks, 1], THREADS, 0, &[slots, task_table, p, g, factors, rates, aligned, decay])
 }

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use super::norm::root_mean_square;
 use super::slots::{BLOCK, TensorSlots};
 use super::{check_dtype, check_shape};
-use crate::error::not_on_gpu_yet;
+use crate::driver::{Argument, Gpu, Launch, Module};
 use crate::simd::multiversion;
 use crate::{DType, Device, Result, View, ViewMut};
 
@@ -57,7 +57,7 @@ pub fn adamw(
             let gradient = gradient.as_slice();
             cpu(rule, slots, parameters.into_slice(), gradient, exp_avg.into_slice(), exp_avg_sq.into_slice());
         }
-        Device::Gpu(_) => return not_on_gpu_yet("adamw"),
+        Device::Gpu(gpu) => launch(gpu, rule, slots, parameters, gradient, exp_avg, exp_avg_sq)?,
     }
     Ok(())
 }
@@ -118,4 +118,63 @@ multiversion! {
             *p = *p * u.keep - u.step_size * *m / (v.sqrt() * u.root_correction + u.epsilon);
         }
     }
+}
+
+fn launch(
+    gpu: &Gpu,
+    rule: AdamW,
+    slots: &TensorSlots,
+    parameters: ViewMut,
+    gradient: View,
+    exp_avg: ViewMut,
+    exp_avg_sq: ViewMut,
+) -> Result<()> {
+    const THREADS: usize = 256;
+    let device = parameters.device();
+    let tables = slots.on_device(device)?;
+    let (count, tasks) = (tables.slots.rows(), tables.tasks.rows());
+    let arenas = [parameters.view(), gradient, exp_avg.view(), exp_avg_sq.view()];
+    let aligned = Argument::from(arenas.iter().all(|arena| arena.address().is_multiple_of(16)));
+    let (slot_table, task_table) = (tables.slots.view().into(), tables.tasks.view().into());
+    let launch = |function, blocks: usize, shared_bytes, arguments: &[Argument]| {
+        gpu.launch(Launch {
+            module: Module { source: "adamw", element: DType::F32, constants: &[] },
+            function,
+            grid: [blocks as u32, 1, 1],
+            block: THREADS as u32,
+            shared_bytes,
+            arguments,
+        })
+    };
+
+    let mut scales = None;
+    if rule.scale_by_rms {
+        // There is no tensor of f64: two words each.
+        let partials = device.empty(DType::U32, tasks, 2)?;
+        let scales = scales.insert(device.empty(DType::F32, 1, count)?);
+        let partials = partials.view().into();
+        let sums = THREADS / 32 * 8;
+        launch("adamw_squares", tasks, sums, &[slot_table, task_table, (&parameters).into(), partials, aligned])?;
+        launch("adamw_scales", count, sums, &[slot_table, partials, scales.view().into()])?;
+    }
+    let update = Update::new(&rule, rule.learning_rate, false);
+    let arguments = [
+        slot_table,
+        task_table,
+        (&parameters).into(),
+        gradient.into(),
+        (&exp_avg).into(),
+        (&exp_avg_sq).into(),
+        scales.as_ref().map_or(Argument::Pointer(0), |scales| scales.view().into()),
+        aligned,
+        ((rule.learning_rate * rule.weight_decay) as f32).into(),
+        update.one_minus_beta1.into(),
+        update.beta2.into(),
+        update.one_minus_beta2.into(),
+        update.step_size.into(),
+        update.root_correction.into(),
+        update.epsilon.into(),
+        update.gradient_scale.into(),
+    ];
+    launch("adamw", tasks, 0, &arguments)
 }

@@ -1,6 +1,7 @@
 //! Linear layers without bias: `y = x · wᵀ`.
 
 use super::{check_dtype, check_shape};
+use crate::driver::Product;
 use crate::float::with_float;
 use crate::gemm::{Matrix, MatrixMut, gemm};
 use crate::{DType, Device, Result, View, ViewMut};
@@ -11,7 +12,9 @@ pub fn linear_forward(x: View, w: View, y: ViewMut, accumulate: bool) -> Result<
     check_shape!(y, x.rows(), w.rows());
     check_dtype!(x.dtype(), w);
     match y.device() {
-        Device::Gpu(_) => return crate::error::not_on_gpu_yet("linear_forward"),
+        Device::Gpu(gpu) => {
+            gpu.gemm(Product { a: x, a_transposed: false, b: w, b_transposed: true, c: y, alpha: 1.0, accumulate })?
+        }
         Device::Cpu(_) => with_float!(x.dtype(), T => with_float!(y.dtype(), Y => {
             let (x, w) = (Matrix::<T>::from_view(x), Matrix::<T>::from_view(w).transposed());
             gemm(x, w, MatrixMut::<Y>::from_view(y), accumulate);
@@ -26,7 +29,15 @@ pub fn linear_backward_input(d_y: View, w: View, d_x: ViewMut, accumulate: bool)
     check_shape!(d_x, d_y.rows(), w.cols());
     check_dtype!(d_y.dtype(), w);
     match d_x.device() {
-        Device::Gpu(_) => return crate::error::not_on_gpu_yet("linear_backward_input"),
+        Device::Gpu(gpu) => gpu.gemm(Product {
+            a: d_y,
+            a_transposed: false,
+            b: w,
+            b_transposed: false,
+            c: d_x,
+            alpha: 1.0,
+            accumulate,
+        })?,
         Device::Cpu(_) => with_float!(d_y.dtype(), T => with_float!(d_x.dtype(), X => {
             let (d_y, w) = (Matrix::<T>::from_view(d_y), Matrix::<T>::from_view(w));
             gemm(d_y, w, MatrixMut::<X>::from_view(d_x), accumulate);
@@ -42,7 +53,15 @@ pub fn linear_backward_weight(d_y: View, x: View, d_w: ViewMut) -> Result<()> {
     check_dtype!(d_y.dtype(), x);
     check_dtype!(DType::F32, d_w);
     match d_w.device() {
-        Device::Gpu(_) => return crate::error::not_on_gpu_yet("linear_backward_weight"),
+        Device::Gpu(gpu) => gpu.gemm(Product {
+            a: d_y,
+            a_transposed: true,
+            b: x,
+            b_transposed: false,
+            c: d_w,
+            alpha: 1.0,
+            accumulate: true,
+        })?,
         Device::Cpu(_) => with_float!(x.dtype(), T => {
             let (d_y, x) = (Matrix::<T>::from_view(d_y).transposed(), Matrix::<T>::from_view(x));
             gemm(d_y, x, MatrixMut::<f32>::from_view(d_w), true);

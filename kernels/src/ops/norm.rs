@@ -4,9 +4,9 @@ use rayon::prelude::*;
 
 use super::check_dtype;
 use super::slots::BLOCK;
-use crate::error::not_on_gpu_yet;
+use crate::driver::{Argument, Gpu, Launch, Module};
 use crate::simd::multiversion;
-use crate::{DType, Device, Result, View};
+use crate::{DType, Device, Result, Tensor, View};
 
 /// Independent partial sums of a block, so that it vectorises.
 pub(super) const LANES: usize = 8;
@@ -16,7 +16,7 @@ pub fn global_norm(x: View) -> Result<f64> {
     check_dtype!(DType::F32, x);
     match x.device() {
         Device::Cpu(_) => Ok(sum_of_squares(x.as_slice()).sqrt()),
-        Device::Gpu(_) => not_on_gpu_yet("global_norm"),
+        Device::Gpu(gpu) => Ok(sum_of_squares_gpu(gpu, x)?.sqrt()),
     }
 }
 
@@ -25,7 +25,7 @@ pub fn find_not_finite(x: View) -> Result<Option<usize>> {
     check_dtype!(DType::F32, x);
     match x.device() {
         Device::Cpu(_) => Ok(find_not_finite_cpu(x.as_slice())),
-        Device::Gpu(_) => not_on_gpu_yet("find_not_finite"),
+        Device::Gpu(gpu) => find_not_finite_gpu(gpu, x),
     }
 }
 
@@ -77,29 +77,97 @@ pub(super) fn sum_by_lanes(values: &[f32], f: impl Fn(f32) -> f64) -> f64 {
     lanes.iter().sum()
 }
 
+/// Numbers of 64 bits on a GPU, two words each: there is no tensor of them.
+fn empty_words(x: View, count: usize) -> Result<Tensor> {
+    x.device().empty(DType::U32, count, 2)
+}
+
+fn read_words(tensor: &Tensor) -> Result<u64> {
+    let words = tensor.download::<u32>()?;
+    Ok(u64::from(words[0]) | u64::from(words[1]) << 32)
+}
+
+fn launch(
+    gpu: &Gpu,
+    function: &'static str,
+    blocks: usize,
+    threads: usize,
+    shared_bytes: usize,
+    arguments: &[Argument],
+) -> Result<()> {
+    gpu.launch(Launch {
+        module: Module { source: "norm", element: DType::F32, constants: &[] },
+        function,
+        grid: [blocks as u32, 1, 1],
+        block: threads as u32,
+        shared_bytes,
+        arguments,
+    })
+}
+
+/// Threads of a block of [`BLOCK`] elements.
+const THREADS: usize = 256;
+
+fn sum_of_squares_gpu(gpu: &Gpu, x: View) -> Result<f64> {
+    assert!(x.is_contiguous(), "norm of a view with gaps");
+    let count = x.rows() * x.cols();
+    let blocks = count.div_ceil(BLOCK);
+    let (partials, total) = (empty_words(x, blocks)?, empty_words(x, 1)?);
+    let arguments = [x.into(), (count as u64).into(), partials.view().into(), x.address().is_multiple_of(16).into()];
+    launch(gpu, "sum_of_squares", blocks, THREADS, THREADS / 32 * 8, &arguments)?;
+    let arguments = [partials.view().into(), blocks.into(), total.view().into()];
+    launch(gpu, "sum_of_partials", 1, 1024, 32 * 8, &arguments)?;
+    Ok(f64::from_bits(read_words(&total)?))
+}
+
+fn find_not_finite_gpu(gpu: &Gpu, x: View) -> Result<Option<usize>> {
+    assert!(x.is_contiguous(), "finite check of a view with gaps");
+    let count = x.rows() * x.cols();
+    let mut found = empty_words(x, 1)?;
+    found.view_mut().fill_zero()?;
+    let arguments = [x.into(), (count as u64).into(), found.view().into(), x.address().is_multiple_of(16).into()];
+    launch(gpu, "find_not_finite", count.div_ceil(BLOCK), THREADS, 0, &arguments)?;
+    Ok(match read_words(&found)? {
+        0 => None,
+        from_end => Some(count - from_end as usize),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn upload(values: &[f32]) -> crate::Tensor {
-        Device::cpu().upload(values, 1, values.len()).unwrap()
+    fn on_each_device(values: &[f32], check: impl Fn(View)) {
+        for device in [Device::cpu(), Device::emulated(3).unwrap()] {
+            check(device.upload(values, 1, values.len()).unwrap().view());
+        }
     }
 
     #[test]
     fn norms_at_the_ends_of_the_range() {
-        let norm = |values: &[f32]| global_norm(upload(values).view()).unwrap();
-        assert!((norm(&[1e30; 4]) / 2e30 - 1.0).abs() < 1e-6);
-        assert_eq!(norm(&[]), 0.0);
-        assert!(norm(&[f32::NAN]).is_nan());
+        on_each_device(&[1e30; 4], |x| assert!((global_norm(x).unwrap() / 2e30 - 1.0).abs() < 1e-6));
+        on_each_device(&[], |x| assert_eq!(global_norm(x).unwrap(), 0.0));
+        on_each_device(&[f32::NAN], |x| assert!(global_norm(x).unwrap().is_nan()));
+        // Whole numbers, of which every order of addition gives the same sum.
+        let values: Vec<f32> = (0..100_003).map(|index| (index % 17) as f32 - 8.0).collect();
+        let sum: f64 = values.iter().map(|&x| f64::from(x * x)).sum();
+        on_each_device(&values, |x| {
+            assert_eq!(global_norm(x).unwrap(), sum.sqrt());
+            let unaligned = x.columns(1..100_003); // begins with -7
+            assert_eq!(global_norm(unaligned).unwrap(), (sum - 64.0).sqrt());
+        });
     }
 
     #[test]
     fn the_first_bad_element_is_found() {
-        let mut values = vec![f32::MAX; 100_000];
-        assert_eq!(find_not_finite(upload(&values).view()).unwrap(), None);
-        values[99_999] = f32::NAN;
-        assert_eq!(find_not_finite(upload(&values).view()).unwrap(), Some(99_999));
+        let mut values = vec![f32::MAX; 100_003];
+        let find = |x: View| find_not_finite(x).unwrap();
+        on_each_device(&values, |x| assert_eq!(find(x), None));
+        values[100_002] = f32::NAN;
+        on_each_device(&values, |x| assert_eq!(find(x), Some(100_002)));
         values[77_777] = f32::NEG_INFINITY;
-        assert_eq!(find_not_finite(upload(&values).view()).unwrap(), Some(77_777));
+        on_each_device(&values, |x| assert_eq!((find(x), find(x.columns(3..90_000))), (Some(77_777), Some(77_774))));
+        values[0] = f32::INFINITY;
+        on_each_device(&values, |x| assert_eq!(find(x), Some(0)));
     }
 }

@@ -4,7 +4,12 @@
 //! over the clamped distance `key − query` in `-R..=R`, `R = max_distance`. Attention looks it up there.
 
 use super::{check_dtype, check_shape};
+use crate::driver::{Gpu, Launch, Module};
 use crate::{DType, Device, Result, View, ViewMut};
+
+/// A bucket may begin at a whole number of logarithmic steps; which side a distance there falls on must not depend on the
+/// last bits of a library's logarithm, the host's or a GPU's.
+const NUDGE: f64 = 1e-6;
 
 /// How distances fall into buckets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +37,7 @@ impl RelativeBuckets {
         }
         let ratio = |length: usize| (length as f64 / exact as f64).ln();
         let log_steps = ratio(distance) / ratio(self.max_distance) * (side - exact) as f64;
-        first + (exact + log_steps as usize).min(side - 1)
+        first + (exact + (log_steps + NUDGE) as usize).min(side - 1)
     }
 
     /// The bucket of each clamped distance in `-R..=R`.
@@ -49,7 +54,7 @@ pub fn relative_bias_forward(table: View, buckets: RelativeBuckets, bias: ViewMu
     check_shape!(bias, table.cols(), 2 * buckets.max_distance + 1);
     check_dtype!(DType::F32, bias);
     match bias.device() {
-        Device::Gpu(_) => return crate::error::not_on_gpu_yet("relative_bias_forward"),
+        Device::Gpu(gpu) => launch(gpu, "relative_bias_forward", table, bias.view(), buckets, 0)?,
         Device::Cpu(_) => crate::float::with_float!(table.dtype(), T => forward_cpu::<T>(table, buckets, bias)),
     }
     Ok(())
@@ -71,7 +76,10 @@ pub fn relative_bias_backward(d_bias: View, buckets: RelativeBuckets, d_table: V
     check_shape!(d_bias, d_table.cols(), 2 * buckets.max_distance + 1);
     check_dtype!(DType::F32, d_bias, d_table);
     match d_table.device() {
-        Device::Gpu(_) => return crate::error::not_on_gpu_yet("relative_bias_backward"),
+        Device::Gpu(gpu) => {
+            let shared_bytes = 2 * (4 * d_bias.cols()).next_multiple_of(16);
+            launch(gpu, "relative_bias_backward", d_bias, d_table.view(), buckets, shared_bytes)?;
+        }
         Device::Cpu(_) => {
             let heads = d_table.cols();
             let d_table = d_table.into_slice::<f32>();
@@ -83,6 +91,34 @@ pub fn relative_bias_backward(d_bias: View, buckets: RelativeBuckets, d_table: V
         }
     }
     Ok(())
+}
+
+/// From `x` to `y`, of which one is by bucket and the other by head and distance; a block has a head.
+fn launch(
+    gpu: &Gpu,
+    function: &'static str,
+    x: View,
+    y: View,
+    buckets: RelativeBuckets,
+    shared_bytes: usize,
+) -> Result<()> {
+    let heads = if function == "relative_bias_forward" { x.cols() } else { x.rows() };
+    gpu.launch(Launch {
+        module: Module { source: "relative_bias", element: x.dtype(), constants: &[] },
+        function,
+        grid: [heads as u32, 1, 1],
+        block: 256,
+        shared_bytes,
+        arguments: &[
+            x.into(),
+            x.stride().into(),
+            y.into(),
+            y.stride().into(),
+            buckets.num_buckets.into(),
+            buckets.max_distance.into(),
+            buckets.bidirectional.into(),
+        ],
+    })
 }
 
 #[cfg(test)]
@@ -105,6 +141,24 @@ mod tests {
         for distance in 0..400 {
             let bucket = starts.iter().rposition(|&start| start <= distance).unwrap();
             assert_eq!((decoder.bucket(-distance), decoder.bucket(distance)), (bucket, 0), "{distance}");
+        }
+    }
+
+    /// Also where a bucket begins at a whole number of logarithmic steps: distances that are powers of two.
+    #[test]
+    fn gpus_put_distances_into_the_same_buckets() {
+        let device = Device::emulated(8).unwrap();
+        for (num_buckets, max_distance) in [(32, 128), (8, 20), (16, 64), (64, 512), (12, 96), (4, 16)] {
+            for bidirectional in [false, true] {
+                let buckets = RelativeBuckets { num_buckets, max_distance, bidirectional };
+                // The table of one head that names its buckets.
+                let names: Vec<f32> = (0..num_buckets).map(|bucket| bucket as f32).collect();
+                let table = device.upload(&names, num_buckets, 1).unwrap();
+                let mut bias = device.empty(DType::F32, 1, 2 * max_distance + 1).unwrap();
+                relative_bias_forward(table.view(), buckets, bias.view_mut()).unwrap();
+                let want: Vec<f32> = buckets.buckets().map(|bucket| bucket as f32).collect();
+                assert_eq!(bias.download::<f32>().unwrap(), want, "{buckets:?}");
+            }
         }
     }
 }

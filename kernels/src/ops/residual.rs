@@ -1,17 +1,15 @@
 //! Dropout, and the addition of a sub-layer's output to the residual stream.
 
+use super::elementwise::Elementwise;
 use super::{check_dtype, check_shape};
-use crate::driver::{Gpu, Launch, Module, dropout_arguments, has_whole_vectors};
+use crate::driver::Gpu;
 use crate::float::{Float, with_float};
 use crate::parallel::{SharedMut, for_each_row_block, rows_per_task};
 use crate::simd::multiversion;
 use crate::{Device, Dropout, Result, View, ViewMut};
 
-const THREADS: u32 = 256;
-/// Elements that a thread takes.
-const PIECE: usize = 8;
-
-/// `y[N,D] = x[N,D] + dropout(delta[N,D])`; in f16, a sum beyond its range is ±64504, not infinite. Backward: the gradient of `x` is that of `y`; the gradient of `delta` is
+/// `y[N,D] = x[N,D] + dropout(delta[N,D])`; in f16, a sum beyond its range is ±64504, not infinite. Backward: the
+/// gradient of `x` is that of `y`; the gradient of `delta` is
 /// [`dropout`] of it with the same mask.
 pub fn residual_forward(x: View, delta: View, mask: Dropout, y: ViewMut) -> Result<()> {
     check_shape!(x, y.rows(), y.cols());
@@ -19,7 +17,7 @@ pub fn residual_forward(x: View, delta: View, mask: Dropout, y: ViewMut) -> Resu
     check_dtype!(x.dtype(), delta, y);
     match y.device() {
         Device::Cpu(_) => with_float!(x.dtype(), T => residual_cpu::<T>(x, delta, mask, y)),
-        Device::Gpu(gpu) => residual_gpu(gpu, x, delta, mask, y)?,
+        Device::Gpu(gpu) => launch(gpu, "residual_forward", &[x, delta, y.view()], mask)?,
     }
     Ok(())
 }
@@ -46,44 +44,13 @@ multiversion! {
     }
 }
 
-fn residual_gpu(gpu: &Gpu, x: View, delta: View, mask: Dropout, y: ViewMut) -> Result<()> {
-    let [seed, stream, threshold, scale] = dropout_arguments(mask);
-    gpu.launch(Launch {
-        module: Module { source: "residual", element: x.dtype(), constants: &[] },
-        function: "residual_forward",
-        grid: [pieces_grid(x), 1, 1],
-        block: THREADS,
-        shared_bytes: 0,
-        arguments: &[
-            x.into(),
-            x.stride().into(),
-            delta.into(),
-            delta.stride().into(),
-            (&y).into(),
-            y.stride().into(),
-            x.rows().into(),
-            x.cols().into(),
-            has_whole_vectors(&[x, delta, y.view()]).into(),
-            seed,
-            stream,
-            threshold,
-            scale,
-        ],
-    })
-}
-
-/// Blocks that it takes to give each thread a piece.
-fn pieces_grid(x: View) -> u32 {
-    (x.rows() * x.cols()).div_ceil(PIECE * THREADS as usize) as u32
-}
-
 /// `y[N,D] = dropout(x[N,D])`; its own backward pass. With [`Dropout::NONE`] a copy.
 pub fn dropout(x: View, mask: Dropout, y: ViewMut) -> Result<()> {
     check_shape!(x, y.rows(), y.cols());
     check_dtype!(x.dtype(), y);
     match y.device() {
         Device::Cpu(_) => with_float!(x.dtype(), T => dropout_cpu::<T>(x, mask, y)),
-        Device::Gpu(gpu) => dropout_gpu(gpu, x, mask, y)?,
+        Device::Gpu(gpu) => launch(gpu, "dropout", &[x, y.view()], mask)?,
     }
     Ok(())
 }
@@ -101,28 +68,11 @@ fn dropout_cpu<T: Float>(x: View, mask: Dropout, y: ViewMut) {
     });
 }
 
-fn dropout_gpu(gpu: &Gpu, x: View, mask: Dropout, y: ViewMut) -> Result<()> {
-    let [seed, stream, threshold, scale] = dropout_arguments(mask);
-    gpu.launch(Launch {
-        module: Module { source: "residual", element: x.dtype(), constants: &[] },
-        function: "dropout",
-        grid: [pieces_grid(x), 1, 1],
-        block: THREADS,
-        shared_bytes: 0,
-        arguments: &[
-            x.into(),
-            x.stride().into(),
-            (&y).into(),
-            y.stride().into(),
-            x.rows().into(),
-            x.cols().into(),
-            has_whole_vectors(&[x, y.view()]).into(),
-            seed,
-            stream,
-            threshold,
-            scale,
-        ],
-    })
+/// All views are `[N,D]`.
+fn launch(gpu: &Gpu, function: &'static str, views: &[View], mask: Dropout) -> Result<()> {
+    let (element, cols) = (views[0].dtype(), views[0].cols());
+    let source = "residual";
+    Elementwise { source, function, element, constants: &[], first: &[], views, cols, mask: Some(mask) }.launch(gpu)
 }
 
 multiversion! {

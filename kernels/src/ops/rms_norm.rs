@@ -5,6 +5,7 @@
 //! Backward, with `g = d_y · w`: `d_x += r · g − x · r³ · mean(g · x)`, and `d_w += Σ d_y · cast(x · r)` over the rows.
 
 use super::{check_dtype, check_shape};
+use crate::driver::{Argument, Gpu, Launch, Module, has_whole_vectors};
 use crate::float::{Float, with_float};
 use crate::parallel::{SharedMut, for_each_row_block, rows_per_task};
 use crate::simd::{add_assign, multiversion, sum};
@@ -20,7 +21,7 @@ pub fn rms_norm_forward(x: View, weight: View, eps: f32, y: ViewMut, rstd: ViewM
     check_shape!(rstd, y.rows(), 1);
     check_dtype!(x.dtype(), weight, y);
     match y.device() {
-        Device::Gpu(_) => return crate::error::not_on_gpu_yet("rms_norm_forward"),
+        Device::Gpu(gpu) => forward_gpu(gpu, x, weight, eps, y, rstd)?,
         Device::Cpu(_) => with_float!(x.dtype(), T => forward_cpu::<T>(x, weight, eps, y, rstd)),
     }
     Ok(())
@@ -59,7 +60,7 @@ pub fn rms_norm_backward(d_y: View, x: View, weight: View, rstd: View, d_x: View
     check_dtype!(x.dtype(), weight, d_y, d_x);
     check_dtype!(DType::F32, rstd, d_weight);
     match d_x.device() {
-        Device::Gpu(_) => return crate::error::not_on_gpu_yet("rms_norm_backward"),
+        Device::Gpu(gpu) => backward_gpu(gpu, d_y, x, weight, rstd, d_x, d_weight),
         Device::Cpu(_) => with_float!(x.dtype(), T => backward_cpu::<T>(d_y, x, weight, rstd, d_x, d_weight)),
     }
 }
@@ -97,4 +98,115 @@ multiversion! {
             d_weight[index] += d_y * T::from_f32(x * r).to_f32();
         }
     }
+}
+
+const THREADS: usize = 256;
+
+/// What the source is compiled with for rows of `cols` columns.
+pub(super) fn constants(cols: usize) -> Vec<(&'static str, u32)> {
+    Team::new(cols).constants.to_vec()
+}
+
+/// How rows of `cols` columns are dealt out to warps (cuda/rms_norm.cu).
+struct Team {
+    constants: [(&'static str, u32); 2],
+    /// Rows that a block has at a time.
+    rows: usize,
+}
+
+impl Team {
+    fn new(cols: usize) -> Self {
+        // As driver/sources.rs lists them.
+        const PACKS_MAX: usize = 4;
+        let packs = cols.div_ceil(32 * 8);
+        let warps = packs.div_ceil(PACKS_MAX).next_power_of_two();
+        assert!(warps <= 8, "RMSNorm over {cols} columns");
+        let constants = [("WARPS", warps as u32), ("PACKS", packs.min(PACKS_MAX) as u32)];
+        Team { constants, rows: THREADS / (32 * warps) }
+    }
+
+    fn launch(
+        &self,
+        gpu: &Gpu,
+        element: DType,
+        function: &'static str,
+        blocks: usize,
+        shared_floats: usize,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        gpu.launch(Launch {
+            module: Module { source: "rms_norm", element, constants: &self.constants },
+            function,
+            grid: [blocks as u32, 1, 1],
+            block: THREADS as u32,
+            shared_bytes: THREADS / 32 * 4 + shared_floats * 4,
+            arguments,
+        })
+    }
+}
+
+fn forward_gpu(gpu: &Gpu, x: View, weight: View, eps: f32, y: ViewMut, rstd: ViewMut) -> Result<()> {
+    let team = Team::new(x.cols());
+    let arguments = [
+        x.into(),
+        x.stride().into(),
+        weight.into(),
+        eps.into(),
+        (&y).into(),
+        y.stride().into(),
+        rstd_argument(rstd.view()),
+        x.rows().into(),
+        x.cols().into(),
+        has_whole_vectors(&[x, weight, y.view()]).into(),
+    ];
+    team.launch(gpu, x.dtype(), "rms_norm_forward", x.rows().div_ceil(team.rows), 0, &arguments)
+}
+
+fn rstd_argument(rstd: View) -> Argument {
+    assert!(rstd.is_contiguous(), "rstd with gaps");
+    rstd.into()
+}
+
+/// Blocks of the backward pass, at most: two for each processor of a large GPU, and few rows of partial sums.
+const BLOCKS_MAX: usize = 256;
+
+fn backward_gpu(
+    gpu: &Gpu,
+    d_y: View,
+    x: View,
+    weight: View,
+    rstd: View,
+    d_x: ViewMut,
+    d_weight: ViewMut,
+) -> Result<()> {
+    let (rows, cols) = (x.rows(), x.cols());
+    let team = Team::new(cols);
+    let rows_per_block = rows.div_ceil(BLOCKS_MAX).next_multiple_of(team.rows);
+    let blocks = rows.div_ceil(rows_per_block);
+    let mut partials = d_x.device().empty(DType::F32, blocks, cols)?;
+    let arguments = [
+        d_y.into(),
+        d_y.stride().into(),
+        x.into(),
+        x.stride().into(),
+        weight.into(),
+        rstd_argument(rstd),
+        (&d_x).into(),
+        d_x.stride().into(),
+        (&partials.view_mut()).into(),
+        rows.into(),
+        cols.into(),
+        rows_per_block.into(),
+        has_whole_vectors(&[d_y, x, weight, d_x.view()]).into(),
+    ];
+    team.launch(gpu, x.dtype(), "rms_norm_backward", blocks, team.rows * cols, &arguments)?;
+    const SUM_THREADS: usize = 1024;
+    gpu.launch(Launch {
+        module: Module { source: "rms_norm", element: x.dtype(), constants: &team.constants },
+        function: "rms_norm_d_weight",
+        grid: [cols.div_ceil(32) as u32, 1, 1],
+        block: SUM_THREADS as u32,
+        shared_bytes: SUM_THREADS * 4,
+        arguments: &[partials.view().into(), blocks.into(), (&d_weight).into(), cols.into()],
+    })
 }

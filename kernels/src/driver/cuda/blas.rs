@@ -82,7 +82,6 @@ const EXACT_MAX: usize = 4096;
 /// cuBLASLt on one device, with the algorithms that it was asked for.
 pub(crate) struct Blas {
     functions: Functions,
-    pub(crate) library: &'static Shared,
     handle: Handle,
     /// On the device, [`WORKSPACE_BYTES`] of it.
     workspace: usize,
@@ -103,12 +102,12 @@ impl Blas {
     /// The newest that a driver of this major version can use. The device's context must be current; `workspace` is of
     /// its memory.
     pub(crate) fn open(driver_major: u32, search_path: &SearchPath, workspace: usize) -> Result<Self> {
-        let (library, functions) = load(driver_major, search_path)?;
+        let (_, functions) = load(driver_major, search_path)?;
         let mut handle = ptr::null_mut();
         // SAFETY: the handle outlives the call.
         let status = unsafe { (functions.cublasLtCreate)(&mut handle) };
         let (chosen, exact) = Default::default();
-        let blas = Blas { functions, library, handle, workspace, chosen, exact };
+        let blas = Blas { functions, handle, workspace, chosen, exact };
         blas.check("cublasLtCreate", status)?;
         Ok(blas)
     }
@@ -382,9 +381,9 @@ mod tests {
     /// The library, without a GPU: it can describe, but neither choose nor multiply.
     fn blas() -> Option<Blas> {
         match load(NEWEST_MAJOR, &SearchPath::default()) {
-            Ok((library, functions)) => {
+            Ok((_, functions)) => {
                 let (chosen, exact) = Default::default();
-                Some(Blas { functions, library, handle: ptr::null_mut(), workspace: 0, chosen, exact })
+                Some(Blas { functions, handle: ptr::null_mut(), workspace: 0, chosen, exact })
             }
             Err(error) => {
                 eprintln!("SKIPPED: no product is described to cuBLASLt, because {error}");

@@ -8,7 +8,10 @@ mod nvrtc;
 mod plan;
 mod query;
 pub(crate) mod resources;
+mod side;
 mod staging;
+#[cfg(test)]
+mod tests;
 mod timer;
 mod transfer;
 
@@ -16,6 +19,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_void};
 use std::fs;
+use std::mem::ManuallyDrop;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
@@ -28,7 +32,8 @@ use self::transfer::Transfer;
 use super::{Argument, Launch, Module, Product, cache, sources};
 use crate::{DType, Error, Result, SearchPath};
 
-pub(crate) use self::query::{DriverLibrary, library_versions};
+pub(crate) use self::query::{DriverLibrary, GpuInfo, library_versions, needed_libraries};
+pub(crate) use self::side::SideStream;
 pub(crate) use self::timer::Event;
 
 /// Dynamic shared memory that every kernel may have without being asked for.
@@ -43,11 +48,12 @@ pub(crate) struct Cuda {
     shared_bytes_max: usize,
     nvrtc: Nvrtc,
     architecture: String,
+    driver_major: u32,
     modules: Mutex<HashMap<ModuleKey, Loaded>>,
     transfer: Mutex<Transfer>,
     workspace: sys::CUdeviceptr,
     /// Dropped by hand, before the context.
-    blas: Option<Blas>,
+    blas: ManuallyDrop<Blas>,
     /// For messages.
     last_kernel: Mutex<&'static str>,
 }
@@ -74,8 +80,7 @@ unsafe impl Sync for Cuda {}
 
 impl Cuda {
     /// Opens the GPU of this number, with the libraries that it needs.
-    pub(crate) fn new(ordinal: usize) -> Result<Self> {
-        let search_path = SearchPath::current();
+    pub(crate) fn new(ordinal: usize, search_path: &SearchPath) -> Result<Self> {
         let driver = DriverLibrary::open(search_path)?;
         let info = driver.gpu(ordinal)?;
         info.check_supported()?;
@@ -95,12 +100,26 @@ impl Cuda {
             shared_bytes_max: info.shared_bytes_max,
             nvrtc,
             architecture,
+            driver_major: driver.major(),
             modules: Mutex::default(),
             transfer: Mutex::new(transfer),
             workspace,
-            blas: Some(blas),
+            blas: ManuallyDrop::new(blas),
             last_kernel: Mutex::new("none"),
         })
+    }
+
+    /// Of the GPU, or of the MIG instance that it is.
+    pub(crate) fn uuid(&self) -> Result<String> {
+        let mut uuid = sys::CUuuid { bytes: [0; 16] };
+        // SAFETY: the answer outlives the call. The first version would not tell instances apart.
+        check("cuDeviceGetUuid", unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, self.device) }.result())?;
+        Ok(uuid.bytes.iter().map(|&byte| format!("{:02x}", byte as u8)).collect())
+    }
+
+    /// Of the newest CUDA that the driver runs.
+    pub(crate) fn driver_major(&self) -> u32 {
+        self.driver_major
     }
 
     /// Device memory, aligned to 256 bytes.
@@ -189,7 +208,6 @@ impl Cuda {
     /// A product whose operands, if they are f32, may be rounded to `tf32`.
     pub(crate) fn gemm(&self, product: Product, tf32: bool) -> Result<()> {
         let (m, n, k) = product.shape();
-        let Some(blas) = &self.blas else { return Ok(()) };
         if m == 0 || n == 0 || (k == 0 && product.accumulate) {
             return Ok(());
         }
@@ -198,7 +216,7 @@ impl Cuda {
             return self.fill_rows_zero(&product);
         }
         *lock(&self.last_kernel) = "a matrix product";
-        blas.multiply(&Problem::new(&product, tf32), self.stream)
+        self.blas.multiply(&Problem::new(&product, tf32), self.stream)
     }
 
     /// The sum over nothing.
@@ -293,11 +311,11 @@ impl Drop for Cuda {
         if self.bind().is_err() {
             return;
         }
-        // SAFETY: after the stream is done nobody uses any of these; each is given back once. At the end of a process
+        // SAFETY: after the stream is done nobody uses any of these; each is given back once, here. At the end of a process
         // the driver may be gone before, which is no harm.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
-            self.blas = None;
+            ManuallyDrop::drop(&mut self.blas);
             for loaded in lock(&self.modules).values() {
                 let _ = result::module::unload(loaded.module);
             }
@@ -343,7 +361,7 @@ impl Drop for Context {
 /// The module's machine code, from the disk if it was compiled before by this version of NVRTC from the same text.
 pub(crate) fn cubin(nvrtc: &Nvrtc, architecture: &str, module: Module) -> Result<Vec<u8>> {
     let options = options(architecture, module);
-    let source = sources::text(&module);
+    let source = sources::kernels(module.source);
     let version = nvrtc.version();
     let mut inputs: Vec<&[u8]> = vec![version.as_bytes(), source.as_bytes()];
     inputs.extend(options.iter().map(|option| option.as_bytes()));
@@ -357,7 +375,7 @@ pub(crate) fn cubin(nvrtc: &Nvrtc, architecture: &str, module: Module) -> Result
 
 fn compile(nvrtc: &Nvrtc, options: &[String], module: Module) -> Result<nvrtc::Compiled> {
     let name = format!("{}.cu", module.source);
-    let compiled = nvrtc.compile((&name, sources::text(&module)), sources::HEADERS, options);
+    let compiled = nvrtc.compile((&name, sources::kernels(module.source)), sources::HEADERS, options);
     compiled.map_err(|error| match error {
         Error::Compile { log, .. } => {
             Error::Compile { module: format!("{} for {}", module.describe(), options[0]), log }

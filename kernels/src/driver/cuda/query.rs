@@ -1,6 +1,6 @@
 //! What is there: the driver, its GPUs, and the libraries beside it. Opens no context.
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -8,6 +8,7 @@ use cudarc::driver::sys;
 use super::nvrtc::Nvrtc;
 use super::{blas, check, explain};
 use crate::driver::libraries::{Shared, Wanted, dotted, functions};
+use crate::driver::nccl::Nccl;
 use crate::{Error, Result, SearchPath};
 
 /// The first driver that runs what a toolkit of version 12 makes, as the driver counts (12.0).
@@ -17,10 +18,6 @@ const CAPABILITY_MIN: (u32, u32) = (8, 0);
 
 functions!(DriverFunctions {
     fn cuDriverGetVersion(version: *mut c_int) -> c_int;
-});
-
-functions!(NcclFunctions {
-    fn ncclGetVersion(version: *mut c_int) -> c_int;
 });
 
 /// The driver, loaded; cudarc finds it as the library that is loaded already.
@@ -66,6 +63,17 @@ impl DriverLibrary {
                 files: wanted.files.join(" or "),
                 problem: format!("is at {}, where the system's loader does not look", library.path.display()),
                 remedy: "put its folder into LD_LIBRARY_PATH".into(),
+            });
+        }
+        // SAFETY: addresses are compared, not called; the library is present.
+        let (ours, cudarcs) = unsafe {
+            let cudarcs = sys::culib().get::<*const c_void>(b"cuInit").map(|symbol| *symbol);
+            (library.function::<*const c_void>("cuInit")?, cudarcs)
+        };
+        if cudarcs.ok() != Some(ours) {
+            return Err(Error::UnfitLibrary {
+                path: library.path.display().to_string(),
+                problem: "the system's loader finds another libcuda.so; leave one of them in LD_LIBRARY_PATH".into(),
             });
         }
         result::init().map_err(no_gpu)?;
@@ -154,20 +162,14 @@ pub(crate) type LibraryVersion = (&'static str, Result<(String, &'static Shared)
 pub(crate) fn library_versions(driver_major: u32, search_path: &SearchPath) -> [LibraryVersion; 3] {
     let nvrtc = Nvrtc::open(driver_major, search_path).map(|nvrtc| (nvrtc.version(), nvrtc.library));
     let blas = blas::version(driver_major, search_path).map(|(library, version)| (version, library));
-    [("NVRTC", nvrtc), ("cuBLASLt", blas), ("NCCL", nccl_version(driver_major, search_path))]
+    let nccl = Nccl::load(&Wanted::nccl(driver_major), search_path);
+    let nccl = nccl.map(|nccl| (nccl.version().to_string(), nccl.library));
+    [("NVRTC", nvrtc), ("cuBLASLt", blas), ("NCCL", nccl)]
 }
 
-fn nccl_version(driver_major: u32, search_path: &SearchPath) -> Result<(String, &'static Shared)> {
-    let library = Shared::open(&Wanted::nccl(driver_major), search_path)?;
-    let mut version = 0;
-    // SAFETY: the integer outlives the call.
-    let status = unsafe { (NcclFunctions::load(library)?.ncclGetVersion)(&mut version) };
-    match status {
-        // 2.30.3 is 23003.
-        0 => Ok((format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100), library)),
-        _ => Err(Error::UnfitLibrary {
-            path: library.path.display().to_string(),
-            problem: format!("it does not tell its version (error {status})"),
-        }),
-    }
+/// Sees that the libraries without which no GPU can be used are there.
+pub(crate) fn needed_libraries(driver_major: u32, search_path: &SearchPath) -> Result<()> {
+    Nvrtc::open(driver_major, search_path)?;
+    blas::version(driver_major, search_path)?;
+    Ok(())
 }

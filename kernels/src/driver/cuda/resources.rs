@@ -7,6 +7,7 @@ use super::{compile, options};
 use crate::driver::Module;
 use crate::driver::libraries::NEWEST_MAJOR;
 use crate::driver::sources::{self, is_hot};
+use crate::ops::{KernelModule, modules};
 use crate::{Result, SearchPath};
 
 /// What one kernel takes on one architecture.
@@ -42,9 +43,13 @@ impl KernelResources {
 /// NVRTC is missing, or a kernel does not compile.
 pub fn kernel_resources(architectures: &[&str], only: &str) -> Result<Vec<KernelResources>> {
     let nvrtc = Nvrtc::open(NEWEST_MAJOR, SearchPath::current())?;
+    let modules = modules();
     let mut work = Vec::new();
-    for module in sources::modules().filter(|module| module.describe().contains(only)) {
-        work.extend(architectures.iter().map(|architecture| (module, *architecture)));
+    for KernelModule { source, element, constants } in &modules {
+        let module = Module { source, element: *element, constants };
+        if module.describe().contains(only) {
+            work.extend(architectures.iter().map(|architecture| (module, *architecture)));
+        }
     }
     let reports: Result<Vec<Vec<KernelResources>>> =
         work.par_iter().map(|(module, architecture)| report(&nvrtc, architecture, *module)).collect();
@@ -59,7 +64,7 @@ fn report(nvrtc: &Nvrtc, architecture: &str, module: Module) -> Result<Vec<Kerne
     for kernel in &mut kernels {
         kernel.architecture = architecture.to_string();
         kernel.module = module.describe();
-        kernel.hot = is_hot(sources::text(&module), &kernel.kernel);
+        kernel.hot = is_hot(sources::kernels(module.source), &kernel.kernel);
     }
     Ok(kernels)
 }

@@ -22,7 +22,7 @@ const EMULATOR: &[sources::Source] = &[
 /// Neither contraction nor reassociation: the same bits on every machine.
 const OPTIONS: &[&str] = &[
     "-std=c++17",
-    "-O2",
+    "-O1",
     "-fPIC",
     "-shared",
     "-fvisibility=hidden",
@@ -35,6 +35,7 @@ const OPTIONS: &[&str] = &[
     "-DEMULATED",
 ];
 const SANITIZER_OPTIONS: &[&str] = &[
+    "-ftrivial-auto-var-init=pattern", // what a kernel forgets to initialise is a large number
     "-g1",
     "-O1",
     "-fno-omit-frame-pointer",
@@ -86,6 +87,7 @@ struct RawKernel {
     name: *const c_char,
     signature: *const c_char,
     call: *const c_void,
+    threads_max: u32,
 }
 
 /// What block.h calls Launch.
@@ -114,6 +116,8 @@ pub(super) struct Kernel {
     address: *const c_void,
     /// A letter for each parameter; see block.h.
     pub(super) signature: String,
+    /// Its launch bounds.
+    pub(super) threads_max: u32,
 }
 
 // SAFETY: the address is of constant data of a library that is never unloaded.
@@ -129,7 +133,7 @@ impl Library {
         static LIBRARIES: OnceLock<Libraries> = OnceLock::new();
         static LOADING: Mutex<()> = Mutex::new(());
         let libraries = LIBRARIES.get_or_init(Mutex::default);
-        let cell: &'static OnceLock<Library> = *libraries
+        let cell: &'static OnceLock<Library> = libraries
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .entry(module.describe())
@@ -157,12 +161,13 @@ impl Library {
             let mut kernels = HashMap::new();
             for index in 0.. {
                 let address = table.add(index);
-                let RawKernel { name, signature, .. } = &*address;
+                let RawKernel { name, signature, threads_max, .. } = &*address;
                 if name.is_null() {
                     break;
                 }
                 let text = |text: *const c_char| CStr::from_ptr(text).to_string_lossy().into_owned();
-                kernels.insert(text(*name), Kernel { address: address.cast(), signature: text(*signature) });
+                let kernel = Kernel { address: address.cast(), signature: text(*signature), threads_max: *threads_max };
+                kernels.insert(text(*name), kernel);
             }
             Ok(Library { kernels, run })
         }
@@ -200,7 +205,7 @@ impl Library {
 /// The path of the module's shared object.
 fn compile(module: &Module) -> Result<std::path::PathBuf> {
     let compiler = COMPILER.get().cloned().unwrap_or_else(|| "g++".into());
-    let text = sources::text(module);
+    let text = sources::kernels(module.source);
     let mut options: Vec<String> = OPTIONS.iter().map(|&option| option.to_owned()).collect();
     if is_sanitized() {
         options.extend(SANITIZER_OPTIONS.iter().map(|&option| option.to_owned()));
@@ -225,13 +230,25 @@ fn compile(module: &Module) -> Result<std::path::PathBuf> {
 
 /// What is compiled: the emulator, the kernels, and a table of them.
 fn translation_unit(stem: &str, text: &str) -> String {
-    let rows: String =
-        sources::kernel_names(text).iter().map(|name| format!("    EMULATOR_KERNEL({name}),\n")).collect();
+    let row = |name: &str| {
+        let threads_max = launch_bounds(text, name).unwrap_or("emulator::THREADS_MAX");
+        format!("    EMULATOR_KERNEL({name}, {threads_max}),\n")
+    };
+    let rows: String = sources::kernel_names(text).into_iter().map(row).collect();
     format!(
         "#include \"cuda.h\"\n#include \"tensor_cores.h\"\n#include \"{stem}.cu\"\n\
          extern \"C\" __attribute__((visibility(\"default\"))) const emulator::Kernel emulator_kernels[] = {{\n\
-         {rows}    {{nullptr, nullptr, nullptr}},\n}};\n"
+         {rows}    {{nullptr, nullptr, nullptr, 0}},\n}};\n"
     )
+}
+
+/// The most threads of a block that a kernel is declared for, an expression.
+fn launch_bounds<'a>(text: &'a str, kernel: &str) -> Option<&'a str> {
+    let bounded = text.lines().filter_map(|line| line.strip_prefix("KERNEL LAUNCH_BOUNDS(")?.split_once(") "));
+    bounded
+        .filter(|(_, rest)| rest.strip_prefix(kernel).is_some_and(|rest| rest.starts_with('(')))
+        .map(|(n, _)| n)
+        .next()
 }
 
 fn write_sources(directory: &Path, files: &[(&str, &str)], kernels: (&str, &str), unit: &str) -> io::Result<()> {

@@ -14,10 +14,15 @@ use crate::{Error, Result};
 /// Blocks that a thread of the pool takes at a time, at least.
 const BLOCKS_MIN: usize = 4;
 
+/// The most shared memory of a block that any GPU has (sm_90).
+const SHARED_BYTES_MAX: usize = 227 << 10;
+
 /// Runs all blocks in an order that `seed` draws.
 pub(super) fn launch(library: &Library, launch: &Launch, seed: u64) -> Result<()> {
     let kernel = library.kernel(launch.function);
     check_arguments(kernel, launch);
+    let Launch { function, block, .. } = *launch;
+    assert!(block <= kernel.threads_max, "{block} threads, but kernel {function} is for {}", kernel.threads_max);
     let pointers: Vec<*const c_void> = launch.arguments.iter().map(address_of_value).collect();
     let raw = RawLaunch {
         grid: launch.grid,
@@ -26,6 +31,7 @@ pub(super) fn launch(library: &Library, launch: &Launch, seed: u64) -> Result<()
         arguments: pointers.as_ptr(),
         seed,
     };
+    assert!(launch.shared_bytes <= SHARED_BYTES_MAX, "{} bytes of shared memory", launch.shared_bytes);
     let count: u64 = launch.grid.iter().map(|&blocks| u64::from(blocks)).product();
     let order = permutation(count, seed);
     let failure: Mutex<Option<(usize, String)>> = Mutex::new(None);

@@ -74,6 +74,13 @@ KERNEL copy_in_the_background(const element* x, element* y) {
     store16(y + VECTOR * (i + blockDim.x), load16(other + VECTOR * threadIdx.x));
 }
 
+// y = x by way of a sum that overflows, which C++ does not define.
+KERNEL overflow(const element* x, element* y) {
+    const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    const i32 large = 0x7fffffff - i32(threadIdx.x) + !RIGHT;
+    y[i] = large + i32(threadIdx.x) > 0 ? x[i] : element();
+}
+
 // A barrier for some of the threads.
 KERNEL leave_before_barrier(element* y) {
     if (!RIGHT && threadIdx.x == 40) return;
@@ -179,3 +186,5 @@ KERNEL product(const element* a, const element* b, float* c) {
     c[8 * (group + 8) + pair + 1] = sum[3];
 }
 #endif
+
+KERNEL LAUNCH_BOUNDS(3 * WARP) bounded() {}

@@ -3,16 +3,17 @@
 use half::{bf16, f16};
 
 use super::compile::is_sanitized;
-use crate::driver::{Argument, Launch, Module, dropout_arguments};
+use crate::driver::{Argument, Launch, Module, Product, dropout_arguments};
 use crate::float::Float;
 use crate::oracle::{self, Random};
-use crate::{DType, Device, Dropout, Error, Result, Tensor, selftest};
+use crate::{DType, Device, Dropout, Error, Result, Segments, Tensor, ops, selftest};
 
 const THREADS: usize = 96;
 const BLOCKS: usize = 5;
 const COUNT: usize = THREADS * BLOCKS;
 
 /// A launch of a kernel of test.cu, with or without its mistake.
+#[derive(Clone, Copy)]
 struct Test<'a> {
     function: &'static str,
     element: DType,
@@ -76,14 +77,29 @@ fn failure(function: &'static str, factor: usize) -> String {
     }
 }
 
+fn operations_agree_with_the_oracle(seed: u64) {
+    let device = Device::emulated(seed).unwrap();
+    let outcomes = selftest::run(&device).unwrap_or_else(|error| panic!("{error}"));
+    let failures: Vec<_> = outcomes.iter().filter(|outcome| !outcome.passed).collect();
+    assert!(failures.is_empty(), "{failures:#?}");
+    assert!(outcomes.len() > 300, "{} outcomes", outcomes.len());
+    assert_eq!(device.memory().live_bytes, 0);
+}
+
+/// Several orders of threads; tests of their own, to run side by side.
 #[test]
-fn operations_agree_with_the_oracle_in_any_order_of_threads() {
-    for seed in 0..3 {
-        let outcomes = selftest::run(&Device::emulated(seed).unwrap()).unwrap();
-        let failures: Vec<_> = outcomes.iter().filter(|outcome| !outcome.passed).collect();
-        assert!(failures.is_empty(), "seed {seed}: {failures:#?}");
-        assert!(outcomes.len() >= 48, "{} outcomes", outcomes.len());
-    }
+fn operations_agree_with_the_oracle_in_one_order() {
+    operations_agree_with_the_oracle(1);
+}
+
+#[test]
+fn operations_agree_with_the_oracle_in_another_order() {
+    operations_agree_with_the_oracle(2);
+}
+
+#[test]
+fn operations_agree_with_the_oracle_in_a_third_order() {
+    operations_agree_with_the_oracle(3);
 }
 
 #[test]
@@ -132,7 +148,7 @@ fn writes_out_of_bounds_are_reported() {
     }
 }
 
-/// Under AddressSanitizer these end the process, with its report; tests/emulator/sanitize.sh looks for that.
+/// With the sanitizers these end the process, with their report; tests/emulator/sanitize.sh looks for that.
 #[test]
 #[ignore = "ends the process where it works: run by tests/emulator/sanitize.sh"]
 fn planted_write_out_of_device_memory() {
@@ -145,6 +161,13 @@ fn planted_write_out_of_device_memory() {
 fn planted_write_out_of_shared_memory() {
     assert!(is_sanitized());
     let _ = run(1, "copy_shared", false, 1);
+}
+
+#[test]
+#[ignore = "ends the process where it works: run by tests/emulator/sanitize.sh"]
+fn planted_overflow() {
+    assert!(is_sanitized());
+    let _ = run(1, "overflow", false, 1);
 }
 
 #[test]
@@ -307,4 +330,68 @@ fn tensor_cores_multiply_fragments() {
     multiplies::<f32>(8);
     multiplies::<bf16>(16);
     multiplies::<f16>(16);
+}
+
+#[test]
+#[should_panic(expected = "128 threads, but kernel bounded is for 96")]
+fn launch_bounds_are_kept() {
+    let device = Device::emulated(0).unwrap();
+    let test = Test { function: "bounded", ..TEST };
+    launch(&device, test).unwrap();
+    let _ = launch(&device, Test { threads: 128, ..test });
+}
+
+#[test]
+fn views_are_read_written_copied_and_zeroed() {
+    let device = Device::emulated(0).unwrap();
+    let mut tensor = device.upload(&numbers(12), 3, 4).unwrap();
+    tensor.view_mut().rows_range(1..2).write(&[-1.0_f32; 4]).unwrap();
+    tensor.view_mut().split_columns(3).1.fill_zero().unwrap();
+    let mut row = [f32::NAN; 4];
+    tensor.view().rows_range(2..3).read(&mut row).unwrap();
+    assert_eq!(row, [8.0, 9.0, 10.0, 0.0]);
+    let mut other = device.empty(DType::F32, 3, 4).unwrap();
+    ops::cast(tensor.view(), other.view_mut()).unwrap();
+    assert_eq!(other.download::<f32>().unwrap(), [0.0, 1.0, 2.0, 0.0, -1.0, -1.0, -1.0, 0.0, 8.0, 9.0, 10.0, 0.0]);
+    assert!(device.zeros(DType::F32, 0, 4).unwrap().download::<f32>().unwrap().is_empty());
+}
+
+#[test]
+#[should_panic(expected = "host access to memory of emulated")]
+fn the_host_does_not_reach_into_device_memory() {
+    let tensor = Device::emulated(0).unwrap().zeros(DType::F32, 1, 1).unwrap();
+    tensor.as_slice::<f32>();
+}
+
+#[test]
+fn segments_are_uploaded_once() {
+    let device = Device::emulated(0).unwrap();
+    let segments = Segments::from_offsets(&[0, 3, 3, 7]);
+    let view = segments.on_device(&device).unwrap();
+    let mut values = [0; 6];
+    view.read::<u32>(&mut values).unwrap();
+    assert_eq!(values, [0, 3, 3, 3, 0, 4]);
+    assert_eq!(segments.on_device(&device).unwrap().address(), view.address());
+}
+
+#[test]
+fn products_are_scaled_transposed_and_accumulated() {
+    let device = Device::emulated(0).unwrap();
+    let Device::Gpu(gpu) = &device else { unreachable!() };
+    let a = device.upload(&[1.0_f32, 2.0, 3.0, 4.0, 5.0, 6.0], 3, 2).unwrap(); // as [K,M]
+    let b = device.upload(&[1.0_f32, 0.0, 2.0, 0.0, 1.0, 1.0], 2, 3).unwrap(); // as [N,K]
+    for (accumulate, want) in [(false, [5.5, 4.0, 7.0, 5.0]), (true, [6.5, 5.0, 8.0, 6.0])] {
+        let mut c = device.upload(&[1.0_f32; 4], 2, 2).unwrap();
+        let product = Product {
+            a: a.view(),
+            a_transposed: true,
+            b: b.view(),
+            b_transposed: true,
+            c: c.view_mut(),
+            alpha: 0.5,
+            accumulate,
+        };
+        gpu.gemm(product).unwrap();
+        assert_eq!(c.download::<f32>().unwrap(), want);
+    }
 }

@@ -110,7 +110,7 @@ part_doctor() {
     "$quintet" doctor || failed "doctor failed"
     "$quintet" doctor --json
     local found
-    found=$("$quintet" doctor | tail -n 1)
+    found=$("$quintet" doctor | grep '^devices:')
     case $found in *"$DEVICE"*) echo "$found" ;; *) failed "no $DEVICE: $found" ;; esac
 }
 
@@ -122,7 +122,7 @@ part_selftest() {
     counts=$(awk '/tolerance/ { for (i = 1; i <= NF; i++) if ($i == "error") rows[$(i - 1)]++ }
         END { for (type in rows) printf "%s %d rows; ", type, rows[type] }' "$scratch/rows")
     [ "$status" -eq 0 ] || failed "status $status, $(grep -c FAILED "$scratch/rows") rows failed; ${counts}see the log"
-    for type in f32 bf16 f16; do
+    for type in f32 tf32 bf16 f16; do
         grep -q " $type .*ok$" "$scratch/rows" || failed "no rows of $type"
     done
     echo "${counts%; }"

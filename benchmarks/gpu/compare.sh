@@ -139,7 +139,7 @@ bounded() {
     [ "$status" -eq 0 ] && return 0
     case $status in
         124 | 137) why="stopped after $limit s" ;;
-        *) why=$(grep -m1 -E '^error|Error' "$scratch/err" | tr -d '"\\' | tr ',' ';' | cut -c1-160) ;;
+        *) why=$(grep -m1 -E '^error|Error' "$scratch/err" | tr -d '"\\' | tr ',|' ';/' | cut -c1-160) ;;
     esac
     case $why in *"out of memory"*) why="out of memory" ;; '') why="failed with status $status" ;; esac
     return 1

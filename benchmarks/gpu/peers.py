@@ -52,7 +52,7 @@ def attempt(measure):
     except Exception as error:  # whatever torch.compile or a kernel says
         # No comma and no quote: the table's reader takes documents apart by them.
         line = (str(error).strip().splitlines() or [""])[0]
-        return None, f"{type(error).__name__}: {line}"[:160].translate(str.maketrans(",\"\\{}", ";' ()"))
+        return None, f"{type(error).__name__}: {line}"[:160].translate(str.maketrans(",\"\\{}|", ";' ()/"))
 
 
 def measure_step(arguments, peer, batch_size):

@@ -35,6 +35,14 @@ pub enum Error {
     HeadSize { head_size: usize, most: usize },
     #[error("attention on a GPU tells apart distances up to {most}, and this bias up to {reach}; use --device cpu")]
     BiasReach { reach: usize, most: usize },
+    #[error("NCCL: {action} failed: {reason}")]
+    Nccl { action: &'static str, reason: String },
+    /// This GPU is well, and can go on in another communicator.
+    #[error("NCCL: {problem}")]
+    PeersLost { problem: String },
+    /// What was waited for was declared void.
+    #[error("NCCL: interrupted")]
+    Void,
 }
 
 impl Error {

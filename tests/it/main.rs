@@ -12,6 +12,7 @@ mod invariance;
 mod jobs;
 mod json;
 mod model_files;
+mod nccl;
 mod parity;
 mod recovery;
 mod structure;

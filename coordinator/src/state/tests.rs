@@ -148,6 +148,7 @@ fn line(effect: &Effect) -> String {
 fn event_line(event: &Event) -> String {
     match event {
         Event::Joined { worker, joined, expected, .. } => format!("joined {worker}, {joined} of {expected}"),
+        Event::Linked { gradients } => gradients.clone(),
         Event::Started { workers, step } => format!("started with {workers} at step {step}"),
         Event::Train(m) => format!("train {} loss {} examples {}", m.step, m.loss, m.examples),
         Event::Eval(m) => format!("eval {} loss {}", m.step, m.eval_loss),

@@ -227,7 +227,7 @@ mod tests {
                 assert_eq!(seen, at_once, "{elements} elements in {pieces} pieces");
             }
         }
-        assert_eq!(buckets(100_000, 100_000, 0).count(), 15);
+        assert_eq!(buckets(100_000, 100_000, 0).count(), 14);
         assert_eq!(buckets(0, 0, 0).count(), 0);
     }
 }

@@ -1,7 +1,9 @@
 //! Readable transcripts: what happens, and what the machine answers.
 
 use quintet_data::TrainingLength;
-use quintet_proto::v1::{Evaluated, Failed, Finished, Heartbeat, Lease, MicroBatch, NotFinite, Saved, StepFailed};
+use quintet_proto::v1::{
+    Evaluated, Failed, Finished, Heartbeat, Lease, Linked, MicroBatch, NotFinite, Saved, StepFailed,
+};
 
 use super::*;
 
@@ -274,6 +276,16 @@ fn a_dead_worker_costs_the_step_in_flight_only() {
          0 <- commit 2, next 3 micro-batches 0..1",
     );
     assert_lines(script.join(5), "5 <- dismissed: the run has started; workers cannot join it any more");
+}
+
+#[test]
+fn how_gradients_travel_is_told_once_a_generation() {
+    let mut script = Script::started(settings());
+    let linked = |generation| Report::Linked(Linked { generation, gradients: format!("by generation {generation}") });
+    assert_lines(script.report(0, linked(1)), "by generation 1");
+    script.leave(1);
+    assert_lines(script.report(0, linked(1)), "");
+    assert_lines(script.report(0, linked(2)), "by generation 2");
 }
 
 #[test]

@@ -2,9 +2,11 @@
 
     python benchmarks/step_torch.py --model t5-small --batch-size 8 --source-length 128 --target-length 32
 
-Random weights, a batch of full-length rows (nothing is padding, the peer's best case), dropout as the preset's
-config has it, forward + backward + AdamW (fused where torch offers it). Prints one JSON document with the keys
-of `quintet bench step --json` plus `framework`. `seconds_per_step` is the median of --steps after --warmup.
+Random weights, a batch of full-length rows (nothing is padding, the peer's best case) or, with --ragged, of rows
+padded to the longest, of which only the real tokens count; dropout as the preset's config has it; forward +
+backward + clipping + AdamW (fused where torch offers it). Prints one JSON document with the keys of `quintet bench
+step --json` plus `framework`. The --steps after --warmup follow each other as in training, in five rounds;
+`seconds_per_step` is the rounds' median.
 
 `peak_memory_bytes`: on CUDA `torch.cuda.max_memory_allocated`; on the CPU the highest resident set during the
 steps less the one before the model was built, read from /proc (weights, gradients and moments included).
@@ -40,7 +42,10 @@ SIZES_BYT5 = {
     "base": (1536, 3968, 64, 18, 6, 12),
     "large": (1536, 3840, 64, 36, 12, 16),
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# bf16 and fp16 as Trainer has them: f32 weights under autocast. pure-bf16 has no f32 weights or moments at all.
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ["fp32", "tf32", "bf16", "fp16", "pure-bf16"]
+ROUNDS = 5
 
 
 def preset_sizes():
@@ -113,93 +118,155 @@ def resident_bytes():
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def train_step(model, optimizer, batch, autocast):
-    with autocast:
-        loss = model(**batch).loss
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
-    return loss
+def lengths(arguments):
+    """Source and target length of each row: full, or by the formula of `quintet bench step --ragged`."""
+
+    def length(full, row, spread):
+        least = -(-full // 4)
+        fraction = (row + 1) * spread % 2**32
+        return least + (fraction * (full - least + 1) >> 32) if arguments.ragged else full
+
+    return [
+        (length(arguments.source_length, row, 2_654_435_761), length(arguments.target_length, row, 2_246_822_519))
+        for row in range(arguments.batch_size)
+    ]
 
 
-def time_steps(step, synchronize, warmup, steps):
-    seconds = []
-    for _ in range(warmup + steps):
-        synchronize()
-        start = time.perf_counter()
-        step()
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[warmup:])
+class Peer:
+    """A model with its optimizer, and one training step of them."""
+
+    def __init__(self, arguments, device):
+        self.device, self.precision = device, arguments.precision
+        torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
+        with device:
+            self.model = build(arguments.model, arguments.attention)
+        self.model.to(torch.bfloat16 if self.precision == "pure-bf16" else torch.float32).train()
+        if arguments.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+            self.model.config.use_cache = False
+        self.forward = self.model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        # As Trainer does for fp16; without effect elsewhere.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+
+    def compile(self):
+        self.forward = torch.compile(self.model)
+
+    def batch(self, arguments):
+        """Arbitrary tokens, padded to the longest row as a collator does."""
+        generator = torch.Generator().manual_seed(0)
+        rows = lengths(arguments)
+
+        def padded(column, pad):
+            longest = max(row[column] for row in rows)
+            tokens = torch.randint(2, self.model.config.vocab_size, (len(rows), longest), generator=generator)
+            real = torch.arange(longest)[None, :] < torch.tensor([row[column] for row in rows])[:, None]
+            return torch.where(real, tokens, pad).to(self.device), real.long().to(self.device)
+
+        source, mask = padded(0, 0)
+        return {"input_ids": source, "attention_mask": mask, "labels": padded(1, -100)[0]}
+
+    def step(self, batch):
+        with torch.autocast(self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST):
+            loss = self.forward(**batch).loss
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds_per_step(self, batch, warmup, steps):
+        for _ in range(warmup):
+            self.step(batch)
+        rounds = min(ROUNDS, steps)
+        seconds = []
+        for index in range(rounds):
+            count = steps * (index + 1) // rounds - steps * index // rounds
+            self.synchronize()
+            start = time.perf_counter()
+            for _ in range(count):
+                self.step(batch)
+            self.synchronize()
+            seconds.append((time.perf_counter() - start) / count)
+        return statistics.median(seconds)
 
 
-def measure(arguments, device):
-    memory_before = resident_bytes()
-    model = build(arguments.model, arguments.attention).to(device).train()
-    if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        model.config.use_cache = False
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    generator = torch.Generator().manual_seed(0)
+def report(arguments, peer, seconds, peak):
+    """The document of one measurement."""
+    rows = lengths(arguments)
+    source_tokens, target_tokens = (sum(row[column] for row in rows) for column in (0, 1))
+    flops = sum(training_flops(arguments.model, *row) for row in rows)
+    cuda = peer.device.type == "cuda"
+    compiled = ", torch.compile" if peer.forward is not peer.model else ""
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    return {
+        "framework": f"{versions}, {arguments.attention} attention{compiled}",
+        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "precision": arguments.precision,
+        "model": arguments.model,
+        "gradient_checkpointing": arguments.gradient_checkpointing,
+        "parameters": sum(p.numel() for p in peer.model.parameters()),
+        "batch_size": arguments.batch_size,
+        "source_length": arguments.source_length,
+        "target_length": arguments.target_length,
+        "ragged": arguments.ragged,
+        "source_tokens": source_tokens,
+        "target_tokens": target_tokens,
+        "steps": arguments.steps,
+        "seconds_per_step": seconds,
+        "tokens_per_second": (source_tokens + target_tokens) / seconds,
+        "model_flops_per_step": flops,
+        "mfu": flops / seconds / arguments.peak_flops if arguments.peak_flops else None,
+        "peak_memory_bytes": peak,
+    }
 
-    def ids(length):
-        shape = (arguments.batch_size, length)
-        return torch.randint(2, model.config.vocab_size, shape, generator=generator).to(device)
 
-    source = ids(arguments.source_length)
-    batch = {"input_ids": source, "attention_mask": torch.ones_like(source), "labels": ids(arguments.target_length)}
-    autocast = torch.autocast(device.type, DTYPES[arguments.precision], enabled=arguments.precision != "fp32")
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    with PeakResidentSet() as resident:
-        step = lambda: train_step(model, optimizer, batch, autocast)
-        seconds = time_steps(step, synchronize, arguments.warmup, arguments.steps)
-    on_cuda = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_cuda else resident.bytes - memory_before
-    return seconds, peak, sum(p.numel() for p in model.parameters())
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_case_arguments(parser):
     parser.add_argument("--model", default="t5-small", choices=sorted(preset_sizes()), metavar="PRESET")
-    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--source-length", type=int, default=128)
     parser.add_argument("--target-length", type=int, default=32)
+    parser.add_argument("--ragged", action="store_true", help="rows of differing lengths, padded")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: f32 weights under autocast")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="bf16, fp16: f32 weights under autocast")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--attention", choices=["sdpa", "eager"], default="eager")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--peak-flops", type=float, help="FLOP/s of the device at this precision, for mfu")
-    parser.add_argument("--json", action="store_true", help="accepted for symmetry: the output is JSON anyway")
-    arguments = parser.parse_args()
+
+
+def prepare(arguments):
+    """The device of the arguments."""
     transformers.logging.set_verbosity_error()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     cuda = arguments.device == "cuda" or arguments.device == "auto" and torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    return torch.device("cuda" if cuda else "cpu")
 
-    seconds, peak, parameters = measure(arguments, device)
-    lengths = arguments.source_length, arguments.target_length
-    flops = arguments.batch_size * training_flops(arguments.model, *lengths)
-    report = {
-        "framework": f"transformers {transformers.__version__}, torch {torch.__version__}, {arguments.attention} attention",
-        "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
-        "precision": arguments.precision,
-        "parameters": parameters,
-        "batch_size": arguments.batch_size,
-        "source_length": arguments.source_length,
-        "target_length": arguments.target_length,
-        "seconds_per_step": seconds,
-        "tokens_per_second": arguments.batch_size * sum(lengths) / seconds,
-        "model_flops_per_step": flops,
-        "mfu": flops / seconds / arguments.peak_flops if arguments.peak_flops else None,
-        "peak_memory_bytes": peak,
-    }
-    print(json.dumps(report))
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_case_arguments(parser)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--attention", choices=["sdpa", "eager"], default="eager")
+    parser.add_argument("--compile", action="store_true", help="torch.compile")
+    parser.add_argument("--json", action="store_true", help="accepted for symmetry: the output is JSON anyway")
+    arguments = parser.parse_args()
+    device = prepare(arguments)
+    memory_before = resident_bytes()
+    with PeakResidentSet() as resident:
+        peer = Peer(arguments, device)
+        if arguments.compile:
+            peer.compile()
+        seconds = peer.seconds_per_step(peer.batch(arguments), arguments.warmup, arguments.steps)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident.bytes - memory_before
+    print(json.dumps(report(arguments, peer, seconds, peak)))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use quintet_coordinator::state::{EvalMetrics, Event, TrainMetrics};
+use quintet_coordinator::state::{EvalMetrics, Event, Recovery, TrainMetrics};
 use serde_json::Value;
 
 /// Shows the events of a run, and remembers what its summary needs.
@@ -57,6 +57,7 @@ impl Reporter {
                 };
                 self.line(&format!("{workers} worker{plural} ready; {next}"));
             }
+            Event::Linked { gradients } => self.line(&gradients),
             Event::Train(metrics) => {
                 self.show_step(&metrics);
                 self.last_train = Some(metrics);
@@ -72,13 +73,12 @@ impl Reporter {
                     .iter()
                     .map(|lost| format!("worker {} on {} (pid {}): {}", lost.worker, lost.host, lost.pid, lost.why))
                     .collect();
-                self.line(&format!(
-                    "step {}: lost {}; {} go on as generation {}",
-                    recovery.step,
-                    lost.join(", "),
-                    recovery.workers,
-                    recovery.generation
-                ));
+                let what = match lost.is_empty() {
+                    true => "failed, though all workers are alive".to_string(),
+                    false => format!("lost {}", lost.join(", ")),
+                };
+                let Recovery { step, workers, generation, .. } = recovery;
+                self.line(&format!("step {step}: {what}; {workers} go on as generation {generation}"));
             }
         }
     }

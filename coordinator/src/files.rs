@@ -95,7 +95,7 @@ impl RunFiles {
             Event::Train(metrics) => self.metrics.append(metrics),
             Event::Eval(metrics) => self.metrics.append(metrics),
             Event::Recovery(recovery) => self.metrics.append(recovery),
-            Event::Joined { .. } | Event::Started { .. } | Event::Saved { .. } => Ok(()),
+            Event::Joined { .. } | Event::Linked { .. } | Event::Started { .. } | Event::Saved { .. } => Ok(()),
         }
     }
 

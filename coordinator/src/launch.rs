@@ -36,7 +36,7 @@ pub struct LocalWorkers {
 
 impl LocalWorkers {
     /// Starts a process of `executable` for each list of `arguments`. Their standard error is
-    /// ours, their standard output and input are closed. Each is a process group of its own, so
+    /// ours, and so is their environment but for `variables`; their standard output and input are closed. Each is a process group of its own, so
     /// that Ctrl-C in a terminal reaches the coordinator alone, which then ends the run in order.
     ///
     /// Call it inside a tokio runtime, in a thread that lives as long as the run (the main one):
@@ -44,11 +44,16 @@ impl LocalWorkers {
     ///
     /// # Errors
     /// [`Error::Spawn`]; what was started already is killed.
-    pub fn spawn(executable: &Path, arguments: &[Vec<OsString>], run_token: &Secret) -> Result<Self> {
+    pub fn spawn(
+        executable: &Path,
+        arguments: &[Vec<OsString>],
+        variables: &[(&str, &str)],
+        run_token: &Secret,
+    ) -> Result<Self> {
         let (report, deaths) = mpsc::unbounded_channel();
         let (alive, _) = watch::channel(());
         for arguments in arguments {
-            let child = spawn(executable, arguments, run_token)
+            let child = spawn(executable, arguments, variables, run_token)
                 .map_err(|source| Error::Spawn { executable: executable.to_owned(), source })?;
             tokio::spawn(supervise(child, alive.subscribe(), report.clone()));
         }
@@ -71,10 +76,16 @@ impl LocalWorkers {
     }
 }
 
-fn spawn(executable: &Path, arguments: &[OsString], run_token: &Secret) -> std::io::Result<Child> {
+fn spawn(
+    executable: &Path,
+    arguments: &[OsString],
+    variables: &[(&str, &str)],
+    run_token: &Secret,
+) -> std::io::Result<Child> {
     let mut command = Command::new(executable);
     command
         .args(arguments)
+        .envs(variables.iter().copied())
         .env(RUN_TOKEN_VARIABLE, run_token.to_hex())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -133,7 +144,7 @@ mod tests {
     fn shell(script: &str, count: usize) -> LocalWorkers {
         let arguments = vec![["-c", script].map(OsString::from).to_vec(); count];
         let token = Secret::from_bytes([1; 32]);
-        LocalWorkers::spawn(Path::new("/bin/sh"), &arguments, &token).unwrap()
+        LocalWorkers::spawn(Path::new("/bin/sh"), &arguments, &[("GREETING", "hello")], &token).unwrap()
     }
 
     #[tokio::test]
@@ -153,7 +164,8 @@ mod tests {
     #[tokio::test]
     async fn the_token_travels_in_the_environment() {
         let expected = Secret::from_bytes([1; 32]).to_hex();
-        let mut workers = shell(&format!("test \"${RUN_TOKEN_VARIABLE}\" = {expected}"), 1);
+        let script = format!("test \"${RUN_TOKEN_VARIABLE}\" = {expected} && test \"$GREETING\" = hello");
+        let mut workers = shell(&script, 1);
         assert_eq!(workers.next_death().await.unwrap().exit_code, Some(0));
     }
 
@@ -176,7 +188,7 @@ mod tests {
     #[tokio::test]
     async fn an_absent_executable_is_named() {
         let token = Secret::from_bytes([1; 32]);
-        let error = LocalWorkers::spawn(Path::new("/absent/quintet"), &[vec![]], &token).unwrap_err();
+        let error = LocalWorkers::spawn(Path::new("/absent/quintet"), &[vec![]], &[], &token).unwrap_err();
         assert!(error.to_string().starts_with("cannot start /absent/quintet: "), "{error}");
     }
 }

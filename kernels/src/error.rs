@@ -35,14 +35,29 @@ pub enum Error {
     HeadSize { head_size: usize, most: usize },
     #[error("attention on a GPU tells apart distances up to {most}, and this bias up to {reach}; use --device cpu")]
     BiasReach { reach: usize, most: usize },
+    #[error("NCCL: {action} failed: {reason}")]
+    Nccl { action: &'static str, reason: String },
+    /// This GPU is well, and can go on in another communicator.
+    #[error("NCCL: {problem}")]
+    PeersLost { problem: String },
+    /// What was waited for was declared void.
+    #[error("NCCL: interrupted")]
+    Void,
 }
 
 impl Error {
     /// True where the machine has to be changed, or another device chosen: trying again is no use. (Exit code 2.)
     pub fn is_user_error(&self) -> bool {
-        use Error::*;
-        let machine = matches!(self, NoCompiler { .. } | MissingLibrary { .. } | UnfitLibrary { .. });
-        machine || matches!(self, NoGpu { .. } | DriverTooOld { .. } | HeadSize { .. } | BiasReach { .. })
+        matches!(
+            self,
+            Error::NoCompiler { .. }
+                | Error::MissingLibrary { .. }
+                | Error::UnfitLibrary { .. }
+                | Error::NoGpu { .. }
+                | Error::DriverTooOld { .. }
+                | Error::HeadSize { .. }
+                | Error::BiasReach { .. }
+        )
     }
 }
 

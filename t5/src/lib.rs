@@ -28,4 +28,5 @@ pub use hub_files::{load_embedded, load_pretrained, save_pretrained};
 pub use init::initialize;
 pub use model::{LossSums, Model, TrainOptions};
 pub use parameters::{Layout, NamedTensor, Parameters, Weights};
+pub use pass::OnFinished;
 pub use presets::{PRESETS, preset};

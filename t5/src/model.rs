@@ -6,7 +6,7 @@ use quintet_kernels::ops::{self, CrossEntropy};
 use quintet_kernels::{DType, Device, Tensor};
 
 use crate::parameters::{Layout, Parameters, Weights};
-use crate::pass::{BackwardPass, Masks, Pass};
+use crate::pass::{BackwardPass, Masks, OnFinished, Pass};
 use crate::stack::{Encoded, Keep, Stack, StackSaved};
 use crate::{Batch, Config, Result};
 
@@ -106,6 +106,19 @@ impl Model {
         options: TrainOptions,
         gradients: &mut Parameters,
     ) -> Result<LossSums> {
+        self.train_observed(weights, batch, options, gradients, &mut |_, _| {})
+    }
+
+    /// [`Model::train`] for one who wants the gradient piece by piece: the arena is finished from its end to its start, the
+    /// decoder before the encoder, and the embedding last.
+    pub fn train_observed<'a>(
+        &'a self,
+        weights: impl Into<Weights<'a>>,
+        batch: &Batch,
+        options: TrainOptions,
+        gradients: &mut Parameters,
+        on_finished: OnFinished,
+    ) -> Result<LossSums> {
         assert_eq!(gradients.dtype(), DType::F32);
         let TrainOptions { seed, micro_batch, label_smoothing, gradient_checkpointing, gradient_scale } = options;
         let weights = weights.into();
@@ -113,7 +126,7 @@ impl Model {
         let pass = self.pass(weights, masks);
         let keep = if gradient_checkpointing { Keep::Inputs } else { Keep::Activations };
         let Forward { encoded, encoder, decoded, decoder } = self.forward(&pass, batch, keep)?;
-        let mut backward = BackwardPass { pass: &pass, gradients };
+        let mut backward = BackwardPass { pass: &pass, gradients, on_finished };
 
         let head = self.layout.head();
         let loss = CrossEntropy { scale: self.config.head_scale(), label_smoothing, gradient_scale };
@@ -129,11 +142,15 @@ impl Model {
             backward.gradients.slot_mut(head),
         )?;
         drop(decoded);
+        if let Some(head) = self.layout.lm_head {
+            backward.finished(head.start());
+        }
 
         let mut d_encoded = self.device.zeros(weights.dtype(), encoded.rows(), encoded.cols())?;
         self.decoder(batch, &encoded).backward(&mut backward, decoder, d_decoded, Some(&mut d_encoded))?;
         drop(encoded);
         self.encoder(batch).backward(&mut backward, encoder, d_encoded, None)?;
+        backward.finished(0);
         sums(&losses)
     }
 

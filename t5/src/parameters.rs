@@ -19,6 +19,11 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
+    /// Its first element in the arena.
+    pub(crate) fn start(self) -> usize {
+        self.offset
+    }
+
     pub(crate) fn rows(self) -> usize {
         self.rows
     }
@@ -73,6 +78,13 @@ pub(crate) struct BlockLayout {
     pub(crate) attention: SelfAttentionLayout,
     pub(crate) cross: Option<CrossAttentionLayout>,
     pub(crate) feed_forward: FeedForwardLayout,
+}
+
+impl BlockLayout {
+    /// The first element of a block in the arena.
+    pub(crate) fn start(&self) -> usize {
+        self.attention.norm.start()
+    }
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -126,13 +126,22 @@ impl<'a> Pass<'a> {
     }
 }
 
+/// Told of the gradients that a backward pass has finished: all elements of the arena from this one on. It never rises.
+pub type OnFinished<'a> = &'a mut dyn FnMut(&mut Parameters, usize);
+
 /// A backward pass: the forward pass that it reverses, and where parameter gradients accumulate.
 pub(crate) struct BackwardPass<'a> {
     pub(crate) pass: &'a Pass<'a>,
     pub(crate) gradients: &'a mut Parameters,
+    pub(crate) on_finished: OnFinished<'a>,
 }
 
 impl BackwardPass<'_> {
+    /// The pass adds to no element of the arena from `start` on any more.
+    pub(crate) fn finished(&mut self, start: usize) {
+        (self.on_finished)(self.gradients, start);
+    }
+
     /// The gradient behind a dropout, or nothing where it is `d` itself.
     pub(crate) fn masked(&self, d: &Tensor, mask: Dropout) -> Result<Option<Tensor>> {
         if mask.is_none() {

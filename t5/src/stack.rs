@@ -134,12 +134,14 @@ impl<'a> Stack<'a> {
             let bias = shared_or_own(&biases, block);
             let d_bias = &mut d_biases[bias];
             self.block_backward(backward, &biases[bias], block, activations, &mut d, d_bias, &mut d_encoded)?;
+            // A bias is a part of the first block that uses it, which is the last to add to its gradient.
+            if bias == block {
+                let table = backward.gradients.slot_mut(self.layout.bias_tables[bias]);
+                ops::relative_bias_backward(d_bias.view(), buckets(pass.config, self.decoder), table)?;
+            }
+            backward.finished(self.layout.blocks[block].start());
         }
 
-        let buckets = buckets(pass.config, self.decoder);
-        for (&table, d_bias) in self.layout.bias_tables.iter().zip(&d_biases) {
-            ops::relative_bias_backward(d_bias.view(), buckets, backward.gradients.slot_mut(table))?;
-        }
         let mask = pass.mask(self.site(0), Place::Embedding);
         let shared = pass.weights.layout().shared;
         Ok(ops::embedding_backward(self.ids, d.view(), mask, backward.gradients.slot_mut(shared))?)

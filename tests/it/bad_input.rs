@@ -77,7 +77,7 @@ fn a_wrong_job_is_refused_with_one_line() {
         ("training.warmup_steps=23", &["training.warmup_steps: 23 is more than max_steps"]),
         ("training.num_train_epochs=2", &["training.max_steps: ", "num_train_epochs"]),
         ("training.precision=fp8", &["training.precision", "`fp8`", "fp16"]),
-        ("cluster.device=tpu", &["cluster.device", "`tpu`", "cuda"]),
+        ("cluster.device=tpu", &["cluster.device", "`tpu`", "did you mean"]),
         ("model.architecture.d_model=0", &["model.architecture: ", "d_model = 0", "1 to "]),
         ("model.architecture.num_heads=-2", &["model.architecture: ", "-2"]),
         ("model.architecture.d_model=100000000000", &["model.architecture: ", "d_model = 100000000000"]),

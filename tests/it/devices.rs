@@ -1,7 +1,11 @@
 //! Other devices than the CPU: the emulated GPU, and what is said where there is none.
 
+use std::fs;
 use std::path::Path;
 
+use serde_json::Value;
+
+use crate::harness::run;
 use crate::jobs::{RunOutput, Workspace};
 
 /// Losses and norms of two runs, within `tolerance` of each other, relative.
@@ -39,6 +43,41 @@ fn training_on_the_emulated_gpu_agrees_with_the_cpu() {
 }
 
 #[test]
+fn a_checkpoint_of_the_cpu_goes_on_on_the_emulated_gpu() {
+    let workspace = Workspace::new();
+    let arguments = format!("{SHORT} training.save_steps=2");
+    let cpu = workspace.trained("cpu", &format!("--device cpu {arguments}"));
+    let first = workspace.trained("run", &format!("--device cpu {arguments}"));
+    fs::remove_dir_all(first.path("checkpoints/step-00000004")).unwrap();
+    fs::remove_dir_all(first.path("model")).unwrap();
+    let resumed = workspace.trained("run", &format!("--device emulated --resume {arguments}"));
+    assert_eq!(resumed.checkpoints(), ["step-00000002", "step-00000004"]);
+    assert_near(&cpu, &resumed, 1e-4, "resumed");
+}
+
+#[test]
+fn the_emulated_gpu_evaluates_and_generates_as_the_cpu() {
+    let workspace = Workspace::new();
+    workspace.trained("run", "training.max_steps=6 training.eval_steps=6");
+    let on = |device: &str, command: &str| {
+        let arguments = ["--model", "run/model", "--max-new-tokens", "6", "--json", "--device", device];
+        run(workspace.path(), command.split('|').chain(arguments)).expect(0).stdout
+    };
+    let generate = "generate|--input|say: a bee";
+    let [cpu, emulated] = ["cpu", "emulated"].map(|device| -> Value { json(&on(device, generate)) });
+    assert_eq!(cpu["outputs"][0]["token_ids"], emulated["outputs"][0]["token_ids"]);
+    let evaluate = "evaluate|--data|validation.jsonl|--input|say: {source}|--target|{target}|--max-examples|4";
+    let [cpu, emulated] = ["cpu", "emulated"].map(|device| -> Value { json(&on(device, evaluate)) });
+    assert_eq!(cpu["metrics"], emulated["metrics"]);
+    let [a, b] = [&cpu, &emulated].map(|result| result["loss"].as_f64().unwrap());
+    assert!((a - b).abs() <= 1e-4 * a, "{a} and {b}");
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap()
+}
+
+#[test]
 fn every_optimizer_and_precision_runs_on_the_emulated_gpu() {
     let workspace = Workspace::new();
     for (settings, tolerance) in [
@@ -49,10 +88,10 @@ fn every_optimizer_and_precision_runs_on_the_emulated_gpu() {
     ] {
         let name = settings.split('=').next_back().unwrap_or_default();
         let steps = SHORT.replace("max_steps=4", "max_steps=2").replace("eval_steps=4", "eval_steps=2");
-        let run = |device: &str| {
+        let on = |device: &str| {
             workspace.trained(&format!("{device}-{name}"), &format!("--device {device} {steps} {settings}"))
         };
-        assert_near(&run("cpu"), &run("emulated"), tolerance, settings);
+        assert_near(&on("cpu"), &on("emulated"), tolerance, settings);
     }
 }
 

@@ -73,6 +73,21 @@ fn bench_step_measures_a_directory() {
     }
 }
 
+/// benchmarks/step_torch.py has the same lengths.
+#[test]
+fn bench_step_counts_the_real_tokens_of_ragged_examples() {
+    let model = references().join("t5_v1_1");
+    let sizes =
+        ["--batch-size", "2", "--source-length", "16", "--target-length", "8", "--steps", "1", "--ragged", "--json"];
+    let mut arguments = vec!["bench", "step", "--model", model.to_str().unwrap(), "--precision", "fp32"];
+    arguments.extend(sizes);
+    let result = json_of::<16>(arguments.try_into().unwrap());
+    assert_eq!([&result["source_tokens"], &result["target_tokens"]], [19, 7]);
+    let tokens_per_second = (19.0 + 7.0) / result["seconds_per_step"].as_f64().unwrap();
+    assert!((result["tokens_per_second"].as_f64().unwrap() / tokens_per_second - 1.0).abs() < 1e-9, "{result}");
+    assert_eq!(result["peak_flops_of"], "matrix product");
+}
+
 #[test]
 fn bench_step_refuses_what_it_cannot_measure() {
     let directory = tempfile::tempdir().unwrap();

@@ -1,5 +1,6 @@
 //! The integration tests, one binary: layers against Hugging Face's numbers, then real processes.
 #![expect(clippy::unwrap_used, reason = "all of this is tests, the functions beside them too")]
+#![expect(clippy::print_stderr, reason = "a check that cannot be made here says so")]
 
 mod bad_input;
 mod devices;
@@ -11,6 +12,7 @@ mod invariance;
 mod jobs;
 mod json;
 mod model_files;
+mod nccl;
 mod parity;
 mod recovery;
 mod structure;

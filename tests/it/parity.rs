@@ -272,6 +272,29 @@ fn gradient_checkpointing_changes_no_bit() {
     }
 }
 
+/// What is told to be finished is not touched again, or whoever reduces it meanwhile reduces something else.
+#[test]
+fn finished_gradients_are_final() {
+    for mut reference in NAMES.map(Reference::open) {
+        reference.model.set_dropout_rate(0.1);
+        let mut gradients = reference.model.zero_parameters(DType::F32).unwrap();
+        let mut seen: Vec<(usize, Vec<f32>)> = Vec::new();
+        let options = TrainOptions { gradient_checkpointing: true, ..PLAIN };
+        let mut observe = |gradients: &mut Parameters, start| {
+            seen.push((start, gradients.download().unwrap().split_off(start)));
+        };
+        let batch = reference.batch();
+        reference.model.train_observed(&reference.weights, &batch, options, &mut gradients, &mut observe).unwrap();
+        let whole = gradients.download().unwrap();
+        for (start, part) in &seen {
+            assert!(whole[*start..] == *part, "{}: the gradient from {start} on", reference.name);
+        }
+        let starts: Vec<usize> = seen.iter().map(|(start, _)| *start).collect();
+        assert!(starts.is_sorted_by(|a, b| a > b) && starts.last() == Some(&0), "{}: {starts:?}", reference.name);
+        assert!(starts.len() > 4, "{}: {starts:?}", reference.name);
+    }
+}
+
 #[test]
 fn micro_batches_add_up_to_the_batch() {
     for reference in NAMES.map(Reference::open) {

@@ -73,8 +73,12 @@ impl Error {
 
     /// Whether the work failed for want of another rank: this one is well, and can go on in a new generation.
     pub fn is_peer_failure(&self) -> bool {
-        use Error::{Interrupted, PeerLost, PeerSilent, Rendezvous};
-        matches!(self, Rendezvous { .. } | PeerLost { .. } | PeerSilent { .. } | Interrupted)
+        use Error::{Device, Interrupted, PeerLost, PeerSilent, Rendezvous};
+        use quintet_kernels::Error::{PeersLost, Void};
+        matches!(
+            self,
+            Rendezvous { .. } | PeerLost { .. } | PeerSilent { .. } | Interrupted | Device(PeersLost { .. } | Void)
+        )
     }
 
     /// For `map_err` on a file operation: `File::open(path).map_err(Error::file("open", path))`.

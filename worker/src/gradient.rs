@@ -2,11 +2,12 @@
 //!
 //! On the CPU every micro-batch has a gradient of its own and a tree fixes the order of additions, so that the bits do not
 //! depend on the number of ranks. On a GPU all micro-batches of a rank add to one arena on the device, and ranks add
-//! theirs in the order of a tree over ranks: the same sum, with bits that depend on who computed what.
+//! theirs by NCCL, piece by piece while the last backward pass still runs, or through the host in the order of a tree over
+//! ranks: the same sum, with bits that depend on who computed what.
 
 use std::ops::Range;
 
-use quintet_kernels::{DType, Device, Tensor, View, ops};
+use quintet_kernels::{DType, Device, Tensor, View, ViewMut, ops};
 
 use crate::Result;
 use crate::collective::{Collective, TreeSum};
@@ -84,11 +85,12 @@ impl StepGradient {
     /// [`StepGradient::total`], on every rank.
     ///
     /// # Errors
-    /// Those of [`Collective::all_reduce_tree`].
+    /// Those of [`Collective::all_reduce_tree`] and [`Collective::finish_sum`].
     pub fn reduce(&mut self, collective: &mut Collective, step: u64, ranges: &[Range<u32>]) -> Result<()> {
         match self {
             Self::Host(tree) => collective.all_reduce_tree(step, &mut tree.sum, ranges, &mut tree.total),
             Self::Device(_) if collective.world_size() == 1 => Ok(()),
+            Self::Device(device) if collective.overlaps() => collective.finish_sum(device.sum_mut()),
             Self::Device(device) => device.reduce_through_host(collective, step),
         }
     }
@@ -111,6 +113,10 @@ impl HostTree {
 impl DeviceSum {
     fn sum(&self) -> View<'_> {
         self.sum.as_ref().expect("nobody has the sum while it is asked for").view()
+    }
+
+    fn sum_mut(&mut self) -> ViewMut<'_> {
+        self.sum.as_mut().expect("nobody has the sum while it is asked for").view_mut()
     }
 
     /// A copy to the host and one back, and a tree whose leaves are the ranks.

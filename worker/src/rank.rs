@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 use quintet_data::{
     DataConfig, Dataset, Limits, Loader, Order, PackedBatch, Packer, Schedule as StepSchedule, Splits, Tokenizer, share,
 };
-use quintet_kernels::ops;
-use quintet_proto::v1::{Actions, Evaluated, Failed, Finished, Lease, MicroBatch, NotFinite, Plan};
+use quintet_kernels::{Device, WaitLimits, ops};
+use quintet_proto::v1::{Actions, Evaluated, Failed, Finished, Lease, Linked, MicroBatch, NotFinite, Plan};
 use quintet_proto::v1::{Ready, Saved, StepDone, StepFailed, Stop};
+use quintet_t5::Parameters;
 
 use crate::checkpoint::{self, Progress, Snapshot};
 use crate::collective::{Collective, Interrupter, Listener, Membership, Mesh};
@@ -41,6 +42,8 @@ pub struct RankJob {
     pub tokenizer_json: String,
     pub collective_token: [u8; 32],
     pub device: DeviceChoice,
+    /// Whether NCCL was told that ranks may share a GPU (`NCCL_MULTI_RANK_GPU_ENABLE=1`).
+    pub shares_gpu: bool,
     /// Where other ranks connect to.
     pub listen: SocketAddr,
     /// The committed step whose checkpoint to load; 0 to start afresh.
@@ -162,6 +165,8 @@ impl Rank {
                     self.pending = None;
                     self.forget_requests();
                     assert_eq!(plan.committed_step, self.replica.step(), "replicas stand at the committed step");
+                    // Ends what the old generation still has under way on the device.
+                    drop(place.take());
                     place = match self.join(session, &plan) {
                         Ok(joined) => Some(joined),
                         Err(error) if error.is_peer_failure() => {
@@ -210,15 +215,28 @@ impl Rank {
             let interrupter = Interrupter::new();
             let for_session = interrupter.clone();
             session.on_interrupt(plan.generation, Box::new(move || for_session.interrupt()));
-            Collective::tcp(Mesh::connect(
-                &self.listener,
-                membership,
-                Instant::now() + RENDEZVOUS_TIMEOUT,
-                self.job.silence_limit,
-                interrupter,
-            )?)
+            let deadline = Instant::now() + RENDEZVOUS_TIMEOUT;
+            self.link(
+                session,
+                Mesh::connect(&self.listener, membership, deadline, self.job.silence_limit, interrupter)?,
+            )?
         };
         Ok(Place { generation: plan.generation, rank: plan.rank, world_size, collective })
+    }
+
+    /// The collective of ranks that have met.
+    fn link(&self, session: &Session, mesh: Mesh) -> Result<Collective> {
+        let Device::Gpu(gpu) = self.replica.model().device() else { return Ok(Collective::tcp(mesh)) };
+        let silence_limit = self.job.silence_limit;
+        // Ranks that give up sooner than the mesh and the coordinator do can try again together.
+        let limits = WaitLimits { meeting: RENDEZVOUS_TIMEOUT.min(silence_limit / 2), sum: silence_limit / 2 };
+        let (generation, rank) = (mesh.generation(), mesh.rank());
+        let (collective, gradients) =
+            Collective::between_gpus(mesh, gpu, self.replica.step(), self.job.shares_gpu, limits)?;
+        if rank == 0 {
+            session.send(Report::Linked(Linked { generation, gradients }))?;
+        }
+        Ok(collective)
     }
 
     /// Applies the update of the step that was just recorded.
@@ -272,8 +290,18 @@ impl Rank {
         for index in range {
             let packed = self.next_batch(lease.step, index)?;
             let batch = evaluation::upload(self.replica.model(), &packed)?;
-            let (sums, gradient) = self.replica.compute(lease.step, index, &batch, self.gradient.lend()?)?;
+            let is_last = index + 1 == lease.last_exclusive;
+            let mut reduce = |gradients: &mut Parameters, start| {
+                if is_last {
+                    // SAFETY: the memory is that of `self.gradient`, which outlives the collective, and which nobody looks
+                    // at before `reduce` below; after a failure, not before the collective is dropped.
+                    unsafe { place.collective.advance_sum(gradients.view_mut(), start) };
+                }
+            };
+            let gradient = self.gradient.lend()?;
+            let (sums, gradient) = self.replica.compute(lease.step, index, &batch, gradient, &mut reduce);
             self.gradient.give_back(gradient);
+            let sums = sums?;
             if !sums.loss_sum.is_finite() {
                 return Ok(Attempt::Poisoned(format!("the loss of micro-batch {index}")));
             }
@@ -285,10 +313,14 @@ impl Rank {
                 examples: batch.examples() as u64,
             });
         }
-        // Before the sum, so that a bad number tells whose it is. A rank alone sees it in the norm, for no pass over memory;
-        // what overflows under a loss scale is skipped by all ranks, who see it there too.
-        let looks = place.world_size > 1 && self.replica.loss_scaler().is_none();
-        if looks && let Some(index) = self.gradient.find_not_finite()? {
+        // Before the sum, so that a bad number tells whose it is. A rank alone sees it in the norm, for no pass over memory,
+        // and so do ranks whose sum is under way already; what overflows under a loss scale is skipped by all ranks, who
+        // see it there too.
+        let is_whole = place.world_size == 1 || place.collective.overlaps();
+        if !is_whole
+            && self.replica.loss_scaler().is_none()
+            && let Some(index) = self.gradient.find_not_finite()?
+        {
             return Ok(Attempt::Poisoned(format!("the gradient of {}", self.tensor_at(index))));
         }
         let target_tokens = self.global_target_tokens(place, lease.step, &reports)?;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use quintet_data::Tokenizer;
 use quintet_kernels::{DType, Device, Tensor, View, ops};
-use quintet_t5::{Batch, Config, LossSums, Model, Parameters, TrainOptions, Weights};
+use quintet_t5::{Batch, Config, LossSums, Model, OnFinished, Parameters, TrainOptions, Weights};
 
 use crate::config::{ModelSection, Precision, TrainingConfig};
 use crate::optimizer::{ClippedMean, NamedSlot, Optimizer};
@@ -192,8 +192,15 @@ impl Replica {
     }
 
     /// The loss sums of micro-batch `index` of `step`; its gradient, summed over target tokens, is added to `gradient`,
-    /// an f32 arena.
-    pub fn compute(&self, step: u64, index: u32, batch: &Batch, gradient: Tensor) -> Result<(LossSums, Tensor)> {
+    /// an f32 arena, which comes back in any case.
+    pub fn compute(
+        &self,
+        step: u64,
+        index: u32,
+        batch: &Batch,
+        gradient: Tensor,
+        on_finished: OnFinished,
+    ) -> (Result<LossSums>, Tensor) {
         let options = TrainOptions {
             seed: step_seed(self.training.seed, step),
             micro_batch: index,
@@ -202,8 +209,8 @@ impl Replica {
             gradient_scale: self.scaling.map_or(1.0, |scaling| scaling.gradient_scale() as f32),
         };
         let mut gradients = Parameters::new(self.model.layout().clone(), gradient);
-        let sums = self.model.train(self.weights(), batch, options, &mut gradients)?;
-        Ok((sums, gradients.into_values()))
+        let sums = self.model.train_observed(self.weights(), batch, options, &mut gradients, on_finished);
+        (sums.map_err(Error::from), gradients.into_values())
     }
 
     /// What a step with this sum of gradients over its global batch does; nothing good where it is not finite and no loss
@@ -307,7 +314,8 @@ mod tests {
         let (source, target): (Vec<u32>, Vec<u32>) = ((2..12).collect(), (3..15).collect());
         let batch = Batch::new(replica.model().device(), &source, &[0, 4, 10], &target, &[0, 5, 12], 0).unwrap();
         let zeros = replica.model().zero_parameters(DType::F32).unwrap().into_values();
-        let (sums, gradient) = replica.compute(step, 0, &batch, zeros).unwrap();
+        let (sums, gradient) = replica.compute(step, 0, &batch, zeros, &mut |_, _| {});
+        let sums = sums.unwrap();
         assert_eq!(sums.target_tokens, TOKENS);
         gradient
     }

@@ -144,8 +144,9 @@ impl Stepper {
         self.number += 1;
         let number = self.number;
         self.gradient.begin(0..1, 1)?;
-        let (sums, gradient) = self.replica.compute(number, 0, batch, self.gradient.lend()?)?;
+        let (sums, gradient) = self.replica.compute(number, 0, batch, self.gradient.lend()?, &mut |_, _| {});
         self.gradient.give_back(gradient);
+        let sums = sums?;
         self.gradient.reduce(&mut self.collective, number, std::slice::from_ref(&(0..1)))?;
         let update = self.replica.plan_update(self.gradient.total(), sums.target_tokens)?;
         let update = update.ok_or_else(|| Failure::failed(format!("the gradient of step {number} is not finite")))?;

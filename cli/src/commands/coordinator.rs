@@ -3,7 +3,6 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use quintet_coordinator::config::Device;
 use quintet_coordinator::launch::{Death, LocalWorkers};
 use quintet_coordinator::secret::Secret;
 use quintet_coordinator::server::{self, Control, Outcome};
@@ -66,9 +65,6 @@ pub(crate) fn serve(
     ));
     if let Some(device) = &options.device {
         reporter.line(device);
-    }
-    if prepared.job.cluster.device == Device::Cuda && prepared.run.settings.workers_expected > 1 {
-        reporter.line("gradients are reduced through the host by TCP, which is slower than NCCL");
     }
     if prepared.start_step > 0 {
         reporter.line(&format!("resuming after step {}", prepared.start_step));

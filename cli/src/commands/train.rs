@@ -32,7 +32,10 @@ pub(crate) fn run(arguments: TrainArguments) -> Result<u8> {
             let flags = ["worker", "--supervised", "--coordinator", &coordinator, "--threads", &threads, "--gpu", &gpu];
             flags.map(OsString::from).to_vec()
         };
+        // All workers are on this machine, so that nothing outside needs to reach NCCL, which would listen there.
+        let interface = ("NCCL_SOCKET_IFNAME", "lo");
+        let variables: Vec<_> = [interface].into_iter().filter(|(name, _)| std::env::var_os(name).is_none()).collect();
         let arguments: Vec<_> = (0..workers).map(worker).collect();
-        Ok(Some(LocalWorkers::spawn(&executable, &arguments, token)?))
+        Ok(Some(LocalWorkers::spawn(&executable, &arguments, &variables, token)?))
     })
 }

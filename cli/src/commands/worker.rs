@@ -43,6 +43,7 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
     }
     let job = RankJob {
         device: device.choice,
+        shares_gpu: std::env::var("NCCL_MULTI_RANK_GPU_ENABLE").is_ok_and(|value| value == "1"),
         fingerprint: job.fingerprint(),
         silence_limit: Duration::from_secs_f64(job.cluster.step_timeout_seconds),
         model: job.model,

@@ -1,6 +1,6 @@
 //! Who takes part: joining, leaving, time running out, and the plan of a new generation.
 
-use quintet_proto::v1::{self, Actions, Finished, Lease, Plan, Ready, StepFailed, to_worker::Command};
+use quintet_proto::v1::{self, Actions, Finished, Lease, Linked, Plan, Ready, StepFailed, to_worker::Command};
 
 use super::{ATTEMPTS_MAX, Effect, Event, LostWorker, Machine, Member, Phase, Recovery, WorkerId, hex};
 use crate::exit_code;
@@ -133,6 +133,12 @@ impl Machine {
         if self.phase == Phase::Gathering && !joined {
             let code = code.filter(|&code| code != 0).unwrap_or(exit_code::FAILURE);
             self.stop(code, format!("worker process {pid} ended before it joined: {why}"));
+        }
+    }
+
+    pub(super) fn on_linked(&mut self, report: Linked) {
+        if report.generation == self.generation {
+            self.event(Event::Linked { gradients: report.gradients });
         }
     }
 

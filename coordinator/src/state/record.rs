@@ -46,6 +46,11 @@ pub enum Event {
         /// The first step to compute.
         step: u64,
     },
+    /// GPUs of several workers are connected.
+    Linked {
+        /// How they reduce gradients, for people.
+        gradients: String,
+    },
     /// A step was committed.
     Train(TrainMetrics),
     /// The model was evaluated.

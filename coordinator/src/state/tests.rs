@@ -1,7 +1,9 @@
 //! Readable transcripts: what happens, and what the machine answers.
 
 use quintet_data::TrainingLength;
-use quintet_proto::v1::{Evaluated, Failed, Finished, Heartbeat, Lease, MicroBatch, NotFinite, Saved, StepFailed};
+use quintet_proto::v1::{
+    Evaluated, Failed, Finished, Heartbeat, Lease, Linked, MicroBatch, NotFinite, Saved, StepFailed,
+};
 
 use super::*;
 
@@ -148,6 +150,7 @@ fn line(effect: &Effect) -> String {
 fn event_line(event: &Event) -> String {
     match event {
         Event::Joined { worker, joined, expected, .. } => format!("joined {worker}, {joined} of {expected}"),
+        Event::Linked { gradients } => gradients.clone(),
         Event::Started { workers, step } => format!("started with {workers} at step {step}"),
         Event::Train(m) => format!("train {} loss {} examples {}", m.step, m.loss, m.examples),
         Event::Eval(m) => format!("eval {} loss {}", m.step, m.eval_loss),
@@ -273,6 +276,16 @@ fn a_dead_worker_costs_the_step_in_flight_only() {
          0 <- commit 2, next 3 micro-batches 0..1",
     );
     assert_lines(script.join(5), "5 <- dismissed: the run has started; workers cannot join it any more");
+}
+
+#[test]
+fn how_gradients_travel_is_told_once_a_generation() {
+    let mut script = Script::started(settings());
+    let linked = |generation| Report::Linked(Linked { generation, gradients: format!("by generation {generation}") });
+    assert_lines(script.report(0, linked(1)), "by generation 1");
+    script.leave(1);
+    assert_lines(script.report(0, linked(1)), "");
+    assert_lines(script.report(0, linked(2)), "by generation 2");
 }
 
 #[test]

@@ -56,6 +56,16 @@ impl Wanted {
         }
     }
 
+    /// What tests build in the place of NCCL, for it cannot add up what lies in the host's memory.
+    pub(crate) fn emulated_nccl() -> Self {
+        Wanted {
+            title: "NCCL for emulated GPUs",
+            files: vec!["libnccl_emulated.so".into()],
+            packaged: false,
+            remedy: "only tests have it".into(),
+        }
+    }
+
     /// A part of the toolkit, which must not be of a newer major version than what the driver supports.
     fn of_toolkit(title: &'static str, stem: &str, package: &str, driver_major: u32) -> Self {
         let newest = driver_major.clamp(12, NEWEST_MAJOR);

@@ -2,10 +2,12 @@
 //! host. An operation knows neither; names, arguments, grids and shared memory are the same for both.
 
 pub(crate) mod cache;
+pub(crate) mod communicator;
 pub(crate) mod cuda;
 pub(crate) mod emulated;
 pub(crate) mod inventory;
 mod libraries;
+pub(crate) mod nccl;
 pub(crate) mod sources;
 pub(crate) mod timer;
 
@@ -14,11 +16,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::pool::{Memory, Pool};
 use crate::{DType, Dropout, Result, View, ViewMut};
-
-/// The most blocks along y and z.
-const GRID_MAX: u32 = 65_535;
-/// The most shared memory of a block that any GPU has (sm_90); others have less, which their driver reports.
-const SHARED_BYTES_MAX: usize = 227 << 10;
 
 /// A GPU: a driver, the pool of its memory, and one stream on which everything runs in order. Clones are the same GPU.
 #[derive(Clone)]
@@ -146,11 +143,17 @@ impl Gpu {
         }
     }
 
+    /// Tells this GPU, or the part of one that it is, from all others in the world.
+    pub fn id(&self) -> Result<String> {
+        match &*self.driver {
+            Driver::Cuda(cuda) => cuda.uuid(),
+            Driver::Emulated(_) => Ok(format!("emulated by process {}", std::process::id())),
+        }
+    }
+
     /// Runs a kernel after everything launched before it; does not wait.
     pub(crate) fn launch(&self, launch: Launch) -> Result<()> {
         assert!((32..=1024).contains(&launch.block) && launch.block.is_multiple_of(32), "{} threads", launch.block);
-        assert!(launch.grid[1] <= GRID_MAX && launch.grid[2] <= GRID_MAX, "a grid of {:?} blocks", launch.grid);
-        assert!(launch.shared_bytes <= SHARED_BYTES_MAX, "{} bytes of shared memory", launch.shared_bytes);
         if launch.grid.contains(&0) {
             return Ok(());
         }

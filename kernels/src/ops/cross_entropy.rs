@@ -265,6 +265,6 @@ mod tests {
         assert_eq!(gpu_chunk(32_128), 2048);
         assert_eq!(gpu_chunk(250_112), 512);
         assert_eq!(gpu_chunk(1 << 17), 512);
-        assert_eq!(gpu_chunk(384) * 384 >> 20, 63);
+        assert_eq!((gpu_chunk(384) * 384) >> 20, 63);
     }
 }

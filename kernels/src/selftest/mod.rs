@@ -182,6 +182,16 @@ mod tests {
         assert!(outcomes.len() > 100);
     }
 
+    /// Nothing waits for what it should not, or fails to wait: bits do not depend on which thread runs when.
+    #[test]
+    fn kernels_agree_with_the_oracle_in_any_order_of_threads() {
+        let run = |seed| run_with_digest(&Device::emulated(seed).unwrap()).unwrap();
+        let (outcomes, digest) = run(1);
+        let failures: Vec<_> = outcomes.iter().filter(|outcome| !outcome.passed).collect();
+        assert!(failures.is_empty(), "{failures:#?}");
+        assert_eq!(run(2).1, digest);
+    }
+
     #[test]
     fn steady_state_asks_the_system_for_no_memory() {
         let device = Device::cpu();

@@ -10,11 +10,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_CONTEXT = 201, NOT_FOUND = 500,
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_CONTEXT = 201, NOT_FOUND = 500, NOT_READY = 600,
        ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719 };
 
 #define MEMORY_BYTES (1ul << 30)
-#define SHARED_BYTES_MAX 232448
+#define SHARED_BYTES_MAX 166912
 
 typedef struct Operation {
     int (*run)(void*);
@@ -27,7 +27,7 @@ typedef struct Operation {
 typedef struct Stream {
     int (*enqueue)(struct Stream*, int (*run)(void*), const void* data, size_t bytes);
     Operation *first, *last;
-    uint64_t issued;
+    uint64_t issued, asked;
     int failed; // with what, for every later call
     struct Stream* next;
 } Stream;
@@ -130,7 +130,25 @@ int cuStreamCreate(Stream** stream, unsigned flags) {
     LOCKED((*stream)->next = streams; streams = *stream;);
 }
 int cuStreamSynchronize(Stream* stream) { LOCKED(status = run_until(stream, stream->issued);); }
-int cuStreamDestroy_v2(Stream* stream) { return SUCCESS; }
+// What a side stream waits for happens when it does, and not before.
+typedef struct Wait { Stream* stream; uint64_t number; } Wait;
+static int run_wait(void* data) {
+    Wait* wait = data;
+    return run_until(wait->stream, wait->number);
+}
+int cuStreamWaitEvent(Stream* stream, Event* event, unsigned flags) {
+    Wait wait = {event->stream, event->number};
+    LOCKED(status = enqueue(stream, run_wait, &wait, sizeof wait););
+}
+// Not done when first asked.
+int cuStreamQuery(Stream* stream) {
+    LOCKED(
+        if (stream->asked != stream->issued) { stream->asked = stream->issued; status = NOT_READY; }
+        else status = run_until(stream, stream->issued);
+    );
+}
+int cuStreamDestroy_v2(Stream* stream) { LOCKED(status = run_until(stream, stream->issued);); }
+int cuDeviceGetUuid_v2(char* uuid, int device) { memset(uuid, device, 16); return SUCCESS; }
 
 static int allocate(void** address, size_t bytes, int pinned) {
     if (!current) return INVALID_CONTEXT;
@@ -233,7 +251,8 @@ static int run_report(void* data) {
 static int run_failure(void* data) { return LAUNCH_FAILED; }
 int cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsigned block, unsigned block_y,
                    unsigned block_z, unsigned shared_bytes, Stream* stream, void** arguments, void** extra) {
-    if (shared_bytes > (unsigned)function->shared_bytes || y > 65535 || block_y != 1 || block_z != 1) return INVALID_VALUE;
+    if (shared_bytes > (unsigned)function->shared_bytes || block_y != 1 || block_z != 1) return INVALID_VALUE;
+    if (!strcmp(function->name, "refused")) return INVALID_VALUE;
     if (strcmp(function->name, "report_launch")) {
         char nothing = 0;
         LOCKED(status = enqueue(stream, run_failure, &nothing, 1););

@@ -2,8 +2,10 @@
 //!
 //! A binary tree over micro-batch numbers fixes the order of additions ([`TreeSum`]), a mesh
 //! of TCP connections carries the parts ([`Mesh`]). A rank runs the same
-//! sequence of operations, with the same `step`, as every other.
+//! sequence of operations, with the same `step`, as every other. Between GPUs, NCCL
+//! sums gradients instead ([`NcclMesh`]), and their bits depend on who computed what.
 
+mod nccl;
 mod rendezvous;
 mod tcp;
 #[cfg(test)]
@@ -12,8 +14,9 @@ mod tree;
 
 use std::ops::Range;
 
-use quintet_kernels::Tensor;
+use quintet_kernels::{Gpu, Tensor, ViewMut, WaitLimits};
 
+pub use nccl::NcclMesh;
 pub use rendezvous::{Interrupter, Listener, Membership};
 pub use tcp::{GATHER_BYTES_MAX, Mesh};
 pub use tree::{LEAVES_MAX, Node, TreeSum, nodes_of};
@@ -26,6 +29,8 @@ pub enum Collective {
     Local,
     /// One of several, connected by TCP.
     Tcp(Box<Mesh>),
+    /// One of several GPUs: NCCL for gradients, TCP for the rest.
+    Nccl(Box<NcclMesh>),
 }
 
 impl Collective {
@@ -37,17 +42,75 @@ impl Collective {
         Self::Tcp(Box::new(mesh))
     }
 
+    /// A mesh of ranks with GPUs: by NCCL if all of them can, else through their hosts; and which of the two, and why,
+    /// for people.
+    ///
+    /// `shares_gpu` is whether `NCCL_MULTI_RANK_GPU_ENABLE=1` is set; `limits` are NCCL's.
+    ///
+    /// # Errors
+    /// Those of the mesh.
+    pub fn between_gpus(
+        mesh: Mesh,
+        gpu: &Gpu,
+        step: u64,
+        shares_gpu: bool,
+        limits: WaitLimits,
+    ) -> Result<(Self, String)> {
+        let (connected, line) = nccl::upgrade(mesh, gpu, step, shares_gpu, limits)?;
+        Ok((connected.map_or_else(Self::tcp, |nccl| Self::Nccl(Box::new(nccl))), line))
+    }
+
     pub fn rank(&self) -> u32 {
-        match self {
-            Self::Local => 0,
-            Self::Tcp(mesh) => mesh.rank(),
-        }
+        self.mesh().map_or(0, Mesh::rank)
     }
 
     pub fn world_size(&self) -> u32 {
+        self.mesh().map_or(1, Mesh::world_size)
+    }
+
+    fn mesh(&self) -> Option<&Mesh> {
         match self {
-            Self::Local => 1,
-            Self::Tcp(mesh) => mesh.world_size(),
+            Self::Local => None,
+            Self::Tcp(mesh) => Some(mesh),
+            Self::Nccl(nccl) => Some(&nccl.mesh),
+        }
+    }
+
+    fn mesh_mut(&mut self) -> Option<&mut Mesh> {
+        match self {
+            Self::Local => None,
+            Self::Tcp(mesh) => Some(mesh),
+            Self::Nccl(nccl) => Some(&mut nccl.mesh),
+        }
+    }
+
+    /// Whether gradients are reduced while the backward pass runs.
+    pub fn overlaps(&self) -> bool {
+        matches!(self, Self::Nccl(_))
+    }
+
+    /// `gradient`, `[1, elements]` on a GPU, is final from element `start` on: where gradients are reduced as they come,
+    /// this part of it may be.
+    ///
+    /// # Safety
+    /// Until [`Collective::finish_sum`] has returned, or this is dropped, the memory of `gradient` stays, and nothing
+    /// reads or writes elements that were said to be final.
+    pub unsafe fn advance_sum(&mut self, gradient: ViewMut, start: usize) {
+        if let Self::Nccl(nccl) = self {
+            // SAFETY: the caller's.
+            unsafe { nccl.advance(gradient, start) };
+        }
+    }
+
+    /// Sums what [`Collective::advance_sum`] has not of `gradient` over all ranks, and waits for all of it. Only where
+    /// [`Collective::overlaps`].
+    ///
+    /// # Errors
+    /// A lost or silent peer, or an interrupt. The collective is then unusable and the content of `gradient` undefined.
+    pub fn finish_sum(&mut self, gradient: ViewMut) -> Result<()> {
+        match self {
+            Self::Nccl(nccl) => nccl.finish(gradient),
+            Self::Local | Self::Tcp(_) => panic!("a sum that was never begun"),
         }
     }
 
@@ -76,6 +139,7 @@ impl Collective {
                 Ok(())
             }
             Self::Tcp(mesh) => mesh.all_reduce_tree(step, sum, ranges, output.as_mut_slice()),
+            Self::Nccl(_) => panic!("a tree of micro-batches between GPUs"),
         }
     }
 
@@ -83,17 +147,17 @@ impl Collective {
     /// others get `None` and do not wait for it.
     pub fn gather_bytes(&mut self, step: u64, root: u32, bytes: &[u8]) -> Result<Option<Vec<Vec<u8>>>> {
         assert!(root < self.world_size(), "root {root} of {}", self.world_size());
-        match self {
-            Self::Local => Ok(Some(vec![bytes.to_vec()])),
-            Self::Tcp(mesh) => mesh.gather_bytes(step, root, bytes),
+        match self.mesh_mut() {
+            None => Ok(Some(vec![bytes.to_vec()])),
+            Some(mesh) => mesh.gather_bytes(step, root, bytes),
         }
     }
 
     /// Brings every rank's `bytes` (at most [`GATHER_BYTES_MAX`]) to every rank, by rank.
     pub fn all_gather_bytes(&mut self, step: u64, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
-        match self {
-            Self::Local => Ok(vec![bytes.to_vec()]),
-            Self::Tcp(mesh) => mesh.all_gather_bytes(step, bytes),
+        match self.mesh_mut() {
+            None => Ok(vec![bytes.to_vec()]),
+            Some(mesh) => mesh.all_gather_bytes(step, bytes),
         }
     }
 }

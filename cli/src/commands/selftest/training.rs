@@ -3,6 +3,7 @@
 use quintet_kernels::selftest::Outcome;
 use quintet_kernels::{DType, Device, ops};
 use quintet_t5::{Batch, Model, Parameters, TrainOptions, Weights, load_embedded};
+use quintet_worker::Precision;
 use quintet_worker::optimizer::{ClippedMean, Hyperparameters, NamedSlot, Optimizer, OptimizerKind};
 use serde::Deserialize;
 
@@ -46,10 +47,21 @@ pub(super) fn run(device: &Device) -> Result<Vec<Outcome>> {
     let rows: Rows = serde_json::from_str(reference!(include_str, "batch.json")).expect(parsed);
     let Expected { adamw } = serde_json::from_str(reference!(include_str, "expected.json")).expect(parsed);
     let mut outcomes = Vec::new();
-    // f32 differs by the order of its sums; bf16 keeps eight bits of each number, f16 eleven.
-    for (dtype, name, tolerance) in [(DType::F32, "f32", 1e-4), (DType::Bf16, "bf16", 2e-2), (DType::F16, "f16", 2e-3)]
-    {
-        for (step, (got, want)) in losses(device, dtype, &rows, &adamw)?.into_iter().zip(&adamw.losses).enumerate() {
+    // f32 differs by the order of its sums; bf16 keeps eight bits of each number, f16 and the factors of tf32 eleven.
+    for (precision, name, tolerance) in [
+        (Precision::Fp32, "f32", 1e-4),
+        (Precision::Tf32, "tf32", 2e-3),
+        (Precision::Bf16, "bf16", 2e-2),
+        (Precision::Fp16, "f16", 2e-3),
+    ] {
+        match device {
+            Device::Gpu(gpu) => gpu.set_tf32(precision == Precision::Tf32),
+            Device::Cpu(_) if precision == Precision::Tf32 => continue,
+            Device::Cpu(_) => {}
+        }
+        for (step, (got, want)) in
+            losses(device, precision.dtype(), &rows, &adamw)?.into_iter().zip(&adamw.losses).enumerate()
+        {
             let max_error = (got - want).abs() / want;
             outcomes.push(Outcome {
                 op: format!("train_step t5_v1_1, loss {}", step + 1),

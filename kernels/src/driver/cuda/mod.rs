@@ -8,6 +8,7 @@ mod nvrtc;
 mod plan;
 mod query;
 pub(crate) mod resources;
+mod side;
 mod staging;
 #[cfg(test)]
 mod tests;
@@ -32,6 +33,7 @@ use super::{Argument, Launch, Module, Product, cache, sources};
 use crate::{DType, Error, Result, SearchPath};
 
 pub(crate) use self::query::{DriverLibrary, GpuInfo, library_versions, needed_libraries};
+pub(crate) use self::side::SideStream;
 pub(crate) use self::timer::Event;
 
 /// Dynamic shared memory that every kernel may have without being asked for.
@@ -46,6 +48,7 @@ pub(crate) struct Cuda {
     shared_bytes_max: usize,
     nvrtc: Nvrtc,
     architecture: String,
+    driver_major: u32,
     modules: Mutex<HashMap<ModuleKey, Loaded>>,
     transfer: Mutex<Transfer>,
     workspace: sys::CUdeviceptr,
@@ -97,12 +100,26 @@ impl Cuda {
             shared_bytes_max: info.shared_bytes_max,
             nvrtc,
             architecture,
+            driver_major: driver.major(),
             modules: Mutex::default(),
             transfer: Mutex::new(transfer),
             workspace,
             blas: ManuallyDrop::new(blas),
             last_kernel: Mutex::new("none"),
         })
+    }
+
+    /// Of the GPU, or of the MIG instance that it is.
+    pub(crate) fn uuid(&self) -> Result<String> {
+        let mut uuid = sys::CUuuid { bytes: [0; 16] };
+        // SAFETY: the answer outlives the call. The first version would not tell instances apart.
+        check("cuDeviceGetUuid", unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, self.device) }.result())?;
+        Ok(uuid.bytes.iter().map(|&byte| format!("{:02x}", byte as u8)).collect())
+    }
+
+    /// Of the newest CUDA that the driver runs.
+    pub(crate) fn driver_major(&self) -> u32 {
+        self.driver_major
     }
 
     /// Device memory, aligned to 256 bytes.

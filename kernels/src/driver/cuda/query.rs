@@ -8,6 +8,7 @@ use cudarc::driver::sys;
 use super::nvrtc::Nvrtc;
 use super::{blas, check, explain};
 use crate::driver::libraries::{Shared, Wanted, dotted, functions};
+use crate::driver::nccl::Nccl;
 use crate::{Error, Result, SearchPath};
 
 /// The first driver that runs what a toolkit of version 12 makes, as the driver counts (12.0).
@@ -17,10 +18,6 @@ const CAPABILITY_MIN: (u32, u32) = (8, 0);
 
 functions!(DriverFunctions {
     fn cuDriverGetVersion(version: *mut c_int) -> c_int;
-});
-
-functions!(NcclFunctions {
-    fn ncclGetVersion(version: *mut c_int) -> c_int;
 });
 
 /// The driver, loaded; cudarc finds it as the library that is loaded already.
@@ -165,7 +162,9 @@ pub(crate) type LibraryVersion = (&'static str, Result<(String, &'static Shared)
 pub(crate) fn library_versions(driver_major: u32, search_path: &SearchPath) -> [LibraryVersion; 3] {
     let nvrtc = Nvrtc::open(driver_major, search_path).map(|nvrtc| (nvrtc.version(), nvrtc.library));
     let blas = blas::version(driver_major, search_path).map(|(library, version)| (version, library));
-    [("NVRTC", nvrtc), ("cuBLASLt", blas), ("NCCL", nccl_version(driver_major, search_path))]
+    let nccl = Nccl::load(&Wanted::nccl(driver_major), search_path);
+    let nccl = nccl.map(|nccl| (nccl.version().to_string(), nccl.library));
+    [("NVRTC", nvrtc), ("cuBLASLt", blas), ("NCCL", nccl)]
 }
 
 /// Sees that the libraries without which no GPU can be used are there.
@@ -173,19 +172,4 @@ pub(crate) fn needed_libraries(driver_major: u32, search_path: &SearchPath) -> R
     Nvrtc::open(driver_major, search_path)?;
     blas::version(driver_major, search_path)?;
     Ok(())
-}
-
-fn nccl_version(driver_major: u32, search_path: &SearchPath) -> Result<(String, &'static Shared)> {
-    let library = Shared::open(&Wanted::nccl(driver_major), search_path)?;
-    let mut version = 0;
-    // SAFETY: the integer outlives the call.
-    let status = unsafe { (NcclFunctions::load(library)?.ncclGetVersion)(&mut version) };
-    match status {
-        // 2.30.3 is 23003.
-        0 => Ok((format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100), library)),
-        _ => Err(Error::UnfitLibrary {
-            path: library.path.display().to_string(),
-            problem: format!("it does not tell its version (error {status})"),
-        }),
-    }
 }

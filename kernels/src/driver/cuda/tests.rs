@@ -2,19 +2,23 @@
 //! its cuBLASLt multiplies as the documentation says. What a kernel computes is not tested here.
 
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use half::bf16;
 
 use super::*;
+use crate::driver::communicator::{Communicator, Patience, Place, WaitLimits};
 use crate::driver::libraries::{Shared, Wanted};
+use crate::driver::nccl::Nccl;
 use crate::driver::{Driver, Gpu};
 use crate::float::Float;
 use crate::{Device, Tensor, View, ViewMut};
 
-const LIBRARIES: [(&str, &str, &str); 3] = [
+const LIBRARIES: [(&str, &str, &str); 4] = [
     ("libcuda.so.1", "driver.c", include_str!("../../../tests/fake_cuda/driver.c")),
     ("libnvrtc.so.13", "nvrtc.c", include_str!("../../../tests/fake_cuda/nvrtc.c")),
+    ("libnccl.so.2", "nccl.c", include_str!("../../../tests/fake_cuda/nccl.c")),
     ("libcublasLt.so.13", "cublaslt.c", include_str!("../../../tests/fake_cuda/cublaslt.c")),
 ];
 
@@ -118,13 +122,13 @@ fn launches_carry_their_arguments() {
 fn failures_name_kernel_and_grid() {
     let Some(gpu) = open() else { return };
     let message = |launch: Launch| gpu.launch(launch).unwrap_err().to_string();
-    let error = message(launch("report_launch", 300_000, &[]));
-    assert!(error.contains("report_launch") && error.contains("300000 bytes of shared memory"), "{error}");
-    assert!(error.contains("this GPU has 232448"), "{error}");
+    let error = message(launch("report_launch", 200_000, &[]));
+    assert!(error.contains("report_launch") && error.contains("200000 bytes of shared memory"), "{error}");
+    assert!(error.contains("this GPU has 166912"), "{error}");
     let error = message(launch("missing", 0, &[]));
     assert!(error.contains("residual (bf16, SIZE=7)") && error.contains("missing"), "{error}");
-    let error = message(Launch { grid: [3, 70_000, 1], ..launch("any", 0, &[]) });
-    assert!(error.contains("kernel any failed: grid 3 x 70000 x 1, 64 threads"), "{error}");
+    let error = message(launch("refused", 0, &[]));
+    assert!(error.contains("kernel refused failed: grid 3 x 2 x 1, 64 threads"), "{error}");
     // One that fails while it runs is noticed later, and named.
     gpu.launch(launch("faulty", 0, &[])).unwrap();
     let error = gpu.synchronize().unwrap_err().to_string();
@@ -231,6 +235,28 @@ fn check_product(gpu: &Gpu, [m, n, k]: [usize; 3], types: (DType, DType), transp
         });
         let expected: Vec<f32> = expected.collect();
         assert!(download(&c) == expected, "{m} {n} {k} {types:?} {transposed:?} {margin} {accumulate}");
+    }
+}
+
+#[test]
+fn sums_over_ranks_come_after_what_was_launched_and_before_what_follows() {
+    let (Some(gpu), Some(search_path)) = (open(), fake()) else { return };
+    let nccl = Nccl::load(&Wanted::nccl(13), search_path).unwrap();
+    let place = Place { id: nccl.unique_id().unwrap(), rank: 0, world_size: 1 };
+    let limits = WaitLimits { meeting: Duration::from_secs(60), sum: Duration::from_secs(60) };
+    let patience = Patience { limits, is_void: Arc::new(|| false) };
+    let mut communicator = Communicator::join(&gpu, nccl, place, patience).unwrap();
+    let mut tensor = Device::Gpu(gpu).zeros(DType::F32, 1, 300).unwrap();
+    for seed in 0..10 {
+        for part in [2, 1, 0] {
+            let mut range = tensor.view_mut().reshape(part * 100, 1, 100);
+            range.reborrow().write(&numbers(100, seed + part)).unwrap();
+            // SAFETY: nobody looks at this part before `wait`.
+            unsafe { communicator.all_reduce(range) };
+        }
+        communicator.wait().unwrap();
+        let doubled = (0..3).flat_map(|part| numbers(100, seed + part)).map(|number| 2.0 * number);
+        assert_eq!(tensor.download::<f32>().unwrap(), doubled.collect::<Vec<f32>>());
     }
 }
 

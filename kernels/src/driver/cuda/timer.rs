@@ -7,7 +7,7 @@ use super::Cuda;
 use crate::Result;
 
 /// A moment on the GPU's clock: when the work before it was done.
-pub(crate) struct Event(sys::CUevent);
+pub(crate) struct Event(pub(super) sys::CUevent);
 
 // SAFETY: events may be used from any thread.
 unsafe impl Send for Event {}

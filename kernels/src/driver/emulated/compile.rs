@@ -22,7 +22,7 @@ const EMULATOR: &[sources::Source] = &[
 /// Neither contraction nor reassociation: the same bits on every machine.
 const OPTIONS: &[&str] = &[
     "-std=c++17",
-    "-O2",
+    "-O1",
     "-fPIC",
     "-shared",
     "-fvisibility=hidden",

@@ -14,6 +14,11 @@ use crate::{Error, Result};
 /// Blocks that a thread of the pool takes at a time, at least.
 const BLOCKS_MIN: usize = 4;
 
+/// The most blocks along y and z.
+const GRID_MAX: u32 = 65_535;
+/// The most shared memory of a block that any GPU has (sm_90).
+const SHARED_BYTES_MAX: usize = 227 << 10;
+
 /// Runs all blocks in an order that `seed` draws.
 pub(super) fn launch(library: &Library, launch: &Launch, seed: u64) -> Result<()> {
     let kernel = library.kernel(launch.function);
@@ -28,6 +33,8 @@ pub(super) fn launch(library: &Library, launch: &Launch, seed: u64) -> Result<()
         arguments: pointers.as_ptr(),
         seed,
     };
+    assert!(launch.grid[1..].iter().all(|&blocks| blocks <= GRID_MAX), "a grid of {:?} blocks", launch.grid);
+    assert!(launch.shared_bytes <= SHARED_BYTES_MAX, "{} bytes of shared memory", launch.shared_bytes);
     let count: u64 = launch.grid.iter().map(|&blocks| u64::from(blocks)).product();
     let order = permutation(count, seed);
     let failure: Mutex<Option<(usize, String)>> = Mutex::new(None);

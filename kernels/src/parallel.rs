@@ -6,6 +6,7 @@
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 use std::thread::LocalKey;
 
 use rayon::prelude::*;
@@ -14,7 +15,7 @@ use crate::pool::Line;
 use crate::{Element, ViewMut};
 
 /// Work below this runs on the calling thread: handing it out costs 5–10 µs. The unit is about a nanosecond.
-const INLINE_WORK: usize = 20_000;
+pub(crate) const INLINE_WORK: usize = 20_000;
 
 /// Runs `task(0)`, `task(1)`, … `task(count - 1)`, in any order and in parallel if it is worth it. `work` is about the
 /// nanoseconds that all of it takes on one thread.
@@ -115,4 +116,27 @@ pub(crate) fn with_scratch<R>(key: &'static LocalKey<Scratch>, length: usize, f:
         }
         f(&mut bytemuck::cast_slice_mut(&mut lines[..wanted])[..length])
     })
+}
+
+/// Memory that the tasks of an operation share, kept from operation to operation. Unlike [`Scratch`] it may be used by
+/// who waits for tasks.
+pub(crate) struct SharedScratch(Mutex<Vec<Vec<Line>>>);
+
+impl SharedScratch {
+    pub(crate) const fn new() -> Self {
+        SharedScratch(Mutex::new(Vec::new()))
+    }
+
+    /// Runs `f` with `length` floats of left-over contents, aligned to cache lines.
+    pub(crate) fn with<R>(&self, length: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
+        let kept = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = kept().pop().unwrap_or_default();
+        let wanted = length.div_ceil(size_of::<Line>() / size_of::<f32>());
+        if lines.len() < wanted {
+            lines.resize(wanted, bytemuck::Zeroable::zeroed());
+        }
+        let result = f(&mut bytemuck::cast_slice_mut(&mut lines[..wanted])[..length]);
+        kept().push(lines);
+        result
+    }
 }

@@ -11,21 +11,24 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use microkernel::{Microkernel, Tile};
-use pack::pack;
+use pack::{pack, pack_parallel};
 
 use crate::float::Float;
-use crate::parallel::{Scratch, for_each_task, with_scratch};
+use crate::parallel::{INLINE_WORK, Scratch, SharedScratch, for_each_task, with_scratch};
 use crate::simd::convert;
 use crate::{View, ViewMut};
 
 /// Products summed before the sum is added to the result; part of what a product's bits are.
 const DEPTH_BLOCK: usize = 512;
 
-/// The most rows and columns of a block, so that with [`DEPTH_BLOCK`] its operands stay in a core's cache. Rows that are
-/// not packed are cheap to have many of.
+/// The most rows and columns of a block that one thread computes, so that with [`DEPTH_BLOCK`] its operands stay in a
+/// core's cache. Rows that are not packed are cheap to have many of.
 const PACKED_ROWS: usize = 516;
 const PACKED_COLS: usize = 512;
 const ROWS_IN_PLACE: usize = 1024;
+
+/// The most of an operand that is packed for all threads at a time: 16 MiB.
+const SHARED_FLOATS: usize = 4 << 20;
 
 /// An operand: `rows × cols` elements at any strides.
 #[derive(Clone, Copy)]
@@ -129,23 +132,16 @@ impl<'a, T: Float> MatrixMut<'a, T> {
 /// `c = a · b`, plus the old `c` if `accumulate`, on all threads of the pool.
 pub(crate) fn gemm<A: Float, B: Float, C: Float>(a: Matrix<A>, b: Matrix<B>, c: MatrixMut<C>, accumulate: bool) {
     let product = Product::new(a, b, c, accumulate);
-    let (rows, cols) = product.block_size(rayon::current_num_threads());
-    let (down, across) = (product.c.rows.div_ceil(rows), product.c.cols.div_ceil(cols));
-    for_each_task(down * across, product.nanoseconds(), |task| {
-        let (row, col) = (task / across * rows, task % across * cols);
-        product.block(row..product.c.rows.min(row + rows), col..product.c.cols.min(col + cols));
-    });
+    if rayon::current_num_threads() == 1 || product.nanoseconds() < INLINE_WORK {
+        product.serial();
+    } else {
+        product.parallel();
+    }
 }
 
 /// As [`gemm`], on the calling thread.
 pub(crate) fn gemm_serial<A: Float, B: Float, C: Float>(a: Matrix<A>, b: Matrix<B>, c: MatrixMut<C>, accumulate: bool) {
-    let product = Product::new(a, b, c, accumulate);
-    let (rows, cols) = product.block_size(1);
-    for row in (0..product.c.rows).step_by(rows) {
-        for col in (0..product.c.cols).step_by(cols) {
-            product.block(row..product.c.rows.min(row + rows), col..product.c.cols.min(col + cols));
-        }
-    }
+    Product::new(a, b, c, accumulate).serial();
 }
 
 /// A multiplication to be done.
@@ -163,6 +159,9 @@ thread_local! {
     static WIDE_C: Scratch = Scratch::default();
 }
 
+static SHARED_A: SharedScratch = SharedScratch::new();
+static SHARED_B: SharedScratch = SharedScratch::new();
+
 impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
     fn new(a: Matrix<'a, A>, b: Matrix<'a, B>, c: MatrixMut<'a, C>, accumulate: bool) -> Self {
         assert_eq!((a.rows, b.cols, a.cols), (c.rows, c.cols, b.rows), "shapes of a matrix product");
@@ -174,33 +173,69 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
         self.c.rows * self.c.cols * self.a.cols / 50
     }
 
-    /// The rows and columns of the blocks that tasks compute: enough blocks to keep the threads busy, cut so that the
-    /// least is packed. Blocks side by side pack the same of `a`, blocks below each other the same of `b`.
-    fn block_size(&self, threads: usize) -> (usize, usize) {
-        let (tile_rows, tile_cols) = (self.kernel.rows, self.kernel.cols);
-        let (rows, cols) = (self.c.rows.max(1), self.c.cols.max(1));
-        let (tiles_down, tiles_across) = (rows.div_ceil(tile_rows), cols.div_ceil(tile_cols));
-        let a_is_packed = !self.reads_a_in_place();
-        let down_min = rows.div_ceil(if a_is_packed { PACKED_ROWS } else { ROWS_IN_PLACE });
-        let across_min = cols.div_ceil(PACKED_COLS);
-        let wanted = match (threads, a_is_packed) {
-            (1, _) => 1,
-            (_, true) => 2 * threads,
-            (_, false) => 8 * threads,
-        };
-        let packed = |down: usize, across: usize| if a_is_packed { across * rows } else { 0 } + down * cols;
-        let grids = (down_min..=down_min.max(tiles_down.min(wanted)))
-            .map(|down| (down, wanted.div_ceil(down).clamp(across_min, across_min.max(tiles_across))));
-        let enough = |&(down, across): &(usize, usize)| (down * across < wanted, packed(down, across));
-        let (down, across) = grids.min_by_key(enough).unwrap_or((down_min, across_min));
-        (tiles_down.div_ceil(down) * tile_rows, tiles_across.div_ceil(across) * tile_cols)
+    /// Block by block, each packing what it reads.
+    fn serial(&self) {
+        let (rows, cols) = (if self.reads_a_in_place() { ROWS_IN_PLACE } else { PACKED_ROWS }, PACKED_COLS);
+        for rows in ranges(0..self.c.rows, rows) {
+            for cols in ranges(0..self.c.cols, cols) {
+                self.sum(rows.clone(), cols.clone(), |depths, add| {
+                    let a = self.a.block(rows.clone(), depths.clone());
+                    let b = self.b.block(depths.clone(), cols.clone());
+                    self.with_a(a, |a| self.with_b(b, |b| add(&a, &b, 0..rows.len(), 0..cols.len(), 0..depths.len())));
+                });
+            }
+        }
     }
 
-    /// Computes a block of `c`. Blocks that run at the same time must not overlap.
-    fn block(&self, rows: Range<usize>, cols: Range<usize>) {
+    /// All threads pack, then all multiply: nothing is packed twice, and the pieces of the product that are dealt out are
+    /// so small that no thread waits long for the last.
+    fn parallel(&self) {
+        let depth = self.a.cols.max(1);
+        let stripe = |in_place: bool, lines: usize, width: usize| {
+            if in_place { lines.max(1) } else { (SHARED_FLOATS / depth).max(1).next_multiple_of(width) }
+        };
+        let rows = stripe(self.reads_a_in_place(), self.c.rows, self.kernel.rows);
+        let cols = stripe(self.reads_b_in_place(), self.c.cols, self.kernel.cols);
+        for rows in ranges(0..self.c.rows, rows) {
+            let a = self.a.block(rows.clone(), 0..self.a.cols);
+            self.share_a(a, |a| {
+                for cols in ranges(0..self.c.cols, cols) {
+                    let b = self.b.block(0..self.b.rows, cols.clone());
+                    self.share_b(b, |b| self.multiply(a, b, rows.clone(), cols));
+                }
+            });
+        }
+    }
+
+    /// `rows` and `cols` of the product on all threads, from all of what their operands hold.
+    fn multiply(&self, a: &Operand, b: &Operand, rows: Range<usize>, cols: Range<usize>) {
+        let (mut task_rows, mut task_cols) = (8 * self.kernel.rows, 4 * self.kernel.cols);
+        let tasks = |task_rows, task_cols| rows.len().div_ceil(task_rows) * cols.len().div_ceil(task_cols);
+        let wanted = 8 * rayon::current_num_threads();
+        while tasks(task_rows, task_cols) < wanted && task_cols > self.kernel.cols {
+            task_cols /= 2;
+        }
+        while tasks(task_rows, task_cols) < wanted && task_rows > self.kernel.rows {
+            task_rows /= 2;
+        }
+        let down = rows.len().div_ceil(task_rows);
+        for_each_task(tasks(task_rows, task_cols), self.nanoseconds(), |task| {
+            // One below the other, which read the same of `b`.
+            let (row, col) = (task % down * task_rows, task / down * task_cols);
+            let (task_rows, task_cols) = (row..rows.len().min(row + task_rows), col..cols.len().min(col + task_cols));
+            let of_c = |range: &Range<usize>, start: usize| start + range.start..start + range.end;
+            self.sum(of_c(&task_rows, rows.start), of_c(&task_cols, cols.start), |depths, add| {
+                add(a, b, task_rows.clone(), task_cols.clone(), depths);
+            });
+        });
+    }
+
+    /// Computes a block of `c`: `runs` is called with each run of depths, and calls what adds the product of some rows,
+    /// columns and depths of two operands. Blocks that run at the same time must not overlap.
+    fn sum(&self, rows: Range<usize>, cols: Range<usize>, runs: impl Fn(Range<usize>, &mut AddProduct)) {
         let c = self.c.pointer.wrapping_add(rows.start * self.c.stride + cols.start);
         if C::DTYPE == crate::DType::F32 {
-            self.sum(rows, cols, c.cast(), self.c.stride, self.accumulate);
+            self.sum_at(rows.len(), cols.len(), c.cast(), self.c.stride, runs);
             return;
         }
         with_scratch(&WIDE_C, rows.len() * cols.len(), |wide| {
@@ -211,23 +246,29 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
             if self.accumulate {
                 wide.chunks_exact_mut(cols.len()).enumerate().for_each(|(row, wide)| convert(line(row), wide));
             }
-            self.sum(rows.clone(), cols.clone(), wide.as_mut_ptr(), cols.len(), self.accumulate);
+            self.sum_at(rows.len(), cols.len(), wide.as_mut_ptr(), cols.len(), runs);
             wide.chunks_exact(cols.len()).enumerate().for_each(|(row, wide)| convert(wide, line(row)));
         });
     }
 
     /// The block in f32, at `c`.
-    fn sum(&self, rows: Range<usize>, cols: Range<usize>, c: *mut f32, c_stride: usize, accumulate: bool) {
-        let depth = self.a.cols;
-        if depth == 0 && !accumulate {
+    fn sum_at(
+        &self,
+        rows: usize,
+        cols: usize,
+        c: *mut f32,
+        c_stride: usize,
+        runs: impl Fn(Range<usize>, &mut AddProduct),
+    ) {
+        if self.a.cols == 0 && !self.accumulate {
             // SAFETY: rows of this block.
-            (0..rows.len()).for_each(|row| unsafe { c.add(row * c_stride).write_bytes(0, cols.len()) });
+            (0..rows).for_each(|row| unsafe { c.add(row * c_stride).write_bytes(0, cols) });
         }
-        for start in (0..depth).step_by(DEPTH_BLOCK) {
-            let depths = start..depth.min(start + DEPTH_BLOCK);
-            let a = self.a.block(rows.clone(), depths.clone());
-            let b = self.b.block(depths, cols.clone());
-            self.with_a(a, |a| self.with_b(b, |b| self.tiles(&a, &b, c, c_stride, accumulate || start > 0)));
+        for depths in ranges(0..self.a.cols, DEPTH_BLOCK) {
+            let accumulate = self.accumulate || depths.start > 0;
+            runs(depths, &mut |a, b, rows, cols, depths| {
+                self.tiles(a, b, rows, cols, depths, c, c_stride, accumulate);
+            });
         }
     }
 
@@ -236,70 +277,98 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
         A::DTYPE == crate::DType::F32 && (self.a.col_stride == 1 || self.c.cols <= 2 * self.kernel.cols)
     }
 
-    /// `a` as the microkernel reads it.
+    /// Whether it reads `b` where it is: its rows are whole vectors, and few rows of `a` profit from packing.
+    fn reads_b_in_place(&self) -> bool {
+        B::DTYPE == crate::DType::F32
+            && self.b.col_stride == 1
+            && self.c.cols.is_multiple_of(self.kernel.lanes)
+            && self.c.rows <= 8 * self.kernel.rows
+    }
+
+    fn a_in_place(&self, a: &Matrix<A>) -> Option<Operand> {
+        let pointer = a.as_f32().filter(|_| self.reads_a_in_place())?;
+        Some(Operand { pointer, lines: a.rows, order: Order::InPlace { line: a.row_stride, depth: a.col_stride } })
+    }
+
+    fn b_in_place(&self, b: &Matrix<B>) -> Option<Operand> {
+        let pointer = b.as_f32().filter(|_| self.reads_b_in_place())?;
+        Some(Operand { pointer, lines: b.cols, order: Order::InPlace { line: 1, depth: b.row_stride } })
+    }
+
+    /// `a` as the microkernel reads it, packed by this thread if need be.
     fn with_a(&self, a: Matrix<A>, f: impl FnOnce(Operand)) {
         let width = self.kernel.rows;
-        match a.as_f32() {
-            Some(pointer) if self.reads_a_in_place() => f(Operand {
-                pointer,
-                lines: a.rows,
-                depth: a.cols,
-                panel_stride: width * a.row_stride,
-                line_stride: a.row_stride,
-                depth_stride: a.col_stride,
-                is_packed: false,
-            }),
-            _ => with_scratch(&PACKED_A, a.rows.next_multiple_of(width) * a.cols, |panels| {
+        match self.a_in_place(&a) {
+            Some(operand) => f(operand),
+            None => with_scratch(&PACKED_A, a.rows.next_multiple_of(width) * a.cols, |panels| {
                 pack(a, width, width, panels);
-                f(Operand::packed(panels, a.rows, a.cols, width));
+                f(Operand::packed(panels, a.rows, a.cols, width, width));
             }),
         }
     }
 
-    /// `b` as the microkernel reads it: in place if its rows are whole vectors and few rows of `a` profit from packing.
+    /// Likewise `b`.
     fn with_b(&self, b: Matrix<B>, f: impl FnOnce(Operand)) {
-        let width = self.kernel.cols;
-        match b.as_f32() {
-            Some(pointer)
-                if b.col_stride == 1
-                    && b.cols.is_multiple_of(self.kernel.lanes)
-                    && self.c.rows <= 8 * self.kernel.rows =>
-            {
-                f(Operand {
-                    pointer,
-                    lines: b.cols,
-                    depth: b.rows,
-                    panel_stride: width,
-                    line_stride: 1,
-                    depth_stride: b.row_stride,
-                    is_packed: false,
-                });
-            }
-            _ => with_scratch(&PACKED_B, b.cols.next_multiple_of(self.kernel.lanes) * b.rows, |panels| {
-                pack(b.transposed(), width, self.kernel.lanes, panels);
-                f(Operand::packed(panels, b.cols, b.rows, width));
+        let (width, lanes) = (self.kernel.cols, self.kernel.lanes);
+        match self.b_in_place(&b) {
+            Some(operand) => f(operand),
+            None => with_scratch(&PACKED_B, b.cols.next_multiple_of(lanes) * b.rows, |panels| {
+                pack(b.transposed(), width, lanes, panels);
+                f(Operand::packed(panels, b.cols, b.rows, width, lanes));
             }),
         }
     }
 
-    fn tiles(&self, a: &Operand, b: &Operand, c: *mut f32, c_stride: usize, accumulate: bool) {
-        let (tile_rows, tile_cols, lanes) = (self.kernel.rows, self.kernel.cols, self.kernel.lanes);
-        for col in (0..b.lines).step_by(tile_cols) {
-            for row in (0..a.lines).step_by(tile_rows) {
+    /// As [`Product::with_a`], packed by all threads.
+    fn share_a(&self, a: Matrix<A>, f: impl FnOnce(&Operand)) {
+        let width = self.kernel.rows;
+        match self.a_in_place(&a) {
+            Some(operand) => f(&operand),
+            None => SHARED_A.with(a.rows.next_multiple_of(width) * a.cols, |panels| {
+                pack_parallel(a, width, width, panels);
+                f(&Operand::packed(panels, a.rows, a.cols, width, width));
+            }),
+        }
+    }
+
+    /// Likewise `b`.
+    fn share_b(&self, b: Matrix<B>, f: impl FnOnce(&Operand)) {
+        let (width, lanes) = (self.kernel.cols, self.kernel.lanes);
+        match self.b_in_place(&b) {
+            Some(operand) => f(&operand),
+            None => SHARED_B.with(b.cols.next_multiple_of(lanes) * b.rows, |panels| {
+                pack_parallel(b.transposed(), width, lanes, panels);
+                f(&Operand::packed(panels, b.cols, b.rows, width, lanes));
+            }),
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "two operands, a part of them, and where it goes")]
+    fn tiles(
+        &self,
+        a: &Operand,
+        b: &Operand,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        depths: Range<usize>,
+        c: *mut f32,
+        c_stride: usize,
+        accumulate: bool,
+    ) {
+        for tile_cols in ranges(cols.clone(), self.kernel.cols) {
+            let (b, _, b_depth_stride) = b.at(tile_cols.start, depths.start);
+            for tile_rows in ranges(rows.clone(), self.kernel.rows) {
+                let (a, a_row_stride, a_depth_stride) = a.at(tile_rows.start, depths.start);
                 let tile = Tile {
-                    depth: a.depth,
-                    rows: tile_rows.min(a.lines - row),
-                    cols: tile_cols.min(b.lines - col),
-                    a: a.pointer.wrapping_add(row / tile_rows * a.panel_stride),
-                    a_row_stride: a.line_stride,
-                    a_depth_stride: a.depth_stride,
-                    b: b.pointer.wrapping_add(col / tile_cols * b.panel_stride),
-                    b_depth_stride: if b.is_packed {
-                        tile_cols.min((b.lines - col).next_multiple_of(lanes))
-                    } else {
-                        b.depth_stride
-                    },
-                    c: c.wrapping_add(row * c_stride + col),
+                    depth: depths.len(),
+                    rows: tile_rows.len(),
+                    cols: tile_cols.len(),
+                    a,
+                    a_row_stride,
+                    a_depth_stride,
+                    b,
+                    b_depth_stride,
+                    c: c.wrapping_add((tile_rows.start - rows.start) * c_stride + tile_cols.start - cols.start),
                     c_stride,
                     accumulate,
                 };
@@ -311,28 +380,49 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
     }
 }
 
-/// An operand in panels of lines (rows of `a`, columns of `b`).
+/// Adds the product of rows, columns and depths of two operands to a block.
+type AddProduct<'f> = dyn FnMut(&Operand, &Operand, Range<usize>, Range<usize>, Range<usize>) + 'f;
+
+/// `range` in pieces of `length`.
+fn ranges(range: Range<usize>, length: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    range.step_by(length).map(move |start| start..end.min(start + length))
+}
+
+/// Lines of an operand (rows of `a`, columns of `b`).
 struct Operand {
     pointer: *const f32,
     lines: usize,
-    depth: usize,
-    panel_stride: usize,
-    line_stride: usize,
-    depth_stride: usize,
-    is_packed: bool,
+    order: Order,
 }
 
+enum Order {
+    /// Where the matrix is: elements between lines and between depths.
+    InPlace { line: usize, depth: usize },
+    /// In panels of `width` lines, `panel` elements apart, of which the last is as wide as whole `grain`s must be.
+    Packed { width: usize, grain: usize, panel: usize },
+}
+
+// SAFETY: it is only read, for as long as what it points to is borrowed by who made it.
+unsafe impl Sync for Operand {}
+
 impl Operand {
-    fn packed(panels: &[f32], lines: usize, depth: usize, width: usize) -> Self {
-        let pointer = panels.as_ptr();
-        Operand {
-            pointer,
-            lines,
-            depth,
-            panel_stride: width * depth,
-            line_stride: 1,
-            depth_stride: width,
-            is_packed: true,
+    fn packed(panels: &[f32], lines: usize, depth: usize, width: usize, grain: usize) -> Self {
+        let order = Order::Packed { width, grain, panel: width * depth };
+        Operand { pointer: panels.as_ptr(), lines, order }
+    }
+
+    /// The address of an element, the first of a panel, and the elements from it to the next line and the next depth.
+    fn at(&self, line: usize, depth: usize) -> (*const f32, usize, usize) {
+        match self.order {
+            Order::InPlace { line: line_stride, depth: depth_stride } => {
+                (self.pointer.wrapping_add(line * line_stride + depth * depth_stride), line_stride, depth_stride)
+            }
+            Order::Packed { width, grain, panel } => {
+                debug_assert!(line.is_multiple_of(width) && line < self.lines);
+                let width_here = width.min((self.lines - line).next_multiple_of(grain));
+                (self.pointer.wrapping_add(line / width * panel + depth * width_here), 1, width_here)
+            }
         }
     }
 }

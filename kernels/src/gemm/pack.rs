@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use rayon::prelude::*;
+
 use super::Matrix;
 use crate::float::Float;
 use crate::simd::multiversion;
@@ -28,6 +30,21 @@ pub(super) fn pack<T: Float>(source: Matrix<T>, width: usize, grain: usize, pane
             pack_transposed(source, first, count, width, panel);
         }
     }
+}
+
+/// As [`pack`], on all threads.
+pub(super) fn pack_parallel<T: Float>(source: Matrix<T>, width: usize, grain: usize, panels: &mut [f32]) {
+    /// Floats that a task packs, about.
+    const TASK: usize = 1 << 16;
+    let (lines, depth) = (source.rows, source.cols);
+    if lines == 0 || depth == 0 {
+        return;
+    }
+    let group = (TASK / (width * depth)).max(1) * width;
+    panels.par_chunks_mut(group * depth).enumerate().for_each(|(task, panels)| {
+        let first = task * group;
+        pack(source.block(first..lines.min(first + group), 0..depth), width, grain, panels);
+    });
 }
 
 multiversion! {

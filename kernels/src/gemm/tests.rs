@@ -70,18 +70,15 @@ fn every_instruction_set_against_f64() {
         for shape @ (m, n, k) in SHAPES {
             let mut random = Random::new(3);
             let (a, b) = (random.normals(m * k), random.normals(k * n));
-            let mut c = vec![f32::NAN; m * n];
-            let product = Product {
-                kernel,
-                ..Product::new(
-                    Matrix::from_slice(&a, m, k, k),
-                    Matrix::from_slice(&b, k, n, n),
-                    MatrixMut::from_slice(&mut c, m, n, n),
-                    false,
-                )
+            let run = |way: &dyn Fn(&Product<f32, f32, f32>)| {
+                let mut c = vec![f32::NAN; m * n];
+                let (a, b) = (Matrix::from_slice(&a, m, k, k), Matrix::from_slice(&b, k, n, n));
+                way(&Product { kernel, ..Product::new(a, b, MatrixMut::from_slice(&mut c, m, n, n), false) });
+                c
             };
-            product.block(0..m, 0..n);
+            let c = run(&|product| product.serial());
             check(&format!("{shape:?} {} lanes", kernel.lanes), &c, &expected(&a, &b, None, shape), k);
+            assert_eq!(c, run(&|product| product.parallel()), "{shape:?} {} lanes", kernel.lanes);
         }
     }
 }
@@ -110,20 +107,31 @@ fn bf16_operands_are_exact_and_results_rounded_once() {
     assert_eq!(c, narrow(c32));
 }
 
+/// One thread packs block by block, several pack all, or as much as their memory holds, which the second shape exceeds.
 #[test]
 fn bits_do_not_depend_on_threads_or_blocks() {
-    let (m, n, k) = (530, 610, 300);
-    let mut random = Random::new(6);
-    let (a, b) = (random.normals(m * k), random.normals(k * n));
-    let run = |threads: usize| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let mut c = vec![f32::NAN; m * n];
-        let (a, b) = (Matrix::from_slice(&a, m, k, k), Matrix::from_slice(&b, k, n, n));
-        pool.install(|| gemm(a, b, MatrixMut::from_slice(&mut c, m, n, n), false));
-        c
-    };
-    let alone = run(1);
-    for threads in [2, 3, 5] {
-        assert_eq!(alone, run(threads), "{threads} threads");
+    for (m, n, k) in [(530, 610, 1300), (130, 140, 70_000)] {
+        let mut random = Random::new(6);
+        let (a, b) = (random.normals(m * k), random.normals(k * n));
+        for layout in 0..4 {
+            let a = match layout & 1 {
+                0 => Matrix::from_slice(&a, m, k, k),
+                _ => Matrix::from_slice(&a, k, m, m).transposed(),
+            };
+            let b = match layout & 2 {
+                0 => Matrix::from_slice(&b, k, n, n),
+                _ => Matrix::from_slice(&b, n, k, k).transposed(),
+            };
+            let run = |threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let mut c = vec![f32::NAN; m * n];
+                pool.install(|| gemm(a, b, MatrixMut::from_slice(&mut c, m, n, n), false));
+                c
+            };
+            let alone = run(1);
+            for threads in [2, 3, 5] {
+                assert!(alone == run(threads), "{threads} threads, layout {layout} of {m} x {n} x {k}");
+            }
+        }
     }
 }

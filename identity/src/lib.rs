@@ -1,0 +1,27 @@
+//! Who is who in a run that leaves its machine.
+//!
+//! - [`Authority`]: the run's own certificate authority, made by its coordinator.
+//! - [`JoinToken`]: what admits a worker once, and tells it which authority to believe.
+//! - [`Credentials`]: a member's key and certificate, and what TLS needs of them.
+//! - [`Role`]: what a certificate permits, by the names in it.
+//!
+//! A member is known by its role and number and not by its address: the authority signs for
+//! members of one run and nobody else, so that names say all there is to know, behind whatever
+//! address translation or service name the member is reached.
+//!
+//! Deliberately absent: sockets, messages, a clock (times are arguments), the environment.
+
+mod authority;
+mod credentials;
+mod error;
+mod role;
+mod tls;
+mod token;
+
+pub use authority::{Admitted, Authority};
+pub use credentials::{
+    COORDINATOR_PROTOCOL, Credentials, MESH_PROTOCOL, MemberKey, Pinned, coordinator_name, worker_name,
+};
+pub use error::{Error, Refusal, Result};
+pub use role::{Member, Role, member_of};
+pub use token::{FINGERPRINT_BYTES, JoinToken, MemberId, TOKEN_TEXT_BYTES_MAX, fingerprint};

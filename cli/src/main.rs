@@ -28,6 +28,7 @@ fn main() -> ExitCode {
         Command::Train(arguments) => commands::train::run(arguments),
         Command::Coordinator(arguments) => commands::coordinator::run(arguments),
         Command::Worker(arguments) => on_threads(arguments.threads, || commands::worker::run(arguments)),
+        Command::Tokens(arguments) => commands::tokens::run(arguments),
         Command::Evaluate(arguments) => on_threads(None, || commands::evaluate::run(arguments)),
         Command::Generate(arguments) => on_threads(None, || commands::generate::run(arguments)),
         Command::Data(arguments) => commands::data::run(arguments),

@@ -148,9 +148,7 @@ impl Authority {
         lifetime: Duration,
     ) -> Result<std::result::Result<Admitted, Refusal>> {
         match public_key {
-            [4, ..] if public_key.len() == PUBLIC_KEY_BYTES => {
-                self.certify(member, public_key, now, lifetime).map(Ok)
-            }
+            [4, ..] if public_key.len() == PUBLIC_KEY_BYTES => self.certify(member, public_key, now, lifetime).map(Ok),
             _ => Ok(Err(Refusal::Key)),
         }
     }

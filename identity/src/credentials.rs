@@ -129,7 +129,8 @@ impl Credentials {
 
     fn client(&self, protocol: &[u8]) -> Result<Arc<ClientConfig>> {
         let verifier = tls::server_verifier(tls::roots(&self.authority)?)?;
-        let config = tls::client_builder(verifier)?.with_client_auth_cert(vec![self.certificate.clone()], self.key.private());
+        let config =
+            tls::client_builder(verifier)?.with_client_auth_cert(vec![self.certificate.clone()], self.key.private());
         Ok(tls::finish_client(config.map_err(Error::tls)?, protocol))
     }
 }

@@ -42,6 +42,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether input or configuration is at fault: never worth a retry.
+    pub fn is_user_error(&self) -> bool {
+        matches!(self, Self::Damaged { .. })
+    }
+
     pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::File { action, path, source }

@@ -25,3 +25,10 @@ pub use credentials::{
 pub use error::{Error, Refusal, Result};
 pub use role::{Member, Role, member_of};
 pub use token::{FINGERPRINT_BYTES, JoinToken, MemberId, TOKEN_TEXT_BYTES_MAX, fingerprint};
+
+/// Whether what is sent from or to an address stays between processes of one machine and needs no encryption: it is
+/// 127.0.0.1 or ::1. The other loopback addresses are treated as any address, so that encryption can be tried with them.
+pub fn is_private(address: std::net::IpAddr) -> bool {
+    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+    matches!(address, IpAddr::V4(Ipv4Addr::LOCALHOST) | IpAddr::V6(Ipv6Addr::LOCALHOST))
+}

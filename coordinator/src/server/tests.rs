@@ -44,7 +44,7 @@ async fn start(settings: Settings, directory: &Path) -> Served {
         settings,
         job_json: "{}".to_owned(),
         tokenizer_json: "t".repeat(10 << 20),
-        run_token: Secret::from_bytes(TOKEN),
+        admission: Admission::Secret(Secret::from_bytes(TOKEN)),
         collective_token: Secret::from_bytes([6; 32]),
         insecure: false,
     };
@@ -252,7 +252,7 @@ async fn plain_text_stays_on_the_machine() {
         settings: settings(1, 1),
         job_json: String::new(),
         tokenizer_json: String::new(),
-        run_token: secret.clone(),
+        admission: Admission::Secret(secret.clone()),
         collective_token: secret,
         insecure: false,
     };

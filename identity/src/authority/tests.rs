@@ -83,7 +83,9 @@ fn what_is_no_token_of_ours_is_refused_and_spends_nothing() {
     assert_eq!(refusal(&text.replace(".worker.", ".operator.")), Refusal::Unknown);
     let later = text.replace(&seconds(now + HOUR).to_string(), &seconds(now + 2 * HOUR).to_string());
     assert_eq!(refusal(&later), Refusal::Unknown);
-    for garbled in ["", "secret", "quintet1.", &text[1..], &text[..text.len() - 1], &text.to_uppercase(), &text.repeat(9)] {
+    for garbled in
+        ["", "secret", "quintet1.", &text[1..], &text[..text.len() - 1], &text.to_uppercase(), &text.repeat(9)]
+    {
         assert_eq!(refusal(garbled), Refusal::Unreadable, "{garbled}");
     }
     // A coordinator is nobody that a token makes.
@@ -104,8 +106,7 @@ fn the_authority_survives_its_process_and_keeps_its_key_to_its_owner() {
     let second = Authority::open(&directory, &directory).unwrap();
     assert_eq!(first.fingerprint(), second.fingerprint());
     let member = worker(&first, SystemTime::now(), HOUR);
-    let mut client =
-        ClientConnection::new(member.coordinator_client().unwrap(), coordinator_name()).unwrap();
+    let mut client = ClientConnection::new(member.coordinator_client().unwrap(), coordinator_name()).unwrap();
     shake(&mut client, &mut coordinator(&second)).unwrap();
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&directory), 0o700);
@@ -128,7 +129,8 @@ fn strangers_recognize_the_coordinator_by_its_fingerprint() {
     dial(authority.fingerprint(), &mut coordinator(&other)).unwrap_err();
     dial([0; 32], &mut coordinator(&authority)).unwrap_err();
     // A worker is no coordinator, though it has a certificate of the same authority.
-    let mut impostor = ServerConnection::new(worker(&authority, SystemTime::now(), HOUR).mesh_server().unwrap()).unwrap();
+    let mut impostor =
+        ServerConnection::new(worker(&authority, SystemTime::now(), HOUR).mesh_server().unwrap()).unwrap();
     dial(authority.fingerprint(), &mut impostor).unwrap_err();
 }
 
@@ -169,7 +171,8 @@ fn workers_know_each_other() {
     connect(&worker(&authority, now - 2 * HOUR, HOUR), &a).unwrap_err();
     // The coordinator's protocol is none of the mesh's.
     let mut server = ServerConnection::new(b.mesh_server().unwrap()).unwrap();
-    shake(&mut ClientConnection::new(a.coordinator_client().unwrap(), worker_name()).unwrap(), &mut server).unwrap_err();
+    shake(&mut ClientConnection::new(a.coordinator_client().unwrap(), worker_name()).unwrap(), &mut server)
+        .unwrap_err();
 }
 
 #[test]

@@ -23,23 +23,40 @@ use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
-/// How long a connection may take until it is admitted, TLS handshake and hello together.
-const ADMISSION_TIMEOUT: Duration = Duration::from_secs(10);
-/// Connections that nobody has admitted yet. More are closed at once; an honest worker tries again.
-const STRANGERS_MAX: usize = 256;
+/// What strangers may take.
+#[derive(Clone, Copy)]
+pub(crate) struct Limits {
+    /// How long a connection may take until it is admitted: TLS handshake and hello, each.
+    pub(crate) admission_timeout: Duration,
+    /// Connections that nobody has admitted yet. More are closed at once; an honest worker tries again.
+    pub(crate) strangers_max: usize,
+}
+
+/// Of a run's listener.
+pub(crate) const LIMITS: Limits = Limits { admission_timeout: Duration::from_secs(10), strangers_max: 256 };
+
 /// Pause after the system refused to accept, mostly for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// The connections of a listener, behind TLS where there is a configuration for it.
-pub(crate) fn incoming(listener: TcpListener, tls: Option<Arc<ServerConfig>>) -> ReceiverStream<io::Result<Guest>> {
+pub(crate) fn incoming(
+    listener: TcpListener,
+    tls: Option<Arc<ServerConfig>>,
+    limits: Limits,
+) -> ReceiverStream<io::Result<Guest>> {
     // Room for all that the semaphore lets in, so that no handshake waits for the server.
-    let (let_in, guests) = mpsc::channel(STRANGERS_MAX);
-    tokio::spawn(accept(listener, tls.map(TlsAcceptor::from), let_in));
+    let (let_in, guests) = mpsc::channel(limits.strangers_max);
+    tokio::spawn(accept(listener, tls.map(TlsAcceptor::from), limits, let_in));
     ReceiverStream::new(guests)
 }
 
-async fn accept(listener: TcpListener, tls: Option<TlsAcceptor>, let_in: mpsc::Sender<io::Result<Guest>>) {
-    let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
+async fn accept(
+    listener: TcpListener,
+    tls: Option<TlsAcceptor>,
+    limits: Limits,
+    let_in: mpsc::Sender<io::Result<Guest>>,
+) {
+    let strangers = Arc::new(Semaphore::new(limits.strangers_max));
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -50,28 +67,29 @@ async fn accept(listener: TcpListener, tls: Option<TlsAcceptor>, let_in: mpsc::S
             continue;
         };
         let Ok(permit) = Arc::clone(&strangers).try_acquire_owned() else { continue };
-        tokio::spawn(welcome(socket, tls.clone(), permit, let_in.clone()));
+        tokio::spawn(welcome(socket, tls.clone(), limits.admission_timeout, permit, let_in.clone()));
     }
 }
 
 async fn welcome(
     socket: TcpStream,
     tls: Option<TlsAcceptor>,
+    timeout: Duration,
     permit: OwnedSemaphorePermit,
     let_in: mpsc::Sender<io::Result<Guest>>,
 ) {
-    let deadline = Box::pin(tokio::time::sleep(ADMISSION_TIMEOUT));
     // Without it, answers are only slower.
     let _ = socket.set_nodelay(true);
     let (wire, member) = match tls {
         None => (Wire::Plain(socket), None),
         Some(acceptor) => {
-            let Ok(Ok(stream)) = tokio::time::timeout(ADMISSION_TIMEOUT, acceptor.accept(socket)).await else { return };
+            let Ok(Ok(stream)) = tokio::time::timeout(timeout, acceptor.accept(socket)).await else { return };
             let member = stream.get_ref().1.peer_certificates().and_then(|chain| member_of(chain.first()?));
             (Wire::Tls(Box::new(stream)), member)
         }
     };
     let standing = Arc::new(Standing { admitted: AtomicBool::new(false), permit: Mutex::new(Some(permit)) });
+    let deadline = Box::pin(tokio::time::sleep(timeout));
     // An error means that the run is over.
     let _ = let_in.send(Ok(Guest { wire, member, standing, deadline })).await;
 }
@@ -163,5 +181,39 @@ impl AsyncWrite for Guest {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.wire().poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio_stream::StreamExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn strangers_have_so_much_time_and_so_many_places() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let limits = Limits { admission_timeout: Duration::from_millis(100), strangers_max: 2 };
+        let mut guests = incoming(listener, None, limits);
+        let mut silent = TcpStream::connect(address).await.unwrap();
+        let mut slow = guests.next().await.unwrap().unwrap();
+        let mut friend = TcpStream::connect(address).await.unwrap();
+        let mut admitted = guests.next().await.unwrap().unwrap();
+        // No place is left: this one is closed, and says so by its end.
+        let mut third = TcpStream::connect(address).await.unwrap();
+        assert_eq!(third.read(&mut [0]).await.unwrap(), 0);
+        // An admission makes room, and lifts the deadline.
+        admitted.connect_info().admit();
+        let mut fourth = TcpStream::connect(address).await.unwrap();
+        drop(guests.next().await.unwrap().unwrap());
+        let error = slow.read_u8().await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        drop(slow);
+        assert_eq!(silent.read(&mut [0]).await.unwrap(), 0);
+        assert_eq!(fourth.read(&mut [0]).await.unwrap(), 0);
+        friend.write_all(b"hello").await.unwrap();
+        admitted.read_exact(&mut [0; 5]).await.unwrap();
     }
 }

@@ -115,9 +115,12 @@ pub async fn serve(
         .max_decoding_message_size(FROM_WORKER_BYTES_MAX)
         .max_encoding_message_size(TO_WORKER_BYTES_MAX);
     let (end, ended) = oneshot::channel::<()>();
-    let server = limited().add_service(service).serve_with_incoming_shutdown(gate::incoming(listener, tls), async {
-        let _ = ended.await;
-    });
+    let server = limited().add_service(service).serve_with_incoming_shutdown(
+        gate::incoming(listener, tls, gate::LIMITS),
+        async {
+            let _ = ended.await;
+        },
+    );
     let mut server = tokio::spawn(server);
     let shell = Shell {
         machine: Machine::new(run.settings.clone()),

@@ -14,6 +14,7 @@
 mod authority;
 mod credentials;
 mod error;
+mod records;
 mod role;
 mod tls;
 mod token;
@@ -23,6 +24,7 @@ pub use credentials::{
     COORDINATOR_PROTOCOL, Credentials, MESH_PROTOCOL, MemberKey, Pinned, coordinator_name, worker_name,
 };
 pub use error::{Error, Refusal, Result};
+pub use records::RecordKey;
 pub use role::{Member, Role, member_of};
 pub use token::{FINGERPRINT_BYTES, JoinToken, MemberId, TOKEN_TEXT_BYTES_MAX, fingerprint};
 

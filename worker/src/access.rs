@@ -18,6 +18,7 @@ use tokio_rustls::rustls::{self, ClientConfig};
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Status};
 
+use crate::collective::MeshIdentity;
 use crate::session::{CONNECT_TIMEOUT, KEEP_ALIVE_TIMEOUT, SessionError, resolve};
 
 type Result<T> = std::result::Result<T, SessionError>;
@@ -62,6 +63,15 @@ impl Access {
                     false => Err(SessionError::NotLoopback(address)),
                 }
             }
+        }
+    }
+
+    /// What this worker proves itself to other ranks with; none where they are on one machine, or somebody takes the
+    /// risk. Newer certificates serve newer generations.
+    pub(crate) fn mesh_identity(&self) -> Result<Option<MeshIdentity>> {
+        match self {
+            Self::Plain { .. } => Ok(None),
+            Self::Certificate(pass) => MeshIdentity::new(&pass.credentials()).map(Some).map_err(identity_failed),
         }
     }
 

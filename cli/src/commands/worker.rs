@@ -53,6 +53,7 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
         base_dir: working_directory()?,
         tokenizer_json: welcome.tokenizer_json,
         collective_token,
+        access,
         listen,
         resume_step: welcome.resume_step,
     };

@@ -39,7 +39,7 @@ impl Job {
         for assignment in &arguments.overrides {
             apply(&mut table, assignment)?;
             job = table.clone().try_into().map_err(|error: toml::de::Error| {
-                Failure::bad_input(format!("--set {assignment}: {}", with_nearest_key(error.message())))
+                Failure::bad_input(format!("--set {assignment}: {}", with_nearest_name(error.message())))
             })?;
         }
         if let Some(output) = &arguments.output {
@@ -124,11 +124,11 @@ fn describe(path: &Path, text: &str, error: &toml::de::Error) -> Failure {
         let line = text[..span.start.min(text.len())].matches('\n').count() + 1;
         format!(":{line}")
     });
-    Failure::bad_input(format!("{}{line}: {}", path.display(), with_nearest_key(error.message())))
+    Failure::bad_input(format!("{}{line}: {}", path.display(), with_nearest_name(error.message())))
 }
 
 /// Of an unknown name, serde lists what it expected; the one that looks most like what was written is what was meant.
-fn with_nearest_key(message: &str) -> String {
+pub(crate) fn with_nearest_name(message: &str) -> String {
     let message = message.trim().replace('\n', " ");
     let Some((unknown, expected)) = message.split_once(", expected").filter(|_| message.starts_with("unknown ")) else {
         return message;

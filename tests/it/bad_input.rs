@@ -63,7 +63,7 @@ fn a_wrong_job_is_refused_with_one_line() {
         ("trainin.learning_rate=1e-3", &["trainin", "did you mean `training`?"]),
         ("model.architecture.d_modl=16", &["model.architecture: ", "d_modl", "d_model"]),
         ("training.optimizer=sgd", &["training.optimizer", "`sgd`", "adafactor"]),
-        ("evaluation.metrics=[\"bleu\"]", &["evaluation.metrics", "`bleu`", "exact_match"]),
+        ("evaluation.metrics=[\"blue\"]", &["evaluation.metrics", "`blue`", "`bleu`"]),
         // Types and ranges: the key.
         ("training=3", &["--set training=3: invalid type"]),
         ("training.max_steps=-1", &["--set training.max_steps=-1: invalid value"]),
@@ -120,7 +120,8 @@ fn a_wrong_command_line_is_refused() {
         ("evaluate --model absent --data train.jsonl --input {source} --target {target}", 2, &["--model absent"]),
         ("evaluate --predictions absent.jsonl", 2, &["absent.jsonl: cannot read"]),
         ("evaluate --predictions train.jsonl", 2, &["train.jsonl:1: ", "\"prediction\"", "\"target\""]),
-        ("evaluate --predictions train.jsonl --metrics bleu", 2, &["--metrics: ", "`bleu`"]),
+        ("evaluate --predictions train.jsonl --metrics blue", 2, &["--metrics: ", "`blue`", "`bleu`"]),
+        ("evaluate --predictions train.jsonl --metrics rouge1,perplexity", 2, &["--metrics: perplexity", "--model"]),
         ("generate --model absent --input x", 2, &["--model absent"]),
         ("generate --model .", 2, &["required arguments"]),
         ("train job.toml --output train.jsonl", 2, &["output_dir: train.jsonl is no directory"]),

@@ -6,6 +6,7 @@ use quintet_kernels::DType;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::metrics::Metric;
 use crate::optimizer::{Hyperparameters, OptimizerKind};
 use crate::schedule::{Schedule, SchedulerType};
 use crate::{DeviceChoice, Error, Result};
@@ -310,33 +311,6 @@ impl TrainingConfig {
     }
 }
 
-/// A score of an evaluation. The loss is always computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Metric {
-    Loss,
-    ExactMatch,
-    PhonemeErrorRate,
-    WordErrorRate,
-}
-
-impl Metric {
-    /// As in job files and results.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Loss => "loss",
-            Self::ExactMatch => "exact_match",
-            Self::PhonemeErrorRate => "phoneme_error_rate",
-            Self::WordErrorRate => "word_error_rate",
-        }
-    }
-
-    /// Whether texts must be generated for it.
-    pub fn needs_predictions(self) -> bool {
-        self != Self::Loss
-    }
-}
-
 /// `[evaluation]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -477,7 +451,7 @@ mod tests {
         for bad in [json!({ "learning_rat": 1.0 }), json!({ "optimizer": "sgd" })] {
             assert!(serde_json::from_value::<TrainingConfig>(bad).is_err());
         }
-        assert!(serde_json::from_value::<EvaluationConfig>(json!({ "metrics": ["bleu"] })).is_err());
+        assert!(serde_json::from_value::<EvaluationConfig>(json!({ "metrics": ["blue"] })).is_err());
         assert!(serde_json::from_value::<ModelSection>(json!({ "pretrain": "x" })).is_err());
     }
 

@@ -20,6 +20,7 @@ pub mod scaler;
 pub mod schedule;
 pub mod session;
 
-pub use config::{EvaluationConfig, Metric, ModelSection, Precision, TrainingConfig};
+pub use config::{EvaluationConfig, ModelSection, Precision, TrainingConfig};
 pub use device::DeviceChoice;
 pub use error::{Error, Result};
+pub use metrics::Metric;

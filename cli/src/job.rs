@@ -99,6 +99,13 @@ fn numerics(job: &Job) -> Value {
     training.precision = training.precision.filter(|&precision| precision != Precision::Fp32);
     training.logging_steps = 1;
     (training.eval_steps, training.save_steps, training.save_total_limit) = (None, None, None);
+    // They decide when training ends, as max_steps of a job does not: it may go on with another patience.
+    let usual = TrainingConfig::default();
+    training.load_best_model_at_end = usual.load_best_model_at_end;
+    training.metric_for_best_model = usual.metric_for_best_model;
+    training.greater_is_better = usual.greater_is_better;
+    training.early_stopping_patience = usual.early_stopping_patience;
+    training.early_stopping_threshold = usual.early_stopping_threshold;
     serde_json::to_value(job).unwrap_or_default()
 }
 

@@ -63,6 +63,7 @@ fn a_wrong_job_is_refused_with_one_line() {
         ("trainin.learning_rate=1e-3", &["trainin", "did you mean `training`?"]),
         ("model.architecture.d_modl=16", &["model.architecture: ", "d_modl", "d_model"]),
         ("training.optimizer=sgd", &["training.optimizer", "`sgd`", "adafactor"]),
+        ("training.metric_for_best_model=\"loss\"", &["training.metric_for_best_model", "load_best_model_at_end"]),
         ("evaluation.metrics=[\"blue\"]", &["evaluation.metrics", "`blue`", "`bleu`"]),
         // Types and ranges: the key.
         ("training=3", &["--set training=3: invalid type"]),

@@ -15,4 +15,5 @@ mod model_files;
 mod nccl;
 mod parity;
 mod recovery;
+mod selection;
 mod structure;

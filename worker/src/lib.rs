@@ -18,6 +18,7 @@ pub mod rank;
 pub mod replica;
 pub mod scaler;
 pub mod schedule;
+mod selection;
 pub mod session;
 
 pub use config::{EvaluationConfig, ModelSection, Precision, TrainingConfig};

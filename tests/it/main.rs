@@ -16,4 +16,5 @@ mod nccl;
 mod parity;
 mod recovery;
 mod security;
+mod selection;
 mod structure;

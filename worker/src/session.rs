@@ -10,7 +10,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use quintet_proto::PROTOCOL_VERSION;
-use quintet_proto::v1::{Commit, FromWorker, Heartbeat, Hello, Plan, Stop, ToWorker, Welcome, to_worker};
+use quintet_proto::v1::{Commit, FromWorker, Heartbeat, Hello, Interrupted, Plan, Stop, ToWorker, Welcome, to_worker};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Uri;
@@ -158,6 +158,18 @@ impl Session {
     pub fn send(&self, report: Report) -> Result<()> {
         let message = FromWorker { report: Some(report) };
         self.reports.as_ref().and_then(|reports| reports.send(message).ok()).ok_or_else(ended)
+    }
+
+    /// For another thread: tells the coordinator that this worker's host wants it gone, so that the run is saved while
+    /// there is time. Does nothing when the session has ended.
+    pub fn interrupter(&self) -> impl Fn() + Send + 'static {
+        let reports = self.reports.as_ref().map(async_mpsc::UnboundedSender::downgrade);
+        move || {
+            if let Some(reports) = reports.as_ref().and_then(async_mpsc::WeakUnboundedSender::upgrade) {
+                // Whoever has left needs to save nothing.
+                let _ = reports.send(FromWorker { report: Some(Report::Interrupted(Interrupted {})) });
+            }
+        }
     }
 
     /// Has `callback` called, on another thread, as soon as the work of `generation` is void: when
@@ -326,8 +338,16 @@ async fn join(
         .map_err(|_| unreachable(format!("no answer within {} seconds", CONNECT_TIMEOUT.as_secs())))?
 }
 
-/// The address that a URL of this scheme names.
-pub(crate) fn resolve(url: &str, scheme: &str) -> Result<SocketAddr> {
+/// The address that a coordinator's URL means.
+///
+/// # Errors
+/// [`SessionError::Url`].
+pub fn resolve(url: &str) -> Result<SocketAddr> {
+    resolve_as(url, if url.starts_with("https://") { "https" } else { "http" })
+}
+
+/// The address that a URL of this scheme means.
+pub(crate) fn resolve_as(url: &str, scheme: &str) -> Result<SocketAddr> {
     let wrong = |problem: &str| SessionError::Url { url: url.to_owned(), problem: problem.to_owned() };
     let uri: Uri = url.parse().map_err(|_| wrong("it is not a URL"))?;
     if uri.scheme_str() != Some(scheme) {

@@ -42,7 +42,6 @@ fn load(device: &Device, config_path: &Path, config: &str, weights: &WeightFiles
         Error::Config(message) => file_error(config_path, message),
         other => other,
     })?;
-    let mut parameters = model.zero_parameters(DType::F32)?;
     let layout = model.layout().clone();
     let mut known: HashSet<&str> = layout.tensors().iter().map(|tensor| tensor.name.as_str()).collect();
     known.extend(["lm_head.weight"].iter().chain(&IGNORED));
@@ -50,6 +49,9 @@ fn load(device: &Device, config_path: &Path, config: &str, weights: &WeightFiles
         let message = "is no part of this architecture; check config.json".to_string();
         return Err(Error::Tensor { path: path.clone(), tensor: name.clone(), message });
     }
+    // Before memory is taken for them: a configuration can name any size, files are as large as they are.
+    layout.tensors().iter().try_for_each(|tensor| weights.find(tensor).map(|_| ()))?;
+    let mut parameters = model.zero_parameters(DType::F32)?;
     for tensor in layout.tensors() {
         let mut values = vec![0.0; tensor.range.len()];
         weights.read(tensor, &mut values)?;
@@ -135,8 +137,8 @@ impl WeightFiles {
         Ok(tensors.tensor(name).ok())
     }
 
-    /// The values of a tensor.
-    fn read(&self, tensor: &NamedTensor, target: &mut [f32]) -> Result<()> {
+    /// A tensor of the shape that is wanted.
+    fn find(&self, tensor: &NamedTensor) -> Result<TensorView<'_>> {
         let found = match self.tensor(&tensor.name)? {
             Some(found) => found,
             // The embedding under the names of its aliases.
@@ -146,15 +148,22 @@ impl WeightFiles {
             }
             None => return Err(self.missing(tensor)),
         };
-        let error = |message| Error::Tensor {
-            path: self.paths.get(&tensor.name).cloned().unwrap_or_default(),
-            tensor: tensor.name.clone(),
-            message,
-        };
         if found.shape() != tensor.shape {
-            return Err(error(format!("shape {:?}, but config.json asks for {:?}", found.shape(), tensor.shape)));
+            let message = format!("shape {:?}, but config.json asks for {:?}", found.shape(), tensor.shape);
+            return Err(self.unfit(tensor, message));
         }
-        decode(found.dtype(), found.data(), target).map_err(error)
+        Ok(found)
+    }
+
+    /// The values of a tensor.
+    fn read(&self, tensor: &NamedTensor, target: &mut [f32]) -> Result<()> {
+        let found = self.find(tensor)?;
+        decode(found.dtype(), found.data(), target).map_err(|message| self.unfit(tensor, message))
+    }
+
+    fn unfit(&self, tensor: &NamedTensor, message: String) -> Error {
+        let path = self.paths.get(&tensor.name).cloned().unwrap_or_default();
+        Error::Tensor { path, tensor: tensor.name.clone(), message }
     }
 
     fn missing(&self, tensor: &NamedTensor) -> Error {

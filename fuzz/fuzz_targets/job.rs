@@ -1,0 +1,32 @@
+//! A job file: its sections parse or are refused, and what parses is checked without a panic.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use quintet_coordinator::config::ClusterConfig;
+use quintet_data::DataConfig;
+use quintet_worker::{EvaluationConfig, ModelSection, TrainingConfig};
+use serde::Deserialize;
+
+/// The sections of a job, each by the crate that uses it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Job {
+    #[serde(rename = "output_dir")]
+    _output_dir: std::path::PathBuf,
+    #[serde(rename = "model")]
+    _model: ModelSection,
+    data: DataConfig,
+    #[serde(default)]
+    training: TrainingConfig,
+    #[serde(default, rename = "evaluation")]
+    _evaluation: EvaluationConfig,
+    #[serde(default)]
+    cluster: ClusterConfig,
+}
+
+fuzz_target!(|text: &str| {
+    let Ok(job) = toml::from_str::<Job>(text) else { return };
+    let _ = job.data.validate();
+    let _ = job.cluster.validate();
+    let _ = job.training.validate();
+});

@@ -1,14 +1,20 @@
-//! Where records come from: JSON lines, CSV and TSV files, and the built-in pronunciation dictionary.
+//! Where records come from: JSON lines, CSV, TSV and Parquet files, compressed or not, folders of these, and the built-in
+//! pronunciation dictionary.
 
-use std::collections::BTreeMap;
+mod compression;
+mod folder;
+mod parquet;
+mod record;
+
+use std::collections::BTreeSet;
 use std::fmt;
-use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::fs;
+use std::io::{self, BufRead};
 use std::path::{Path, PathBuf};
 
-use serde_json::value::RawValue;
-
 use crate::error::{Error, Result};
+use compression::Compression;
+pub use record::{Record, Value};
 
 /// The CMU Pronouncing Dictionary as its authors distribute it; build.rs put it there.
 const CMUDICT: &str = include_str!(concat!(env!("OUT_DIR"), "/cmudict.dict"));
@@ -16,70 +22,8 @@ const CMUDICT_NAME: &str = "builtin:cmudict";
 const BUILTIN_PREFIX: &str = "builtin:";
 const BYTE_ORDER_MARK: &str = "\u{feff}";
 
-/// A field's value, as far as templates care.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Value {
-    /// Text; numbers and booleans as they are written in the source.
-    Text(String),
-    /// JSON's null.
-    Null,
-    /// A JSON list or object: which, in words.
-    Nested(&'static str),
-}
-
-/// One record: named fields.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Record {
-    fields: Vec<(String, Value)>,
-}
-
-impl Record {
-    /// The value of a field.
-    pub fn get(&self, name: &str) -> Option<&Value> {
-        self.fields.iter().find(|(field, _)| field == name).map(|(_, value)| value)
-    }
-
-    /// All fields: a table's in the order of its columns, an object's by name.
-    pub fn fields(&self) -> impl Iterator<Item = (&str, &Value)> {
-        self.fields.iter().map(|(name, value)| (name.as_str(), value))
-    }
-
-    /// Parses a line of a JSON lines file.
-    pub(crate) fn from_json(line: &str) -> Result<Self, String> {
-        // Raw values, because a number parsed and printed may read differently (1e3, 0.10).
-        let object: BTreeMap<String, &RawValue> = serde_json::from_str(line).map_err(|error| json_message(&error))?;
-        let fields = object.into_iter().map(|(name, raw)| Ok((name, Value::from_json(raw)?)));
-        Ok(Self { fields: fields.collect::<Result<_, String>>()? })
-    }
-
-    fn from_texts<N: Into<String>, V: Into<String>>(fields: impl IntoIterator<Item = (N, V)>) -> Self {
-        Self { fields: fields.into_iter().map(|(name, text)| (name.into(), Value::Text(text.into()))).collect() }
-    }
-}
-
-impl Value {
-    fn from_json(raw: &RawValue) -> Result<Self, String> {
-        let json = raw.get();
-        Ok(match json.as_bytes().first() {
-            Some(b'"') => Self::Text(serde_json::from_str(json).map_err(|error| json_message(&error))?),
-            Some(b'n') => Self::Null,
-            Some(b'[') => Self::Nested("a list"),
-            Some(b'{') => Self::Nested("an object"),
-            _ => Self::Text(json.to_owned()),
-        })
-    }
-}
-
-/// serde_json's message without its line, which is always 1 here.
-fn json_message(error: &serde_json::Error) -> String {
-    let message = error.to_string();
-    let what = message.rsplit_once(" at line ").map_or(message.as_str(), |(what, _)| what);
-    if error.is_data() {
-        format!("not a JSON object with text keys: {what}")
-    } else {
-        format!("broken JSON at column {}: {what}", error.column())
-    }
-}
+/// The fields that somebody reads; none: all of them.
+pub(crate) type Wanted<'a> = Option<&'a BTreeSet<String>>;
 
 /// A source that can be read: a file of a known format, or a built-in set.
 #[derive(Clone, Debug, PartialEq)]
@@ -90,6 +34,7 @@ enum Kind {
     File {
         path: PathBuf,
         format: Format,
+        compression: Compression,
         /// The path as the user wrote it, for messages.
         shown: String,
     },
@@ -100,6 +45,23 @@ enum Kind {
 enum Format {
     JsonLines,
     Separated { delimiter: u8 },
+    Parquet,
+}
+
+impl Format {
+    /// By the ending of the name, with what it is compressed by.
+    fn of(path: &Path) -> Option<(Self, Compression)> {
+        let (path, compression) = Compression::of(path);
+        let format = match path.extension()?.to_string_lossy().to_ascii_lowercase().as_str() {
+            "jsonl" | "json-lines" | "jsonlines" | "ndjson" => Self::JsonLines,
+            "csv" => Self::Separated { delimiter: b',' },
+            "tsv" => Self::Separated { delimiter: b'\t' },
+            // Its pages are compressed; the file as a whole is not.
+            "parquet" if compression == Compression::None => Self::Parquet,
+            _ => return None,
+        };
+        Some((format, compression))
+    }
 }
 
 impl fmt::Display for Source {
@@ -111,12 +73,14 @@ impl fmt::Display for Source {
     }
 }
 
-/// Finds the sources that the entries name: paths, globs (their files in alphabetical order) and `builtin:cmudict`.
-/// Relative paths are relative to `base`.
+/// Finds the sources that the entries name: paths, globs (their files in alphabetical order), folders of a data set (see
+/// [`folder`]), and `builtin:cmudict`. Relative paths are relative to `base`; `split` is that of a folder which is named
+/// without one.
 ///
 /// # Errors
-/// A file that is missing or of an unknown format, a glob without a match, an unknown built-in set.
-pub fn resolve_sources(entries: &[String], base: &Path) -> Result<Vec<Source>> {
+/// A file that is missing or of an unknown format, a glob without a match, a folder without the split, an unknown
+/// built-in set.
+pub fn resolve_sources(entries: &[String], base: &Path, split: &str) -> Result<Vec<Source>> {
     let mut sources = Vec::new();
     for entry in entries {
         if let Some(name) = entry.strip_prefix(BUILTIN_PREFIX) {
@@ -124,10 +88,19 @@ pub fn resolve_sources(entries: &[String], base: &Path) -> Result<Vec<Source>> {
                 return Err(Error::source(entry, format!("no built-in set {name:?}; there is {CMUDICT_NAME}")));
             }
             sources.push(Source(Kind::Cmudict));
-        } else if !base.join(entry).exists() && entry.contains(['*', '?', '[']) {
+            continue;
+        }
+        let path = base.join(entry);
+        if path.is_dir() {
+            sources.extend(folder::open(&path, entry, split)?);
+        } else if path.exists() {
+            sources.push(Source::file(path, entry)?);
+        } else if let Some((name, split)) = entry.rsplit_once(':').filter(|(name, _)| base.join(name).is_dir()) {
+            sources.extend(folder::open(&base.join(name), name, split)?);
+        } else if entry.contains(['*', '?', '[']) {
             sources.extend(expand_glob(entry, base)?);
         } else {
-            sources.push(Source::file(base.join(entry), entry)?);
+            return Err(Error::source(entry, format!("no such file ({})", path.display())));
         }
     }
     Ok(sources)
@@ -154,85 +127,119 @@ fn expand_glob(pattern: &str, base: &Path) -> Result<Vec<Source>> {
 
 impl Source {
     fn file(path: PathBuf, shown: &str) -> Result<Self> {
-        if path.is_dir() {
-            return Err(Error::source(shown, "is a folder; give a file, or a glob such as folder/*.jsonl"));
-        }
-        if !path.exists() {
-            return Err(Error::source(shown, format!("no such file ({})", path.display())));
-        }
-        let extension = path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
-        let format = match extension.as_deref() {
-            Some("jsonl" | "json-lines" | "jsonlines" | "ndjson") => Format::JsonLines,
-            Some("csv") => Format::Separated { delimiter: b',' },
-            Some("tsv") => Format::Separated { delimiter: b'\t' },
-            _ => {
-                let message = "unknown format; convert it to .jsonl (one object a line), .csv or .tsv (with a header)";
-                return Err(Error::source(shown, message));
-            }
+        let Some((format, compression)) = Format::of(&path) else {
+            let message = "unknown format; convert it to .jsonl (one object a line), .csv or .tsv (with a header), any \
+                           of them as .gz or .zst, or .parquet";
+            return Err(Error::source(shown, message));
         };
-        Ok(Self(Kind::File { path, format, shown: shown.to_owned() }))
+        Ok(Self(Kind::File { path, format, compression, shown: shown.to_owned() }))
     }
 
-    /// Calls `visit` with every record and the line it starts on (from 1; 0 for a built-in set), in order.
+    /// What tells whether it has changed since it was last read: name, size and time of change.
+    ///
+    /// # Errors
+    /// The file is gone.
+    pub(crate) fn stamp(&self) -> Result<String> {
+        let Kind::File { path, shown, .. } = &self.0 else { return Ok(self.to_string()) };
+        let metadata = fs::metadata(path).map_err(|error| Error::io(path, error))?;
+        let changed = metadata.modified().map_err(|error| Error::io(path, error))?;
+        Ok(format!("{shown} {} {changed:?}", metadata.len()))
+    }
+
+    /// Calls `visit` with every record and the line it starts on (from 1; a Parquet file's row; 0 for a built-in set),
+    /// in order.
     ///
     /// # Errors
     /// What cannot be read, by file and line; an error message that `visit` returns is put behind its record's file
     /// and line. A source without any record is an error too.
     pub fn for_each(&self, mut visit: impl FnMut(u64, Record) -> Result<(), String>) -> Result<()> {
+        self.for_each_of(None, |line, record| visit(line, record).map(|()| true)).map(|_| ())
+    }
+
+    /// The same, until `visit` says false; whether it never did. A format that can leaves out fields that nobody wants.
+    pub(crate) fn for_each_of(
+        &self,
+        wanted: Wanted<'_>,
+        mut visit: impl FnMut(u64, Record) -> Result<bool, String>,
+    ) -> Result<bool> {
         let mut count = 0_u64;
         let mut visit = |line: u64, record: Record| {
             count += 1;
             visit(line, record).map_err(|message| self.record_error(line, message))
         };
-        match &self.0 {
-            Kind::File { path, format: Format::JsonLines, .. } => self.read_json_lines(path, &mut visit)?,
-            Kind::File { path, format: Format::Separated { delimiter }, .. } => {
-                self.read_separated(path, *delimiter, &mut visit)?;
+        let whole = match &self.0 {
+            Kind::File { path, format: Format::JsonLines, compression, .. } => {
+                self.read_json_lines(compression.open(path)?, path, &mut visit)
             }
-            Kind::Cmudict => read_cmudict(&mut visit)?,
-        }
+            Kind::File { path, format: Format::Separated { delimiter }, compression, .. } => {
+                self.read_separated(compression.open(path)?, path, *delimiter, &mut visit)
+            }
+            Kind::File { path, format: Format::Parquet, .. } => self.read_parquet(path, wanted, &mut visit),
+            Kind::Cmudict => read_cmudict(&mut visit),
+        }?;
         if count == 0 {
             return Err(Error::source(self.to_string(), "holds no records"));
         }
-        Ok(())
+        Ok(whole)
     }
 
     fn record_error(&self, line: u64, message: impl Into<String>) -> Error {
         Error::Record { origin: self.to_string(), line, message: message.into() }
     }
 
-    fn read_json_lines(&self, path: &Path, visit: &mut dyn FnMut(u64, Record) -> Result<()>) -> Result<()> {
-        let mut reader = BufReader::with_capacity(1 << 16, File::open(path).map_err(|error| Error::io(path, error))?);
+    /// A failure to read: of a compressed file mostly its content's fault, otherwise the machine's.
+    fn read_error(&self, path: &Path, line: u64, error: io::Error) -> Error {
+        let compression = match &self.0 {
+            Kind::File { compression, .. } => *compression,
+            Kind::Cmudict => Compression::None,
+        };
+        // What the operating system refuses has a number.
+        match (compression.name(), error.raw_os_error()) {
+            (Some(name), None) => {
+                let message = format!("broken {name} after this line ({error}); the file is torn or damaged");
+                self.record_error(line.saturating_sub(1), message)
+            }
+            _ => Error::io(path, error),
+        }
+    }
+
+    fn read_json_lines(
+        &self,
+        mut reader: Box<dyn BufRead>,
+        path: &Path,
+        visit: &mut dyn FnMut(u64, Record) -> Result<bool>,
+    ) -> Result<bool> {
         let mut bytes = Vec::new();
         for line in 1.. {
             bytes.clear();
-            if reader.read_until(b'\n', &mut bytes).map_err(|error| Error::io(path, error))? == 0 {
+            if reader.read_until(b'\n', &mut bytes).map_err(|error| self.read_error(path, line, error))? == 0 {
                 break;
             }
             let text = std::str::from_utf8(&bytes).map_err(|error| self.record_error(line, utf8_message(&error)))?;
             let text = if line == 1 { text.trim_start_matches(BYTE_ORDER_MARK) } else { text };
             if !text.trim().is_empty() {
                 let record = Record::from_json(text.trim()).map_err(|message| self.record_error(line, message))?;
-                visit(line, record)?;
+                if !visit(line, record)? {
+                    return Ok(false);
+                }
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn read_separated(
         &self,
+        reader: Box<dyn BufRead>,
         path: &Path,
         delimiter: u8,
-        visit: &mut dyn FnMut(u64, Record) -> Result<()>,
-    ) -> Result<()> {
+        visit: &mut dyn FnMut(u64, Record) -> Result<bool>,
+    ) -> Result<bool> {
         // Flexible, so that the check of the row lengths and its message are ours.
-        let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).from_path(path).map_err(
-            |error| match error.into_kind() {
-                csv::ErrorKind::Io(error) => Error::io(path, error),
-                kind => Error::source(self.to_string(), format!("{kind:?}")),
-            },
-        )?;
-        let header = reader.headers().map_err(|error| self.csv_error(path, error))?.clone();
+        let mut reader = csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(reader);
+        let header = match reader.headers() {
+            Ok(header) => header.clone(),
+            Err(error) => return Err(self.csv_error(path, 1, error)),
+        };
         let names: Vec<&str> = header.iter().map(|name| name.trim_start_matches(BYTE_ORDER_MARK)).collect();
         for (index, name) in names.iter().enumerate() {
             if names[..index].contains(name) {
@@ -240,21 +247,27 @@ impl Source {
             }
         }
         let mut row = csv::StringRecord::new();
-        while reader.read_record(&mut row).map_err(|error| self.csv_error(path, error))? {
+        loop {
+            let place = reader.position().line();
+            if !reader.read_record(&mut row).map_err(|error| self.csv_error(path, place, error))? {
+                return Ok(true);
+            }
             let line = row.position().map_or(0, csv::Position::line);
             if row.len() != names.len() {
                 let message = format!("{} columns where the header has {}", row.len(), names.len());
                 return Err(self.record_error(line, message));
             }
-            visit(line, Record::from_texts(names.iter().copied().zip(&row)))?;
+            if !visit(line, Record::from_texts(names.iter().copied().zip(&row)))? {
+                return Ok(false);
+            }
         }
-        Ok(())
     }
 
-    fn csv_error(&self, path: &Path, error: csv::Error) -> Error {
-        let line = error.position().map_or(1, csv::Position::line);
+    /// `place` is the line that was reached, for errors that know none.
+    fn csv_error(&self, path: &Path, place: u64, error: csv::Error) -> Error {
+        let line = error.position().map_or(place, csv::Position::line);
         match error.into_kind() {
-            csv::ErrorKind::Io(error) => Error::io(path, error),
+            csv::ErrorKind::Io(error) => self.read_error(path, line, error),
             csv::ErrorKind::Utf8 { err, .. } => {
                 self.record_error(line, format!("column {} is not valid UTF-8; convert the file", err.field() + 1))
             }
@@ -272,7 +285,7 @@ fn utf8_message(error: &std::str::Utf8Error) -> String {
 ///
 /// Words with anything but the letters a to z and apostrophes (abbreviations with points, compounds with hyphens; 1 %)
 /// are left out. Of several pronunciations only the first is kept, so that no word is in training and validation.
-fn read_cmudict(visit: &mut dyn FnMut(u64, Record) -> Result<()>) -> Result<()> {
+fn read_cmudict(visit: &mut dyn FnMut(u64, Record) -> Result<bool>) -> Result<bool> {
     for (index, line) in CMUDICT.lines().enumerate() {
         let entry = line.split('#').next().unwrap_or_default();
         let Some((word, pronunciation)) = entry.split_once(' ') else { continue };
@@ -286,9 +299,11 @@ fn read_cmudict(visit: &mut dyn FnMut(u64, Record) -> Result<()>) -> Result<()> 
             .collect();
         let letters: Vec<&str> = word.split("").filter(|letter| !letter.is_empty()).collect();
         let fields = [("word", word.to_owned()), ("letters", letters.join(" ")), ("phonemes", phonemes.join(" "))];
-        visit(index as u64 + 1, Record::from_texts(fields))?;
+        if !visit(index as u64 + 1, Record::from_texts(fields))? {
+            return Ok(false);
+        }
     }
-    Ok(())
+    Ok(true)
 }
 
 #[cfg(test)]
@@ -299,7 +314,7 @@ mod tests {
 
     fn sources(base: &Path, entries: &[&str]) -> Result<Vec<Source>> {
         let entries: Vec<String> = entries.iter().map(|&entry| entry.to_owned()).collect();
-        resolve_sources(&entries, base)
+        resolve_sources(&entries, base, "train")
     }
 
     fn read(base: &Path, entry: &str) -> Result<Vec<(u64, Record)>> {
@@ -332,7 +347,7 @@ mod tests {
         let records = read(directory.path(), "a.jsonl").unwrap();
         assert_eq!(records.len(), 2);
         assert_eq!(records[0], (1, Record::from_texts([("a", "x\n")])));
-        assert_eq!(records[1], (4, Record::from_texts([("b", "2")])));
+        assert_eq!(records[1], (4, Record::from_json("{\"b\": 2}").unwrap()));
     }
 
     #[test]
@@ -390,7 +405,8 @@ mod tests {
         fs::create_dir(base.join("d")).unwrap();
         for (entry, start) in [
             ("a.txt", "a.txt: unknown format; convert it to .jsonl"),
-            ("d", "d: is a folder; give a file, or a glob such as folder/*.jsonl"),
+            ("d", "d: holds no file of a known format"),
+            ("a.jsonl.bz2", "a.jsonl.bz2: no such file"),
             ("b.csv", "b.csv: no such file ("),
             ("*.csv", "*.csv: no file matches (looked in "),
             ("[", "[: cannot expand the glob: "),
@@ -427,7 +443,7 @@ mod tests {
                 .filter(|(_, record)| record.get("word") == Some(&Value::Text(word.to_owned())))
                 .collect();
             assert_eq!(same.len(), 1, "{word}");
-            ["letters", "phonemes"].map(|field| crate::template::text_of(&same[0].1, field).unwrap().to_owned())
+            ["letters", "phonemes"].map(|field| same[0].1.get(field).unwrap().text().unwrap().to_owned())
         };
         assert_eq!(get("hello"), ["h e l l o", "HH AH L OW"]);
         assert_eq!(get("gdp"), ["g d p", "G IY D IY P IY"]);

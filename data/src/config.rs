@@ -217,7 +217,8 @@ impl DataConfig {
             Some(Sample::Count(0)) => return Err(Error::setting("data.sample", "is 0; give at least 1 example")),
             // Written so that NaN fails too.
             Some(Sample::Fraction(fraction)) if !(fraction > 0.0 && fraction < 1.0) => {
-                let message = format!("{fraction:?} is not a fraction between 0 and 1; a number of examples has no point");
+                let message =
+                    format!("{fraction:?} is not a fraction between 0 and 1; a number of examples has no point");
                 return Err(Error::setting("data.sample", message));
             }
             _ => {}
@@ -262,7 +263,9 @@ impl DataConfig {
         if self.objective != Objective::Seq2Seq {
             return match self.target.is_empty() {
                 true => Ok(None),
-                false => Err(Error::setting("data.target", "data.objective makes the targets from the inputs; remove this")),
+                false => {
+                    Err(Error::setting("data.target", "data.objective makes the targets from the inputs; remove this"))
+                }
             };
         }
         Template::parse(&self.target).map(Some).map_err(|source| Error::Template { key: "data.target", source })
@@ -293,7 +296,10 @@ impl DataConfig {
 fn check_sources(key: &'static str, sources: &SourceList) -> Result<()> {
     let entries = sources.entries();
     if entries.is_empty() || entries.iter().any(|entry| entry.is_empty()) {
-        return Err(Error::setting(key, "is empty; give a path, a glob, a folder, a list of these, or \"builtin:cmudict\""));
+        return Err(Error::setting(
+            key,
+            "is empty; give a path, a glob, a folder, a list of these, or \"builtin:cmudict\"",
+        ));
     }
     Ok(())
 }
@@ -379,21 +385,12 @@ mod tests {
                 "min_source_characters = 5\nmax_source_characters = 4",
                 "data.min_source_characters: 5 is more than the maximum, 4; no text would be left",
             ),
-            (
-                "max_examples = 0",
-                "data.max_examples: is 0; give at least 1 example",
-            ),
+            ("max_examples = 0", "data.max_examples: is 0; give at least 1 example"),
             ("sample = 0", "data.sample: is 0; give at least 1 example"),
-            (
-                "sample = 1.0",
-                "data.sample: 1.0 is not a fraction between 0 and 1; a number of examples has no point",
-            ),
+            ("sample = 1.0", "data.sample: 1.0 is not a fraction between 0 and 1; a number of examples has no point"),
             ("label_names = { x = [] }", "data.label_names: \"x\" has no names"),
             ("shot_template = \"{x}\"", "data.shot_template: no field \"x\"; it has: input, target"),
-            (
-                "where = \"x >\"",
-                "data.where: expected a field or a value, found the end at character 4 of \"x >\"",
-            ),
+            ("where = \"x >\"", "data.where: expected a field or a value, found the end at character 4 of \"x >\""),
             (
                 "validation = []",
                 "data.validation: is empty; give a path, a glob, a folder, a list of these, or \"builtin:cmudict\"",

@@ -156,7 +156,14 @@ impl Part {
     }
 
     /// Appends the tokens of an example.
-    fn encode(&self, at: At, tokenizer: &Tokenizer, limits: Limits, source: &mut Vec<u32>, target: &mut Vec<u32>) -> Result<()> {
+    fn encode(
+        &self,
+        at: At,
+        tokenizer: &Tokenizer,
+        limits: Limits,
+        source: &mut Vec<u32>,
+        target: &mut Vec<u32>,
+    ) -> Result<()> {
         match &self.tokens {
             Tokens::None => {
                 source.extend(self.encode_input(at.index, tokenizer, limits)?);
@@ -244,7 +251,8 @@ impl Part {
         let mut writer = StoreWriter::new(place);
         let count = self.texts.len();
         for first in (0..count).step_by(CHUNK as usize) {
-            let chunk: Vec<_> = (first..count.min(first + CHUNK)).into_par_iter().map(&encode).collect::<Result<_>>()?;
+            let chunk: Vec<_> =
+                (first..count.min(first + CHUNK)).into_par_iter().map(&encode).collect::<Result<_>>()?;
             for ids in chunk.iter().flatten() {
                 let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
                 writer.push(&bytes)?;

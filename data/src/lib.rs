@@ -8,6 +8,7 @@
 //! [`Dataset`]s; a [`Schedule`] cuts epochs into steps of positions; an [`Order`] says which example lies at a
 //! position; a [`Packer`] turns positions into the tokens of a micro-batch, and a [`Loader`] does so ahead of time.
 
+mod classes;
 mod config;
 mod dataset;
 mod error;
@@ -24,6 +25,7 @@ mod store;
 mod template;
 mod tokenizer;
 
+pub use classes::Classes;
 pub use config::{DataConfig, LabelNames, Sample, SourceList};
 pub use dataset::{Dataset, Example};
 pub use error::{Error, Result};

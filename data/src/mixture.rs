@@ -101,7 +101,10 @@ pub(crate) fn validate(config: &DataConfig) -> Result<()> {
         }
     }
     if config.mixture_temperature.is_some_and(|temperature| !(temperature >= 1.0 && temperature.is_finite())) {
-        return setting("data.mixture_temperature", "is not a number of 1 or more; 1 is proportional, more is more equal");
+        return setting(
+            "data.mixture_temperature",
+            "is not a number of 1 or more; 1 is proportional, more is more equal",
+        );
     }
     match config.mixture_limit {
         Some(0) => setting("data.mixture_limit", "is 0; give at least 1 example"),
@@ -183,14 +186,20 @@ mod tests {
                 let slots = apportion(total, &rates);
                 assert!(slots.iter().sum::<u64>().abs_diff(total) <= 2, "{slots:?} of {total}");
                 let sum: f64 = rates.iter().sum();
-                assert!(slots.iter().zip(rates).all(|(&slots, rate)| (slots as f64 - total as f64 * rate / sum).abs() <= 1.0));
+                assert!(
+                    slots
+                        .iter()
+                        .zip(rates)
+                        .all(|(&slots, rate)| (slots as f64 - total as f64 * rate / sum).abs() <= 1.0)
+                );
             }
         }
     }
 
     #[test]
     fn bad_mixtures_are_named() {
-        let message = |settings: &str, rates: &[Option<f64>]| config(settings, rates).validate().unwrap_err().to_string();
+        let message =
+            |settings: &str, rates: &[Option<f64>]| config(settings, rates).validate().unwrap_err().to_string();
         for (settings, rates, expected) in [
             ("train = \"a.csv\"", &[None][..], "data.mixture: every source has its own train"),
             ("", &[None, Some(1.0)], "data.mixture: some sources have a rate and some have none"),

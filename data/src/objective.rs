@@ -112,7 +112,10 @@ fn denoisers(config: &DataConfig) -> Vec<DenoiserConfig> {
 /// Checks what can be checked without a tokenizer.
 pub(crate) fn validate(config: &DataConfig) -> Result<()> {
     let has_no_effect = |key, wanted: &str| {
-        Err(Error::setting(key, format!("has no effect without data.objective = \"{wanted}\"; set that or remove this")))
+        Err(Error::setting(
+            key,
+            format!("has no effect without data.objective = \"{wanted}\"; set that or remove this"),
+        ))
     };
     if config.objective != Objective::SpanCorruption {
         if config.noise_density != default_noise_density() {
@@ -138,7 +141,7 @@ pub(crate) fn validate(config: &DataConfig) -> Result<()> {
     }
     let prompt = config.num_shots > 0 || config.tasks().iter().any(|task| !task.source_prefix.is_empty());
     if prompt {
-        let message = "data.objective makes inputs from texts alone; remove data.num_shots and data.source_prefix";
+        let message = "makes inputs from texts alone; remove data.num_shots and data.source_prefix";
         return Err(Error::setting("data.objective", message));
     }
     let key = if config.objective == Objective::Ul2 { "data.denoisers" } else { "data.objective" };
@@ -262,7 +265,13 @@ impl Corruption {
     }
 
     /// Appends the input and the target that a piece of at least two tokens becomes at this position.
-    pub(crate) fn apply(&self, piece: &[u32], (epoch, position): (u64, u64), source: &mut Vec<u32>, target: &mut Vec<u32>) {
+    pub(crate) fn apply(
+        &self,
+        piece: &[u32],
+        (epoch, position): (u64, u64),
+        source: &mut Vec<u32>,
+        target: &mut Vec<u32>,
+    ) {
         let mut random = Random(mix(mix(mix(self.seed ^ NOISE_SALT).wrapping_add(epoch)).wrapping_add(position)));
         let denoiser = self.denoiser(&mut random);
         source.extend(&denoiser.prefix);
@@ -336,5 +345,211 @@ impl Random {
         }
         lengths.push(items - start);
         lengths
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::borrow::Cow;
+
+    use super::*;
+    use crate::tokenizer::TokenizerSpec;
+
+    fn config(settings: &str) -> DataConfig {
+        toml::from_str(&format!("train = \"t.jsonl\"\ninput = \"{{x}}\"\n{settings}")).unwrap()
+    }
+
+    fn tokenizer(spec: &TokenizerSpec) -> Tokenizer {
+        Tokenizer::from_spec(spec, ["a bee sea dee"].into_iter().map(Cow::Borrowed), None).unwrap()
+    }
+
+    fn corruption(settings: &str, seed: u64) -> Corruption {
+        Corruption::new(&config(settings), &tokenizer(&TokenizerSpec::Unigram), seed).unwrap().unwrap()
+    }
+
+    fn applied(corruption: &Corruption, piece: &[u32], epoch: u64, position: u64) -> (Vec<u32>, Vec<u32>) {
+        let (mut source, mut target) = (Vec::new(), Vec::new());
+        corruption.apply(piece, (epoch, position), &mut source, &mut target);
+        (source, target)
+    }
+
+    /// Puts what the target has of every span into its place in the source.
+    fn restored(corruption: &Corruption, source: &[u32], target: &[u32]) -> Vec<u32> {
+        let sentinels: Vec<u32> = target.iter().copied().filter(|id| corruption.sentinels.contains(id)).collect();
+        assert!(sentinels.iter().eq(corruption.sentinels.iter().take(sentinels.len())), "in order, each once");
+        let mut spans = target.split(|id| corruption.sentinels.contains(id)).skip(1);
+        let mut text = Vec::new();
+        for &id in source {
+            match sentinels.contains(&id) {
+                true => text.extend(spans.next().unwrap()),
+                false => text.push(id),
+            }
+        }
+        assert!(spans.next().is_none());
+        text
+    }
+
+    /// Ids that are neither sentinels nor the end of sequence.
+    fn piece(length: usize) -> Vec<u32> {
+        (0..length as u32).map(|k| 1_000_000 + k).collect()
+    }
+
+    #[test]
+    fn lengths_are_those_of_t5() {
+        let t5 = corruption("objective = \"span_corruption\"", 0);
+        assert_eq!((t5.raw_length(), t5.denoisers[0].lengths(568)), (568, (512, 114)));
+        let (source, target) = applied(&t5, &piece(568), 3, 7);
+        assert_eq!((source.len(), target.len()), (512, 114));
+        assert_eq!((source.last(), target.last()), (Some(&1), Some(&1)));
+        // As T5's and transformers' helper computes them, for other lengths and settings.
+        for (settings, raw, lengths) in [
+            ("max_source_length = 128", 141, (128, 29)),
+            ("max_source_length = 256", 284, (256, 58)),
+            ("max_source_length = 128\nnoise_density = 0.5\nmax_target_length = 400", 191, (128, 129)),
+        ] {
+            let corruption = corruption(&format!("objective = \"span_corruption\"\n{settings}"), 0);
+            assert_eq!((corruption.raw_length(), corruption.denoisers[0].lengths(raw)), (raw, lengths), "{settings}");
+        }
+    }
+
+    #[test]
+    fn source_and_target_give_back_the_text() {
+        let t5 = corruption("objective = \"span_corruption\"", 5);
+        for (position, length) in (0..200).map(|k| (k, 2 + (k as usize * 37) % 567)) {
+            let piece = piece(length);
+            let (source, target) = applied(&t5, &piece, 1, position);
+            let (source, target) = (source.strip_suffix(&[1]).unwrap(), target.strip_suffix(&[1]).unwrap());
+            assert_eq!(restored(&t5, source, target), piece, "{length}");
+            assert!(target.len() < source.len() || length < 10);
+        }
+    }
+
+    #[test]
+    fn spans_are_random_and_of_the_asked_density_and_length() {
+        let t5 = corruption("objective = \"span_corruption\"", 5);
+        let (mut masked, mut spans, mut of_length_one) = (vec![0_u32; 568], 0, 0);
+        for position in 0..2000 {
+            let (_, target) = applied(&t5, &piece(568), 0, position);
+            for span in target[..target.len() - 1].split(|id| t5.sentinels.contains(id)).skip(1) {
+                span.iter().for_each(|&id| masked[(id - 1_000_000) as usize] += 1);
+                spans += 1;
+                of_length_one += u32::from(span.len() == 1);
+            }
+        }
+        assert_eq!((masked.iter().sum::<u32>(), spans), (2000 * 85, 2000 * 28));
+        // 85 items are cut to 28 parts in C(84, 27) ways, of which in C(83, 26) the first has length 1: 27 of 84.
+        let share = f64::from(of_length_one) / f64::from(spans);
+        assert!((share - 27.0 / 84.0).abs() < 0.01, "{share}");
+        // The first token always stays and the last is always masked, as in T5; inside, every place is masked alike.
+        assert_eq!((masked[0], masked[567]), (0, 2000));
+        for window in masked[50..518].chunks(52) {
+            let rate = f64::from(window.iter().sum::<u32>()) / (2000 * window.len()) as f64;
+            assert!((rate - 0.15).abs() < 0.01, "{rate}");
+        }
+    }
+
+    #[test]
+    fn masks_depend_on_seed_epoch_and_position() {
+        let (one, other) = (
+            corruption("objective = \"ul2\"\nmax_target_length = 512", 1),
+            corruption("objective = \"ul2\"\nmax_target_length = 512", 2),
+        );
+        let piece = piece(400);
+        let first = applied(&one, &piece, 0, 0);
+        assert_eq!(first, applied(&one.clone(), &piece, 0, 0));
+        for different in [applied(&other, &piece, 0, 0), applied(&one, &piece, 1, 0), applied(&one, &piece, 0, 1)] {
+            assert_ne!(first, different);
+        }
+    }
+
+    #[test]
+    fn ul2_mixes_its_seven_denoisers() {
+        let ul2 = corruption("objective = \"ul2\"\nmode_tokens = true\nmax_target_length = 512", 1);
+        let piece = piece(ul2.raw_length());
+        let (mut longest, mut prefix_lm, mut modes) = (0, 0, std::collections::BTreeMap::<Vec<u32>, u32>::new());
+        for position in 0..7000 {
+            let (source, target) = applied(&ul2, &piece, 0, position);
+            longest = longest.max(source.len());
+            let start = source.iter().position(|&id| id >= 1_000_000).unwrap();
+            *modes.entry(source[..start].to_vec()).or_default() += 1;
+            let (source, target) = (&source[start..source.len() - 1], &target[..target.len() - 1]);
+            if target.iter().any(|id| ul2.sentinels.contains(id)) {
+                assert_eq!(restored(&ul2, source, target), piece);
+            } else {
+                prefix_lm += 1;
+                assert_eq!([source, target].concat(), piece);
+                assert_eq!(target.len(), (piece.len() as f64 * 0.25).round_ties_even() as usize);
+            }
+        }
+        assert!(longest <= 512 && longest > 500, "{longest}");
+        let counts: Vec<u32> = modes.values().copied().collect();
+        assert_eq!(counts.len(), 3, "{modes:?}");
+        // One, two and four of seven, with a standard deviation of at most 42.
+        let mut sorted = counts.clone();
+        sorted.sort_unstable();
+        for (count, expected) in sorted.into_iter().zip([1000_u32, 2000, 4000]) {
+            assert!(count.abs_diff(expected) < 200, "{counts:?}");
+        }
+        assert!((800..1200).contains(&prefix_lm));
+    }
+
+    #[test]
+    fn sentinels_are_the_tokenizers() {
+        let unigram = tokenizer(&TokenizerSpec::Unigram);
+        let last = unigram.vocab_size() as u32 - 1;
+        assert_eq!(unigram.sentinel_ids(), (0..100).map(|k| last - k).collect::<Vec<_>>());
+        assert_eq!(tokenizer(&TokenizerSpec::ByT5).sentinel_ids(), (259..384).collect::<Vec<_>>());
+        assert_eq!(tokenizer(&TokenizerSpec::WordLevel).sentinel_ids(), [0; 0]);
+        let config = config("objective = \"span_corruption\"\nmax_source_length = 4096\nmax_target_length = 4096");
+        let error = |spec| Corruption::new(&config, &tokenizer(spec), 0).unwrap_err().to_string();
+        assert!(
+            error(&TokenizerSpec::ByT5)
+                .starts_with("data.objective: masks 227 spans of a piece, and the tokenizer has 125")
+        );
+        assert!(error(&TokenizerSpec::WordLevel).contains("has 0 sentinels"));
+    }
+
+    #[test]
+    fn bad_settings_are_named() {
+        for (settings, message) in [
+            (
+                "target = \"{y}\"\nnoise_density = 0.2",
+                "data.noise_density: has no effect without data.objective = \"span_corruption\"",
+            ),
+            (
+                "target = \"{y}\"\nmode_tokens = true",
+                "data.mode_tokens: has no effect without data.objective = \"ul2\"",
+            ),
+            (
+                "objective = \"span_corruption\"\ntarget = \"{y}\"",
+                "data.target: data.objective makes the targets from the inputs; remove this",
+            ),
+            (
+                "objective = \"span_corruption\"\nnoise_density = 1.0",
+                "data.objective: noise_density 1 is not between 0 and 1",
+            ),
+            (
+                "objective = \"span_corruption\"\nmean_noise_span_length = 0.5",
+                "data.objective: mean_noise_span_length 0.5 is not 1 or more",
+            ),
+            (
+                "objective = \"span_corruption\"\nmax_target_length = 100",
+                "data.max_target_length: 100 is too short: pieces of 568 tokens, whose inputs have up to 512, have targets of up to 114",
+            ),
+            ("objective = \"span_corruption\"\nmax_source_length = 2", "data.max_source_length: 2 is too short"),
+            ("objective = \"span_corruption\"\nnum_shots = 1", "data.objective: makes inputs from texts alone"),
+            (
+                "objective = \"ul2\"\ndenoisers = [{ noise_density = 0.1, rate = -1.0 }]",
+                "data.denoisers: rate -1 is not a positive number",
+            ),
+            (
+                "objective = \"ul2\"\nmode_tokens = true\ndenoisers = [{ noise_density = 0.1 }]",
+                "data.mode_tokens: is for UL2's own denoisers",
+            ),
+        ] {
+            let error = config(settings).validate().unwrap_err();
+            assert!(error.to_string().starts_with(message), "{error}");
+            assert!(error.is_user_error());
+        }
     }
 }

@@ -51,6 +51,11 @@ impl Order {
         self.positions
     }
 
+    /// The positions of each part of a mixture.
+    pub fn slots(&self) -> Vec<u64> {
+        self.parts.iter().map(|part| part.slots).collect()
+    }
+
     /// The number of examples there are to take.
     pub fn examples(&self) -> u64 {
         match self.parts.is_empty() {

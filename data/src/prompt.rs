@@ -74,7 +74,13 @@ impl Prompt {
     pub(crate) fn digest(&self) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new();
         let shots = self.shots.as_ref().map(|shots| {
-            (shots.count, shots.template.render_with("\0i", "\0t"), shots.from.digest().to_hex(), shots.from_own, shots.seed)
+            (
+                shots.count,
+                shots.template.render_with("\0i", "\0t"),
+                shots.from.digest().to_hex(),
+                shots.from_own,
+                shots.seed,
+            )
         });
         hasher.update(format!("{:?} {shots:?}", self.prefix).as_bytes());
         hasher.finalize()
@@ -87,7 +93,8 @@ impl Shots {
         let key = mix(mix(self.seed ^ SHOT_SALT).wrapping_add(index)) ^ u64::from(self.from_own);
         let order = Order::new(self.from.len(), key, true);
         let candidates = (0..self.from.len()).map(move |position| order.example(0, position));
-        let others = candidates.filter(move |&shot| !(self.from_own && shot == index) && self.from.input(shot) != input);
+        let others =
+            candidates.filter(move |&shot| !(self.from_own && shot == index) && self.from.input(shot) != input);
         others.take(self.count)
     }
 

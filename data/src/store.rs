@@ -130,9 +130,12 @@ impl Store {
             return Ok(None);
         }
         let number = |at: usize| map[at..at + 8].try_into().map_or(0, u64::from_le_bytes);
-        let digest = |at: usize| map[at..at + 32].try_into().map_or(blake3::Hash::from_bytes([0; 32]), blake3::Hash::from_bytes);
+        let digest =
+            |at: usize| map[at..at + 32].try_into().map_or(blake3::Hash::from_bytes([0; 32]), blake3::Hash::from_bytes);
         let (items, bytes) = (number(80), number(88) as usize);
-        let length = (items as usize).checked_mul(END_BYTES).and_then(|ends| ends.checked_add(bytes)?.checked_add(HEADER_BYTES + 8));
+        let length = (items as usize)
+            .checked_mul(END_BYTES)
+            .and_then(|ends| ends.checked_add(bytes)?.checked_add(HEADER_BYTES + 8));
         let is_whole = length.is_some() && ends_start(bytes) + END_BYTES * items as usize == map.len();
         let (key, digest) = (digest(16), digest(48));
         let notes = [96, 104, 112, 120].map(number);
@@ -223,7 +226,13 @@ impl StoreWriter {
         let digest = self.hasher.finalize();
         let Some(files) = self.files.take() else {
             let (bytes, items) = (self.bytes.len(), self.items);
-            return Ok(Store { data: Data::Memory { bytes: self.bytes, ends: self.ends }, items, bytes, digest, notes });
+            return Ok(Store {
+                data: Data::Memory { bytes: self.bytes, ends: self.ends },
+                items,
+                bytes,
+                digest,
+                notes,
+            });
         };
         let folder = files.folder.clone();
         self.complete(files, digest, notes).map_err(|error| Error::io(&folder, error))
@@ -257,7 +266,8 @@ impl StoreWriter {
             // Mapped, it outlives its name.
             None => named.into_file(),
         };
-        let (store, _) = Store::map(&file)?.ok_or_else(|| io::Error::other("the cache that was just written is damaged"))?;
+        let (store, _) =
+            Store::map(&file)?.ok_or_else(|| io::Error::other("the cache that was just written is damaged"))?;
         Ok(store)
     }
 }
@@ -292,9 +302,12 @@ mod tests {
         let memory = written(place(None, "a", 1 << 20), false);
         assert!(!memory.is_mapped());
         check(&memory);
-        for (folder, memory_bytes, keep) in
-            [(None, 0, false), (None, 999, false), (Some(folder.path()), 1, false), (Some(folder.path()), 1 << 20, true)]
-        {
+        for (folder, memory_bytes, keep) in [
+            (None, 0, false),
+            (None, 999, false),
+            (Some(folder.path()), 1, false),
+            (Some(folder.path()), 1 << 20, true),
+        ] {
             let store = written(place(folder, "a", memory_bytes), keep);
             assert!(store.is_mapped());
             check(&store);

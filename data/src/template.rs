@@ -134,7 +134,10 @@ mod tests {
     fn says_what_a_record_lacks() {
         let json = r#"{"a": null, "b": [1], "c": {}, "d": ""}"#;
         assert_eq!(render("{x}", json).unwrap_err(), "no field \"x\"; the record has: a, b, c, d");
-        assert_eq!(render("{a}", json).unwrap_err(), "the field \"a\" is null; fill it in, or leave it out with data.where");
+        assert_eq!(
+            render("{a}", json).unwrap_err(),
+            "the field \"a\" is null; fill it in, or leave it out with data.where"
+        );
         assert_eq!(
             render("{b}", json).unwrap_err(),
             "the field \"b\" is a list; only text, numbers and booleans render, such as {b.0}"

@@ -108,9 +108,7 @@ impl Named<'_> {
             Operand::Text(text) => {
                 truth_of(text).ok_or_else(|| self.fault(", which is neither true nor false; compare it"))
             }
-            Operand::Number(_) | Operand::Nested(_) => {
-                Err(self.fault(", which is neither true nor false; compare it"))
-            }
+            Operand::Number(_) | Operand::Nested(_) => Err(self.fault(", which is neither true nor false; compare it")),
         }
     }
 }
@@ -172,8 +170,12 @@ fn equal(left: &Named<'_>, right: &Named<'_>) -> Result<bool, String> {
     Ok(match (&left.value, &right.value) {
         (Operand::Null, Operand::Null) => true,
         (Operand::Null, _) | (_, Operand::Null) => false,
-        (Operand::Nested(_), _) => return Err(left.fault(" and has no order or equal; write len, in, or a path into it")),
-        (_, Operand::Nested(_)) => return Err(right.fault(" and has no order or equal; write len, in, or a path into it")),
+        (Operand::Nested(_), _) => {
+            return Err(left.fault(" and has no order or equal; write len, in, or a path into it"));
+        }
+        (_, Operand::Nested(_)) => {
+            return Err(right.fault(" and has no order or equal; write len, in, or a path into it"));
+        }
         (Operand::Text(a), Operand::Text(b)) => a == b,
         (Operand::Bool(a), Operand::Bool(b)) => a == b,
         (Operand::Bool(truth), Operand::Text(text)) | (Operand::Text(text), Operand::Bool(truth)) => {
@@ -221,7 +223,8 @@ fn is_in(value: &Named<'_>, container: &Expression, record: &Record) -> Result<b
                 return Err(container.fault(", and \"in\" needs a list or a text"));
             };
             let wanted = value.spelled();
-            let spelled = |raw: &&RawValue| serde_json::from_str::<String>(raw.get()).unwrap_or_else(|_| raw.get().to_owned());
+            let spelled =
+                |raw: &&RawValue| serde_json::from_str::<String>(raw.get()).unwrap_or_else(|_| raw.get().to_owned());
             Ok(list.iter().any(|raw| Some(spelled(raw).as_str()) == wanted.as_deref()))
         }
         Operand::Text(text) => Ok(value.spelled().is_some_and(|part| text.contains(&*part))),

@@ -69,7 +69,8 @@ pub(super) fn parse(text: &str) -> Result<Expression, FilterError> {
     let located = |(message, column)| FilterError { text: text.to_owned(), column, message };
     let tokens = tokenize(text).map_err(located)?;
     let mut parser = Parser { tokens, next: 0, depth: 0 };
-    let condition = parser.condition().and_then(|condition| parser.expect_end().map(|()| condition)).map_err(located)?;
+    let condition =
+        parser.condition().and_then(|condition| parser.expect_end().map(|()| condition)).map_err(located)?;
     let mut fields = std::collections::BTreeSet::new();
     condition.collect_fields(&mut fields);
     match fields.is_empty() {
@@ -92,7 +93,8 @@ fn tokenize(text: &str) -> Result<Vec<(Token, usize)>, Fault> {
         } else if c == '`' {
             Token::Quoted(quoted(&characters, &mut at).ok_or(("a name that no back-quote ends".to_owned(), column))?)
         } else if c.is_ascii_digit() || (c == '-' && characters.get(at + 1).is_some_and(char::is_ascii_digit)) {
-            let is_part = |c: char, before: char| c.is_ascii_alphanumeric() || c == '.' || (before == 'e' && "+-".contains(c));
+            let is_part =
+                |c: char, before: char| c.is_ascii_alphanumeric() || c == '.' || (before == 'e' && "+-".contains(c));
             let start = at;
             at += 1;
             while at < characters.len() && is_part(characters[at], characters[at - 1].to_ascii_lowercase()) {
@@ -108,7 +110,9 @@ fn tokenize(text: &str) -> Result<Vec<(Token, usize)>, Fault> {
             }
             Token::Name(characters[start..at].iter().collect())
         } else {
-            let symbol = SYMBOLS.into_iter().find(|symbol| symbol.chars().eq(characters[at..].iter().copied().take(symbol.len())));
+            let symbol = SYMBOLS
+                .into_iter()
+                .find(|symbol| symbol.chars().eq(characters[at..].iter().copied().take(symbol.len())));
             let message = || match c {
                 '=' => "expected \"==\", found \"=\"".to_owned(),
                 _ => format!("a character that has no meaning here: {:?}", c.to_string()),

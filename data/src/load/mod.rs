@@ -187,7 +187,8 @@ fn load_task(task: &DataConfig, base: &Path, seed: u64) -> Result<Loaded> {
         return Err(Error::setting("data.validation_split", "there is only one example; add data to split"));
     }
     let held_out = held_out(&members(&all, task.stratify_by.is_some()), fraction, seed);
-    let of = |side: bool| held_out.iter().zip(0..).filter(move |&(&held_out, _)| held_out == side).map(|(_, index)| index);
+    let of =
+        |side: bool| held_out.iter().zip(0..).filter(move |&(&held_out, _)| held_out == side).map(|(_, index)| index);
     Ok(Loaded { train: all.select(of(false)), validation: Some(all.select(of(true))), notes })
 }
 
@@ -198,7 +199,10 @@ fn sampled(all: &Texts, sample: Sample, seed: u64) -> Result<Texts> {
         Sample::Fraction(fraction) => ((fraction * all.len() as f64).round() as u64).max(1),
     };
     if count > all.len() {
-        return Err(Error::setting("data.sample", format!("{count} is more than the {} examples there are", all.len())));
+        return Err(Error::setting(
+            "data.sample",
+            format!("{count} is more than the {} examples there are", all.len()),
+        ));
     }
     let mut chosen: Vec<u32> = (0..all.len() as u32).collect();
     keep_first(&mut chosen, count as usize, mix(seed ^ SAMPLE_SALT));
@@ -329,7 +333,13 @@ impl Renderer {
 
     /// The examples of sources, from where they are kept if they have been read before and have not changed since, and
     /// the counts.
-    fn texts(&self, key: &'static str, list: &SourceList, config: &DataConfig, base: &Path) -> Result<(Texts, [u64; 4])> {
+    fn texts(
+        &self,
+        key: &'static str,
+        list: &SourceList,
+        config: &DataConfig,
+        base: &Path,
+    ) -> Result<(Texts, [u64; 4])> {
         let split = key.strip_prefix("data.").unwrap_or(key);
         let sources = resolve_sources(list.entries(), base, split)?;
         let place = config.place(base, "examples", self.key(&sources)?);
@@ -465,7 +475,8 @@ impl<'a> Reading<'a> {
                 return Err(Error::setting("data.where", message));
             }
             let others = if filtered > 0 { " that data.where keeps" } else { "" };
-            let message = format!("the length filters (data.min/max_…_characters) drop all {by_length} examples{others}");
+            let message =
+                format!("the length filters (data.min/max_…_characters) drop all {by_length} examples{others}");
             return Err(Error::setting(key, message));
         }
         self.writer.finish(false, [self.records, self.filtered, self.by_length, 0])
@@ -480,10 +491,11 @@ fn name_class(record: &mut Record, field: &str, names: &[String]) -> Result<(), 
         None if names.contains(&text) => return Ok(()),
         None => {
             let last = names.len() - 1;
-            return Err(format!("data.label_names: the field {field:?} is {text:?}, neither a number from 0 to {last} nor one of the names"));
+            return Err(format!(
+                "data.label_names: the field {field:?} is {text:?}, neither a number from 0 to {last} nor one of the names"
+            ));
         }
     };
     record.set(field, Value::Text(name));
     Ok(())
 }
-

@@ -154,3 +154,213 @@ fn a_missing_field_is_located() {
         "data.validation_split: there is only one example; add data to split"
     );
 }
+
+fn splits(directory: &tempfile::TempDir, settings: &str) -> Result<Splits> {
+    Splits::load(&config(settings), directory.path(), 7)
+}
+
+fn byt5() -> Arc<Tokenizer> {
+    Arc::new(Tokenizer::from_spec(&crate::tokenizer::TokenizerSpec::ByT5, [].into_iter(), None).unwrap())
+}
+
+#[test]
+fn filters_choose_records_for_training_and_validation() {
+    let directory = numbered(10, |x| x % 2);
+    let loaded = splits(&directory, "where = \"x > 3 and y == 'c1'\"\nvalidation = \"t.jsonl\"").unwrap();
+    assert_eq!(inputs(&loaded.train), [5, 7, 9]);
+    assert_eq!(inputs(&loaded.validation.unwrap()), [5, 7, 9]);
+    let counts = SourceCounts { name: None, records: 10, filtered: 7, by_length: 0 };
+    assert_eq!(loaded.counts, [counts]);
+}
+
+#[test]
+fn useless_filters_are_named() {
+    let directory = numbered(10, |x| x % 2);
+    for (settings, message) in [
+        (
+            "where = \"z > 3 or x > 3\"",
+            "data.where: names the field \"z\", which no record of data.train has; they have: x, y",
+        ),
+        ("where = \"x > 30\"", "data.where: keeps none of the 10 records of data.train: x > 30"),
+        (
+            "where = \"x > 3\"\nmin_source_characters = 50",
+            "data.train: the length filters (data.min/max_…_characters) drop all 6 examples that data.where keeps",
+        ),
+        ("where = \"y > 3\"", "t.jsonl:1: data.where: the field \"y\" is \"c0\", which is no number"),
+        ("sample = 11", "data.sample: 11 is more than the 10 examples there are"),
+        ("num_shots = 10", "data.num_shots: 10 is more than the 9 other training examples"),
+        (
+            "label_names = { x = [\"a\", \"b\"] }",
+            "t.jsonl:3: data.label_names: the field \"x\" is \"2\", neither a number from 0 to 1 nor one of the names",
+        ),
+    ] {
+        let error = splits(&directory, settings).unwrap_err();
+        assert_eq!(error.to_string(), message);
+        assert!(error.is_user_error());
+    }
+}
+
+#[test]
+fn samples_are_of_the_asked_size_and_keep_order() {
+    let directory = numbered(100, |x| x);
+    assert_eq!(inputs(&splits(&directory, "max_examples = 4").unwrap().train), [0, 1, 2, 3]);
+    let sample = inputs(&splits(&directory, "sample = 30").unwrap().train);
+    assert!(sample.len() == 30 && sample.is_sorted() && sample[29] > 50, "{sample:?}");
+    assert_eq!(sample, inputs(&splits(&directory, "sample = 0.3").unwrap().train));
+    let other = Splits::load(&config("sample = 0.3"), directory.path(), 8).unwrap();
+    assert_ne!(sample, inputs(&other.train));
+    // What is held out comes from the sample.
+    let loaded = splits(&directory, "sample = 30\nvalidation_split = 0.2").unwrap();
+    let (train, validation) = (inputs(&loaded.train), inputs(&loaded.validation.unwrap()));
+    assert_eq!((train.len(), validation.len()), (24, 6));
+    let all: BTreeSet<_> = train.into_iter().chain(validation).collect();
+    assert!(all.into_iter().eq(sample));
+}
+
+#[test]
+fn classes_have_names() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(directory.path().join("t.jsonl"), "{\"x\": 1, \"y\": 1}\n{\"x\": 2, \"y\": \"bad\"}\n").unwrap();
+    let loaded = splits(&directory, "label_names = { y = [\"bad\", \"good\"] }").unwrap();
+    assert_eq!(loaded.train.examples().map(|example| example.target.into_owned()).collect::<Vec<_>>(), ["good", "bad"]);
+}
+
+#[test]
+fn shots_are_other_training_examples() {
+    let directory = numbered(20, |x| x);
+    fs::write(directory.path().join("v.csv"), "x,y\n3,c3\n99,c99\n").unwrap();
+    let settings =
+        "num_shots = 3\nshot_template = \"<{input}={target}>\"\nsource_prefix = \"P:\"\nvalidation = \"v.csv\"";
+    let loaded = splits(&directory, settings).unwrap();
+    let validation = loaded.validation.as_ref().unwrap();
+    let mut chosen = BTreeSet::new();
+    for (example, x) in loaded.train.examples().zip(0..).chain(validation.examples().zip([3, 99])) {
+        let rest = example.input.strip_prefix("P:").unwrap().strip_suffix(&format!("in {x}")).unwrap();
+        let shots: Vec<&str> = rest.split_inclusive('>').collect();
+        let distinct: BTreeSet<&str> = shots.iter().copied().collect();
+        assert_eq!((shots.len(), distinct.len()), (3, 3));
+        for shot in shots {
+            let (input, target) =
+                shot.strip_prefix("<in ").unwrap().strip_suffix('>').unwrap().split_once('=').unwrap();
+            // Neither itself nor, in validation, its double.
+            assert_ne!(input, x.to_string());
+            assert_eq!(target, format!("c{input}"));
+            chosen.insert(input.to_owned());
+        }
+        assert_eq!(example.target, format!("c{x}"));
+    }
+    assert!(chosen.len() > 15, "{chosen:?}");
+    let again = splits(&directory, settings).unwrap();
+    assert!(loaded.train.examples().eq(again.train.examples()));
+    let other = Splits::load(&config(settings), directory.path(), 8).unwrap();
+    assert!(!loaded.train.examples().eq(other.train.examples()));
+}
+
+#[test]
+fn of_a_prompt_that_is_too_long_shots_are_left_out() {
+    let directory = numbered(20, |x| x);
+    let settings = "num_shots = 3\nshot_template = \"<{input}={target}>\"\nmax_source_length = 40";
+    let loaded = splits(&directory, settings).unwrap();
+    let (order, tokenizer) = (Order::new(20, 0, false), byt5());
+    let packer = crate::Packer::new(Arc::new(loaded.train), tokenizer.clone(), order, config(settings).limits());
+    for position in 0..20 {
+        let batch = packer.pack(0, position..position + 1).unwrap();
+        let text = tokenizer.decode(&batch.source_ids);
+        assert!(text.ends_with(&format!("in {position}")) && text.matches('<').count() == 2, "{text}");
+    }
+}
+
+const MIXTURE: &str = "
+[[mixture]]
+name = \"a\"
+train = \"t.jsonl\"
+[[mixture]]
+name = \"b\"
+train = \"t.jsonl\"
+input = \"b {x}\"
+where = \"x >= 90\"
+";
+
+#[test]
+fn a_mixture_has_the_examples_of_its_sources_in_its_proportions() {
+    let directory = numbered(100, |x| x);
+    let parse = |settings: &str| {
+        let text = format!("input = \"in {{x}}\"\ntarget = \"{{y}}\"\nvalidation_split = 0.1\n{settings}{MIXTURE}");
+        let config: DataConfig = toml::from_str(&text).unwrap();
+        Splits::load(&config, directory.path(), 7)
+    };
+    let loaded = parse("").unwrap();
+    assert_eq!((loaded.train.part_lens(), loaded.validation.as_ref().unwrap().len()), (vec![90, 9], 11));
+    let names: Vec<_> = loaded.counts.iter().map(|counts| counts.name.as_deref()).collect();
+    assert_eq!(names, [Some("a"), Some("b")]);
+    assert!(loaded.train.example(89).input.starts_with("in ") && loaded.train.example(90).input.starts_with("b 9"));
+    assert_eq!(loaded.order().slots(), [90, 9]);
+    let limited = parse("mixture_limit = 30").unwrap();
+    assert_eq!((limited.order().positions(), limited.order().examples()), (39, 99));
+}
+
+#[test]
+fn what_was_tokenized_ahead_is_used_if_it_is_of_the_same() {
+    let directory = numbered(50, |x| x);
+    let tokenizer = byt5();
+    let batch = |splits: &Splits, config: &DataConfig| {
+        let order = splits.order();
+        let positions = 0..order.positions();
+        let packer = crate::Packer::new(Arc::new(splits.train.clone()), tokenizer.clone(), order, config.limits());
+        packer.pack(1, positions).unwrap()
+    };
+    for (objective, whole) in [("", 2), ("max_source_length = 5", 2), ("num_shots = 2", 2)] {
+        let mut config = config(&format!("validation_split = 0.2\n{objective}"));
+        config.cache_dir = Some(format!("cache {objective}").into());
+        let plain = Splits::load(&config, directory.path(), 7).unwrap().tokenized(&tokenizer).unwrap();
+        let expected = batch(&plain, &config);
+        let mut ahead = Splits::load(&config, directory.path(), 7).unwrap();
+        assert_eq!(ahead.prepare(&tokenizer).unwrap(), (0, whole));
+        assert_eq!(batch(&ahead, &config), expected);
+        let mut again = Splits::load(&config, directory.path(), 7).unwrap();
+        assert_eq!(again.prepare(&tokenizer).unwrap(), (whole, whole), "{objective}");
+        assert_eq!(batch(&again, &config), expected);
+        assert_eq!(again.fingerprint(), plain.fingerprint());
+        // Other data, lengths, or prompts: stale.
+        for stale in ["max_source_length = 4", "max_examples = 40", "source_prefix = \"x\"", "where = \"x > 1\""] {
+            let mut other: DataConfig = self::config(&format!("validation_split = 0.2\n{stale}"));
+            other.cache_dir.clone_from(&config.cache_dir);
+            let mut splits = Splits::load(&other, directory.path(), 7).unwrap();
+            let plain = splits.clone().tokenized(&tokenizer).unwrap();
+            assert_eq!(batch(&plain, &other), {
+                splits.prepare(&tokenizer).unwrap();
+                batch(&splits, &other)
+            });
+        }
+    }
+}
+
+#[test]
+fn texts_are_concatenated_and_cut_for_span_corruption() {
+    let directory = numbered(100, |x| x);
+    let text = "train = \"t.jsonl\"\ninput = \"in {x}\"\nobjective = \"span_corruption\"\nmax_source_length = 30\n\
+                validation_split = 0.2\ncache_dir = \"cache\"";
+    let config: DataConfig = toml::from_str(text).unwrap();
+    let loaded = Splits::load(&config, directory.path(), 7).unwrap();
+    let tokenizer = byt5();
+    let concatenated: String = loaded.train.texts().collect();
+    let mut ahead = loaded.clone();
+    let loaded = loaded.tokenized(&tokenizer).unwrap();
+    // 33 tokens make inputs of 30.
+    assert_eq!(loaded.train.len(), (concatenated.len() as u64).div_ceil(33));
+    let order = loaded.order();
+    let pack = |splits: &Splits, order: &Order, epoch| {
+        let packer =
+            crate::Packer::new(Arc::new(splits.train.clone()), tokenizer.clone(), order.clone(), config.limits());
+        packer.pack(epoch, 0..order.positions()).unwrap()
+    };
+    let batch = pack(&loaded, &order, 0);
+    let kept: usize = batch.source_ids.iter().chain(&batch.target_ids).filter(|&&id| (3..259).contains(&id)).count();
+    assert_eq!(kept, concatenated.len(), "every token is in an input or a target, once");
+    assert_ne!(pack(&loaded, &order, 1).source_ids, batch.source_ids);
+    assert_eq!(ahead.prepare(&tokenizer).unwrap(), (0, 2));
+    assert_eq!(pack(&ahead, &order, 0), batch);
+    let shown = loaded.validation.unwrap();
+    let example = shown.example(0);
+    assert!(example.input.contains("<extra_id_0>") && example.target.starts_with("<extra_id_0>"), "{example:?}");
+}

@@ -433,6 +433,136 @@ mod tests {
         assert_eq!(shown("x/*.csv.csv"), ["x/*.csv.csv"], "a file of that very name is no pattern");
     }
 
+    fn gzipped(content: &[u8]) -> Vec<u8> {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        std::io::Write::write_all(&mut encoder, content).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    #[test]
+    fn compressed_files_are_what_is_in_them() {
+        let json = "{\"a\": 1}\n{\"a\": 2}\n";
+        let twice = [gzipped(json.as_bytes()), gzipped(json.as_bytes())].concat();
+        let zstd = |content: &str| zstd::encode_all(content.as_bytes(), 0).unwrap();
+        for (name, content, records) in [
+            ("a.jsonl.gz", gzipped(json.as_bytes()), 2),
+            ("a.jsonl.gz", twice, 4),
+            ("a.jsonl.zst", zstd(json), 2),
+            ("a.jsonl.zst", [zstd(json), zstd(json)].concat(), 4),
+            ("a.csv.gz", gzipped(b"a\n1\n2\n3\n"), 3),
+            ("a.tsv.zst", zstd("a\tb\n1\t2\n"), 1),
+        ] {
+            let directory = written(name, content);
+            assert_eq!(read(directory.path(), name).unwrap().len(), records, "{name}");
+        }
+    }
+
+    #[test]
+    fn torn_and_damaged_compressed_files_are_located() {
+        // What does not compress away, so that half a file holds whole lines.
+        let lines: String =
+            (0..2000_u64).map(|k| format!("{{\"a\": {}}}\n", k.wrapping_mul(0x9e37_79b9_7f4a_7c15))).collect();
+        let rows = format!("a\n{}", lines.replace("{\"a\": ", "").replace('}', ""));
+        let zstd = |content: &str| zstd::encode_all(content.as_bytes(), 0).unwrap();
+        for (name, whole, codec) in [
+            ("a.jsonl.gz", gzipped(lines.as_bytes()), "gzip"),
+            ("a.csv.gz", gzipped(rows.as_bytes()), "gzip"),
+            ("a.jsonl.zst", zstd(&lines), "zstd"),
+            ("a.csv.zst", zstd(&rows), "zstd"),
+        ] {
+            for content in
+                [whole[..whole.len() / 2].to_vec(), whole[..whole.len() - 3].to_vec(), b"no such thing at all".to_vec()]
+            {
+                let message = message(name, content);
+                assert!(message.starts_with(&format!("{name}:")), "{message}");
+                assert!(message.contains(&format!("broken {codec} after this line (")), "{message}");
+                assert!(!message.contains('\n'));
+            }
+        }
+        let mut damaged = gzipped(lines.as_bytes());
+        let end = damaged.len() - 6;
+        damaged[end] ^= 1;
+        assert!(message("a.jsonl.gz", damaged).contains("a.jsonl.gz:2000: broken gzip"));
+    }
+
+    fn references() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/references/parquet")
+    }
+
+    #[test]
+    fn parquet_files_of_every_codec_hold_the_same_records() {
+        let plain = |record: &Record| -> Vec<(String, Value)> {
+            let mut fields: Vec<(String, Value)> =
+                record.fields().map(|(name, value)| (name.to_owned(), spaceless(value))).collect();
+            fields.sort_by(|(a, _), (b, _)| a.cmp(b));
+            fields
+        };
+        let expected: Vec<_> =
+            read(&references(), "rows.jsonl").unwrap().iter().map(|(_, record)| plain(record)).collect();
+        for codec in ["none", "snappy", "gzip", "zstd", "lz4"] {
+            let records = read(&references(), &format!("{codec}.parquet")).unwrap();
+            assert_eq!(records.len(), 60);
+            for ((line, record), (number, expected)) in records.iter().zip((1..).zip(&expected)) {
+                assert_eq!((*line, &plain(record)), (number, expected), "{codec}");
+            }
+        }
+    }
+
+    /// JSON as the writer of the reference spaces it, without spaces.
+    fn spaceless(value: &Value) -> Value {
+        match value {
+            Value::Nested(json) => {
+                let json: serde_json::Value = serde_json::from_str(json).unwrap();
+                Value::Nested(json.to_string())
+            }
+            other => other.clone(),
+        }
+    }
+
+    #[test]
+    fn parquet_columns_that_nobody_wants_are_not_read() {
+        let source = &sources(&references(), &["snappy.parquet"]).unwrap()[0];
+        for (wanted, fields) in [
+            (&["title", "stars"][..], &["title", "stars"][..]),
+            (&["answers.text.0"], &["answers"]),
+            (&["title", "absent"], &["title", "stars", "price", "weight", "verified", "note", "answers", "sold"]),
+        ] {
+            let wanted: BTreeSet<String> = wanted.iter().map(|&name| name.to_owned()).collect();
+            let mut count = 0;
+            let whole = source
+                .for_each_of(Some(&wanted), |_, record| {
+                    assert!(record.fields().map(|(name, _)| name).eq(fields.iter().copied()));
+                    count += 1;
+                    Ok(count < 30)
+                })
+                .unwrap();
+            assert_eq!((whole, count), (false, 30));
+        }
+    }
+
+    #[test]
+    fn damaged_parquet_files_are_located() {
+        for codec in ["none", "snappy", "gzip", "zstd", "lz4"] {
+            let name = format!("{codec}.parquet");
+            let whole = fs::read(references().join(&name)).unwrap();
+            let message = |content: &[u8]| message(&name, content);
+            assert!(message(&whole[..whole.len() / 2]).starts_with(&format!("{name}: no intact Parquet file: ")));
+            assert!(message(b"").starts_with(&format!("{name}: no intact Parquet file: ")));
+            // Wherever in the first pages a byte is wrong, it is noticed, by the checksum at the latest.
+            let mut noticed = 0;
+            for at in (4..1500).step_by(7) {
+                let mut damaged = whole.clone();
+                damaged[at] ^= 0x55;
+                let directory = written(&name, damaged);
+                if let Err(error) = read(directory.path(), &name) {
+                    assert!(error.is_user_error(), "{error}");
+                    noticed += 1;
+                }
+            }
+            assert!(noticed > 150, "{noticed} of 214");
+        }
+    }
+
     #[test]
     fn cmudict_has_letters_and_phonemes_without_stress() {
         let records = read(Path::new(""), "builtin:cmudict").unwrap();

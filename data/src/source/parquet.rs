@@ -21,14 +21,19 @@ impl Source {
         visit: &mut dyn FnMut(u64, Record) -> Result<bool>,
     ) -> Result<bool> {
         let file = File::open(path).map_err(|error| Error::io(path, error))?;
-        let broken = |error: ParquetError| Error::source(self.to_string(), format!("no intact Parquet file: {}", message(&error)));
+        let broken = |error: ParquetError| {
+            Error::source(self.to_string(), format!("no intact Parquet file: {}", message(&error)))
+        };
         let options = ReadOptionsBuilder::new().with_reader_properties(ReaderProperties::builder().build()).build();
         let reader = SerializedFileReader::new_with_options(file, options).map_err(broken)?;
         let schema = reader.metadata().file_metadata().schema().clone();
         let rows = reader.get_row_iter(projection(&schema, wanted)).map_err(broken)?;
         for (line, row) in (1..).zip(rows) {
             let row = row.map_err(|error| {
-                self.record_error(line, format!("broken Parquet page ({}); the file is torn or damaged", message(&error)))
+                self.record_error(
+                    line,
+                    format!("broken Parquet page ({}); the file is torn or damaged", message(&error)),
+                )
             })?;
             let record = to_record(row).map_err(|message| self.record_error(line, message))?;
             if !visit(line, record)? {
@@ -43,7 +48,8 @@ impl Source {
 /// there are.
 fn projection(schema: &Type, wanted: Wanted<'_>) -> Option<Type> {
     let has = |name: &str| schema.get_fields().iter().any(|field| field.name() == name);
-    let wanted: Vec<&str> = wanted?.iter().map(|path| if has(path) { path } else { path.split('.').next().unwrap_or(path) }).collect();
+    let wanted: Vec<&str> =
+        wanted?.iter().map(|path| if has(path) { path } else { path.split('.').next().unwrap_or(path) }).collect();
     if wanted.is_empty() || !wanted.iter().all(|name| has(name)) {
         return None;
     }
@@ -98,9 +104,7 @@ fn to_json(field: Field) -> Option<serde_json::Value> {
             let entries = row.into_columns().into_iter().map(|(name, field)| Some((name, to_json(field)?)));
             Json::Object(entries.collect::<Option<_>>()?)
         }
-        Field::ListInternal(list) => {
-            Json::Array(list.elements().iter().cloned().map(to_json).collect::<Option<_>>()?)
-        }
+        Field::ListInternal(list) => Json::Array(list.elements().iter().cloned().map(to_json).collect::<Option<_>>()?),
         Field::MapInternal(map) => {
             let entries = map.entries().iter().cloned();
             let entries = entries.map(|(key, value)| Some((to_value(key)?.text().ok()?.to_owned(), to_json(value)?)));

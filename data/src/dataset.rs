@@ -274,13 +274,19 @@ pub struct Dataset {
     parts: Vec<Part>,
     /// Where every part ends in the numbers of examples.
     ends: Vec<u64>,
+    /// Text that the objective adds to inputs.
+    literals: Vec<String>,
 }
 
 impl Dataset {
     pub(crate) fn new(parts: Vec<Part>) -> Self {
-        let mut dataset = Self { parts, ends: Vec::new() };
+        let mut dataset = Self { parts, ends: Vec::new(), literals: Vec::new() };
         dataset.number();
         dataset
+    }
+
+    pub(crate) fn with_literals(self, literals: Vec<String>) -> Self {
+        Self { literals, ..self }
     }
 
     fn number(&mut self) {
@@ -328,13 +334,15 @@ impl Dataset {
         (0..self.len()).map(|index| self.example(index))
     }
 
-    /// Every input, every target, and what prompts add to them: what a tokenizer is trained on.
+    /// Every input, every target, and what prompts and objectives add to them: what a tokenizer is trained on.
     pub fn texts(&self) -> impl Iterator<Item = Cow<'_, str>> {
-        self.parts.iter().flat_map(|part| {
+        let literals = self.literals.iter().map(|text| Cow::Borrowed(text.as_str()));
+        let of_parts = self.parts.iter().flat_map(|part| {
             let literals = part.prompt.iter().flat_map(Prompt::literals).map(Cow::Owned);
             let texts = &part.texts;
             literals.chain((0..texts.len()).flat_map(move |index| [texts.input(index), texts.target(index)]))
-        })
+        });
+        literals.chain(of_parts)
     }
 
     /// A digest (BLAKE3, hexadecimal) of all examples in order: equal digests, equal training data.

@@ -109,6 +109,11 @@ fn denoisers(config: &DataConfig) -> Vec<DenoiserConfig> {
     }
 }
 
+/// Text that the objective adds to inputs, for a vocabulary to know it.
+pub(crate) fn literals(config: &DataConfig) -> Vec<String> {
+    denoisers(config).into_iter().map(|denoiser| denoiser.prefix).filter(|prefix| !prefix.is_empty()).collect()
+}
+
 /// Checks what can be checked without a tokenizer.
 pub(crate) fn validate(config: &DataConfig) -> Result<()> {
     let has_no_effect = |key, wanted: &str| {
@@ -360,7 +365,7 @@ mod tests {
     }
 
     fn tokenizer(spec: &TokenizerSpec) -> Tokenizer {
-        Tokenizer::from_spec(spec, ["a bee sea dee"].into_iter().map(Cow::Borrowed), None).unwrap()
+        Tokenizer::from_spec(spec, ["a bee sea dee [NLU] [S2S] [NLG]"].into_iter().map(Cow::Borrowed), None).unwrap()
     }
 
     fn corruption(settings: &str, seed: u64) -> Corruption {

@@ -12,7 +12,7 @@ use crate::dataset::{Dataset, Part, Texts, Tokenization};
 use crate::error::{Error, Result};
 use crate::filter::Filter;
 use crate::mixture;
-use crate::objective::Corruption;
+use crate::objective::{self, Corruption};
 use crate::order::{Order, mix};
 use crate::prompt::Prompt;
 use crate::source::{Record, Source, Value, resolve_sources};
@@ -88,7 +88,7 @@ impl Splits {
             train.push(Part::new(loaded.train, own));
         }
         Ok(Self {
-            train: Dataset::new(train),
+            train: Dataset::new(train).with_literals(objective::literals(config)),
             validation: (!validation.is_empty()).then(|| Dataset::new(validation)),
             counts,
             config: config.clone(),

@@ -259,7 +259,7 @@ fn shots_are_other_training_examples() {
 #[test]
 fn of_a_prompt_that_is_too_long_shots_are_left_out() {
     let directory = numbered(20, |x| x);
-    let settings = "num_shots = 3\nshot_template = \"<{input}={target}>\"\nmax_source_length = 40";
+    let settings = "num_shots = 3\nshot_template = \"<{input}={target}>\"\nmax_source_length = 30";
     let loaded = splits(&directory, settings).unwrap();
     let (order, tokenizer) = (Order::new(20, 0, false), byt5());
     let packer = crate::Packer::new(Arc::new(loaded.train), tokenizer.clone(), order, config(settings).limits());
@@ -346,8 +346,8 @@ fn texts_are_concatenated_and_cut_for_span_corruption() {
     let concatenated: String = loaded.train.texts().collect();
     let mut ahead = loaded.clone();
     let loaded = loaded.tokenized(&tokenizer).unwrap();
-    // 33 tokens make inputs of 30.
-    assert_eq!(loaded.train.len(), (concatenated.len() as u64).div_ceil(33));
+    // 32 tokens make inputs of 30.
+    assert_eq!(loaded.train.len(), (concatenated.len() as u64).div_ceil(32));
     let order = loaded.order();
     let pack = |splits: &Splits, order: &Order, epoch| {
         let packer =

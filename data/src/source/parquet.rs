@@ -4,9 +4,8 @@ use std::fs::File;
 use std::path::Path;
 
 use parquet::errors::ParquetError;
-use parquet::file::properties::ReaderProperties;
 use parquet::file::reader::FileReader;
-use parquet::file::serialized_reader::{ReadOptionsBuilder, SerializedFileReader};
+use parquet::file::serialized_reader::SerializedFileReader;
 use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 
@@ -24,17 +23,15 @@ impl Source {
         let broken = |error: ParquetError| {
             Error::source(self.to_string(), format!("no intact Parquet file: {}", message(&error)))
         };
-        let options = ReadOptionsBuilder::new().with_reader_properties(ReaderProperties::builder().build()).build();
-        let reader = SerializedFileReader::new_with_options(file, options).map_err(broken)?;
+        let reader = caught(|| SerializedFileReader::new(file)).map_err(broken)?;
         let schema = reader.metadata().file_metadata().schema().clone();
-        let rows = reader.get_row_iter(projection(&schema, wanted)).map_err(broken)?;
-        for (line, row) in (1..).zip(rows) {
-            let row = row.map_err(|error| {
-                self.record_error(
-                    line,
-                    format!("broken Parquet page ({}); the file is torn or damaged", message(&error)),
-                )
+        let mut rows = caught(|| reader.get_row_iter(projection(&schema, wanted))).map_err(broken)?;
+        for line in 1.. {
+            let row = caught(|| rows.next().transpose()).map_err(|error| {
+                let message = format!("broken Parquet page ({}); the file is torn or damaged", message(&error));
+                self.record_error(line, message)
             })?;
+            let Some(row) = row else { break };
             let record = to_record(row).map_err(|message| self.record_error(line, message))?;
             if !visit(line, record)? {
                 return Ok(false);
@@ -42,6 +39,13 @@ impl Source {
         }
         Ok(true)
     }
+}
+
+/// The library checks a page's checksum, but takes for granted that its header is whole, and panics where it is not.
+fn caught<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, ParquetError> {
+    // After a panic nothing of the reader is used again.
+    let outcome = catch_unwind(AssertUnwindSafe(read));
+    outcome.unwrap_or_else(|_| Err(ParquetError::General("a header is malformed".to_owned())))
 }
 
 /// The columns that are wanted, if the file has all of them; otherwise all, so that whoever misses one is told which

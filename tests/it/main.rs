@@ -12,6 +12,7 @@ mod harness;
 mod invariance;
 mod jobs;
 mod json;
+mod launch;
 mod model_files;
 mod nccl;
 mod parity;

@@ -70,7 +70,7 @@ fn a_wrong_job_is_refused_with_one_line() {
         ("data.mixture_limit=3", &["data.mixture_limit: has no effect"]),
         ("data.mixture_temperature=2.0", &["data.mixture_temperature: has no effect"]),
         ("data.mixture=[{name='a',train='x.csv'}]", &["data.mixture: every source has its own train"]),
-        ("data.objective=ul3", &["data.objective", "`ul3`", "span_corruption"]),
+        ("data.objective=ul3", &["data.objective", "`ul3`", "did you mean `ul2`?"]),
         ("data.objective=ul2", &["data.target: data.objective makes the targets"]),
         ("data.noise_density=0.5", &["data.noise_density: has no effect"]),
         ("data.mean_noise_span_length=2.0", &["data.mean_noise_span_length: has no effect"]),

@@ -9,24 +9,22 @@ use serde::Deserialize;
 
 /// The sections of a job, each by the crate that uses it.
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Job {
-    #[serde(rename = "output_dir")]
-    _output_dir: std::path::PathBuf,
-    #[serde(rename = "model")]
-    _model: ModelSection,
+    model: ModelSection,
     data: DataConfig,
     #[serde(default)]
     training: TrainingConfig,
-    #[serde(default, rename = "evaluation")]
-    _evaluation: EvaluationConfig,
+    #[serde(default)]
+    evaluation: EvaluationConfig,
     #[serde(default)]
     cluster: ClusterConfig,
 }
 
 fuzz_target!(|text: &str| {
     let Ok(job) = toml::from_str::<Job>(text) else { return };
+    let _ = job.model.validate();
     let _ = job.data.validate();
-    let _ = job.cluster.validate();
     let _ = job.training.validate();
+    let _ = job.evaluation.validate();
+    let _ = job.cluster.validate();
 });

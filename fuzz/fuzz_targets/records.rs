@@ -1,7 +1,6 @@
 //! Files of records, by the format that the first byte chooses: JSON lines, CSV or TSV.
 #![no_main]
 
-use std::path::PathBuf;
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
@@ -13,9 +12,8 @@ static DIRECTORY: LazyLock<TempDir> = LazyLock::new(|| TempDir::new().expect("a 
 fuzz_target!(|bytes: &[u8]| {
     let Some((format, content)) = bytes.split_first() else { return };
     let name = ["records.jsonl", "records.csv", "records.tsv"][usize::from(*format) % 3];
-    let path: PathBuf = DIRECTORY.path().join(name);
-    std::fs::write(&path, content).expect("a temporary file");
-    let Ok(sources) = resolve_sources(&[name.to_string()], DIRECTORY.path()) else { return };
+    std::fs::write(DIRECTORY.path().join(name), content).expect("a temporary file");
+    let sources = resolve_sources(&[name.to_owned()], DIRECTORY.path(), "train").expect("the file just written");
     let template = Template::parse("{a}: {text}").expect("a valid template");
     for source in sources {
         let _ = source.for_each(|_, record| {

@@ -13,7 +13,7 @@ use crate::harness::run;
 const LINES_MAX: usize = 900;
 
 /// Each crate, and those of ours that it may use.
-const MAY_DEPEND_ON: [(&str, &[&str]); 8] = [
+const MAY_DEPEND_ON: [(&str, &[&str]); 9] = [
     ("cli", &["worker", "coordinator", "t5", "data", "kernels", "identity"]),
     ("worker", &["t5", "data", "proto", "identity", "kernels"]),
     ("coordinator", &["data", "proto", "identity"]),
@@ -22,6 +22,7 @@ const MAY_DEPEND_ON: [(&str, &[&str]); 8] = [
     ("data", &[]),
     ("proto", &[]),
     ("identity", &[]),
+    ("fuzz", &["worker", "coordinator", "t5", "data", "proto", "kernels", "identity"]),
 ];
 
 /// The repository.

@@ -11,7 +11,7 @@ use quintet_kernels::{DType, Device, Tensor, View, ViewMut};
 use crate::{Config, Result};
 
 /// A matrix in an arena.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Slot {
     offset: usize,
     rows: usize,
@@ -26,12 +26,6 @@ impl Slot {
 
     pub(crate) fn rows(self) -> usize {
         self.rows
-    }
-
-    /// Some of its rows: one of the matrices that lie side by side in it.
-    pub(crate) fn rows_range(self, range: Range<usize>) -> Slot {
-        assert!(range.end <= self.rows);
-        Slot { offset: self.offset + range.start * self.cols, rows: range.len(), cols: self.cols }
     }
 }
 
@@ -376,7 +370,7 @@ mod tests {
         let layout = Layout::new(&config);
         let qkv = layout.encoder.blocks[0].attention.qkv;
         let k = layout.tensors().iter().find(|tensor| tensor.name.ends_with("SelfAttention.k.weight")).unwrap();
-        assert_eq!(qkv.rows_range(3..6).offset, k.range.start);
+        assert_eq!(qkv.offset + 3 * qkv.cols, k.range.start);
         assert_eq!((qkv.rows, qkv.cols), (9, 5));
     }
 }

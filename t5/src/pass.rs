@@ -1,7 +1,8 @@
 //! What every layer needs during a pass: weights, dropout masks, and short names for frequent operations.
 
-use quintet_kernels::{DType, Device, Dropout, Segments, Tensor, View, ops};
+use quintet_kernels::{DType, Device, Dropout, Segments, Tensor, View, ViewMut, ops};
 
+use crate::generate::PreparedWeights;
 use crate::parameters::{Parameters, Slot, Weights};
 use crate::{Config, Result};
 
@@ -46,6 +47,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) config: &'a Config,
     pub(crate) weights: Weights<'a>,
     pub(crate) masks: Masks,
+    /// Copies of some weights that products read faster.
+    pub(crate) prepared: Option<&'a PreparedWeights>,
 }
 
 impl<'a> Pass<'a> {
@@ -65,8 +68,16 @@ impl<'a> Pass<'a> {
     /// `x · wᵀ`
     pub(crate) fn linear(&self, x: View, w: Slot) -> Result<Tensor> {
         let mut y = self.empty(x.rows(), w.rows())?;
-        ops::linear_forward(x, self.weights.slot(w), y.view_mut(), false)?;
+        self.linear_into(x, w, y.view_mut())?;
         Ok(y)
+    }
+
+    /// `y = x · wᵀ`
+    pub(crate) fn linear_into(&self, x: View, w: Slot, y: ViewMut) -> Result<()> {
+        Ok(match self.prepared.and_then(|prepared| prepared.get(w)) {
+            Some(w) => ops::linear_forward_prepared(x, w, y)?,
+            None => ops::linear_forward(x, self.weights.slot(w), y, false)?,
+        })
     }
 
     /// `d_y · w`, the gradient of a linear layer's input.

@@ -6,6 +6,7 @@ mod bad_input;
 mod devices;
 mod diagnostics;
 mod docs;
+mod generation;
 mod gpu;
 mod harness;
 mod invariance;

@@ -32,8 +32,12 @@ fn assert_outputs(got: &[Vec<Generated>], case: &Value, tolerance: f64, name: &s
     assert_eq!(got.len(), want.len());
     for (source, (got, want)) in got.iter().zip(want).enumerate() {
         let what = || format!("{name}, {}, source {source}", case["options"]);
-        let tokens: Vec<Vec<u32>> =
-            want.as_array().unwrap().iter().map(|it| serde_json::from_value(it["token_ids"].clone()).unwrap()).collect();
+        let tokens: Vec<Vec<u32>> = want
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|it| serde_json::from_value(it["token_ids"].clone()).unwrap())
+            .collect();
         assert_eq!(got.iter().map(|it| it.token_ids.clone()).collect::<Vec<_>>(), tokens, "{}", what());
         for (got, want) in got.iter().zip(want.as_array().unwrap()) {
             if let Some(want) = want["score"].as_f64() {
@@ -152,7 +156,9 @@ fn the_emulated_gpu_generates_as_the_cpu() {
         assert_outputs(&got, &first_three, 1e-4, "t5_v1_1");
     }
     let on_cpu = Reference::open("t5_v1_1");
-    for value in [json!({"do_sample": true, "max_new_tokens": 5}), json!({"do_sample": true, "max_new_tokens": 5, "top_k": 0})] {
+    for value in
+        [json!({"do_sample": true, "max_new_tokens": 5}), json!({"do_sample": true, "max_new_tokens": 5, "top_k": 0})]
+    {
         let tokens = |reference: &Reference| -> Vec<Vec<u32>> {
             let outputs = reference.generate(&reference.source[..2], options(value.clone()));
             outputs.into_iter().map(|mut outputs| outputs.remove(0).token_ids).collect()
@@ -191,10 +197,12 @@ fn the_command_generates_streams_and_scores() {
         let arguments = ["generate", "--model", "run/model"].into_iter().chain(arguments.split(' '));
         run(workspace.path(), arguments).expect(0).stdout
     };
-    let documents = |text: &str| -> Vec<Value> { text.lines().map(|line| serde_json::from_str(line).unwrap()).collect() };
+    let documents =
+        |text: &str| -> Vec<Value> { text.lines().map(|line| serde_json::from_str(line).unwrap()).collect() };
 
     let beams = documents(&generate("--input x --num-beams 3 --num-return-sequences 3 --max-new-tokens 5 --json"));
-    let scores: Vec<f64> = beams[0]["outputs"].as_array().unwrap().iter().map(|it| it["score"].as_f64().unwrap()).collect();
+    let scores: Vec<f64> =
+        beams[0]["outputs"].as_array().unwrap().iter().map(|it| it["score"].as_f64().unwrap()).collect();
     assert!(scores.len() == 3 && scores.is_sorted_by(|a, b| a >= b), "{scores:?}");
 
     // What streams is what does not.
@@ -228,7 +236,9 @@ fn the_models_file_says_what_the_flags_leave_open() {
     };
     let plain = generate("--num-beams 4 --max-new-tokens 5").expect(0).stdout;
     let file = |text: &str| workspace.write("run/model/generation_config.json", text);
-    file(r#"{"num_beams": 4, "max_length": 6, "eos_token_id": 1, "pad_token_id": 0, "transformers_version": "5.23.0"}"#);
+    file(
+        r#"{"num_beams": 4, "max_length": 6, "eos_token_id": 1, "pad_token_id": 0, "transformers_version": "5.23.0"}"#,
+    );
     assert_eq!(generate("").expect(0).stdout, plain);
     assert_ne!(generate("--num-beams 1").expect(0).stdout, plain);
     file(r#"{"forced_bos_token_id": 4}"#);

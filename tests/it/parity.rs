@@ -270,7 +270,8 @@ fn greedy_outputs_are_those_of_hugging_face() {
         let greedy = &reference.expected["greedy"];
         let want: Vec<Vec<u32>> = serde_json::from_value(greedy["outputs"].clone()).unwrap();
         let generate = |rows: &[Vec<u32>]| -> Vec<Vec<u32>> {
-            let options = GenerationOptions { max_new_tokens: reference.greedy_tokens(), ..GenerationOptions::default() };
+            let options =
+                GenerationOptions { max_new_tokens: reference.greedy_tokens(), ..GenerationOptions::default() };
             reference.generate(rows, options).into_iter().map(|mut outputs| outputs.remove(0).token_ids).collect()
         };
         assert_eq!(generate(&reference.source), want, "{}", reference.name);

@@ -23,10 +23,8 @@ pub(crate) fn run(arguments: GenerateArguments) -> Result<u8> {
         return Ok(exit::DONE);
     }
     let defaults = GenerationOptions::from_pretrained(&arguments.model)?;
-    let flags = GenerationOptions {
-        num_return_sequences: arguments.num_return_sequences,
-        ..arguments.generation.options()
-    };
+    let flags =
+        GenerationOptions { num_return_sequences: arguments.num_return_sequences, ..arguments.generation.options() };
     let generation = flags.or(defaults).resolve(loaded.model.config()).map_err(flag_error)?;
     arguments.generation.check_use(&generation)?;
     let stream_tokens = arguments.stream && inputs.len() == 1 && !arguments.json;
@@ -46,8 +44,7 @@ pub(crate) fn run(arguments: GenerateArguments) -> Result<u8> {
 }
 
 fn check(arguments: &GenerateArguments) -> Result<()> {
-    for (flag, value) in
-        [("--batch-size", arguments.batch_size), ("--max-source-length", arguments.max_source_length)]
+    for (flag, value) in [("--batch-size", arguments.batch_size), ("--max-source-length", arguments.max_source_length)]
     {
         if value == 0 {
             return Err(Failure::bad_input(format!("{flag}: is 0, must be at least 1")));
@@ -97,10 +94,8 @@ impl GenerationFlags {
             ("--top-p", self.top_p.is_some()),
             ("--seed", self.seed.is_some()),
         ];
-        let of_beams = [
-            ("--length-penalty", self.length_penalty.is_some()),
-            ("--early-stopping", self.early_stopping.is_some()),
-        ];
+        let of_beams =
+            [("--length-penalty", self.length_penalty.is_some()), ("--early-stopping", self.early_stopping.is_some())];
         if let Some((flag, _)) = of_sampling.iter().find(|(_, given)| *given && !generation.do_sample) {
             return Err(Failure::bad_input(format!("{flag}: has no effect without --do-sample")));
         }

@@ -280,7 +280,12 @@ impl Generation {
             (false, 1) => 1,
             (false, beams) => beams,
         };
-        check(KEY, sequences <= most, sequences, &format!("at most {most}: greedy search finds one, beams find num_beams"))
+        check(
+            KEY,
+            sequences <= most,
+            sequences,
+            &format!("at most {most}: greedy search finds one, beams find num_beams"),
+        )
     }
 }
 
@@ -361,7 +366,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("generation_config.json");
         assert_eq!(GenerationOptions::from_pretrained(directory.path()).unwrap(), GenerationOptions::default());
-        fs::write(&path, r#"{"num_beams": 4, "typical_p": 1.0, "forced_eos_token_id": null, "bad_words_ids": []}"#).unwrap();
+        fs::write(&path, r#"{"num_beams": 4, "typical_p": 1.0, "forced_eos_token_id": null, "bad_words_ids": []}"#)
+            .unwrap();
         assert_eq!(GenerationOptions::from_pretrained(directory.path()).unwrap().num_beams, Some(4));
         for (text, want) in [
             (r#"{"forced_bos_token_id": 5}"#, "forced_bos_token_id = 5 is not supported"),

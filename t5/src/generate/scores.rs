@@ -79,9 +79,9 @@ impl Processors<'_> {
             let top = found.tokens[places.clone()].iter().zip(&found.log_probs[places]);
             let top = top.map(|(&token, &log_prob)| Candidate { token, value: value(log_prob), log_prob });
             let apart = changes.iter().zip(&found.apart[found.starts[row] as usize..]);
-            let penalized = apart.filter(|((_, change), _)| *change == Change::Penalize).map(
-                |(&(token, _), &log_prob)| Candidate { token, value: self.penalized(value(log_prob)), log_prob },
-            );
+            let penalized = apart
+                .filter(|((_, change), _)| *change == Change::Penalize)
+                .map(|(&(token, _), &log_prob)| Candidate { token, value: self.penalized(value(log_prob)), log_prob });
             let mut candidates: Vec<Candidate> =
                 top.chain(penalized).filter(|candidate| candidate.value > f32::NEG_INFINITY).collect();
             candidates.sort_by(|a, b| b.value.total_cmp(&a.value).then(a.token.cmp(&b.token)));

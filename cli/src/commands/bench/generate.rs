@@ -42,8 +42,9 @@ pub(super) fn run(arguments: &BenchGenerateArguments) -> Result<()> {
         Some(compute) => Weights::new(compute, &master),
         None => Weights::from(&master),
     };
-    let lengths: Vec<usize> =
-        (0..arguments.batch_size).map(|row| length(arguments.source_length, row, 2_654_435_761, arguments.ragged)).collect();
+    let lengths: Vec<usize> = (0..arguments.batch_size)
+        .map(|row| length(arguments.source_length, row, 2_654_435_761, arguments.ragged))
+        .collect();
     let source_tokens = lengths.iter().sum();
     let ids = ids(model.config().vocab_size, source_tokens, 1);
     let ends = lengths.iter().scan(0, |end, length| {

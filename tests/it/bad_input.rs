@@ -111,6 +111,7 @@ fn a_wrong_job_is_refused_with_one_line() {
 #[test]
 fn a_wrong_command_line_is_refused() {
     let workspace = Workspace::new();
+    workspace.write("empty.jsonl", "");
     let cases: &[(&str, i32, &[&str])] = &[
         ("train absent.toml", 2, &["absent.toml: cannot read: No such file"]),
         ("train job.toml --set nothing", 2, &["section.key=value"]),

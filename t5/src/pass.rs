@@ -74,10 +74,11 @@ impl<'a> Pass<'a> {
 
     /// `y = x · wᵀ`
     pub(crate) fn linear_into(&self, x: View, w: Slot, y: ViewMut) -> Result<()> {
-        Ok(match self.prepared.and_then(|prepared| prepared.get(w)) {
+        match self.prepared.and_then(|prepared| prepared.get(w)) {
             Some(w) => ops::linear_forward_prepared(x, w, y)?,
             None => ops::linear_forward(x, self.weights.slot(w), y, false)?,
-        })
+        }
+        Ok(())
     }
 
     /// `d_y · w`, the gradient of a linear layer's input.

@@ -131,8 +131,8 @@ impl<'a> EvaluationTask<'a> {
             let example = self.dataset.example(example);
             let best = outputs.first().map_or(&[][..], |output| &output.token_ids);
             Prediction {
-                input: example.input.to_string(),
-                target: example.target.to_string(),
+                input: example.input.into_owned(),
+                target: example.target.into_owned(),
                 prediction: self.tokenizer.decode(best),
             }
         });

@@ -3,6 +3,7 @@
 //! Deliberately absent: any decision about who computes what or when a step counts (the coordinator's), anything printed,
 //! the environment.
 
+pub mod adapter;
 pub mod checkpoint;
 pub mod collective;
 pub mod config;
@@ -20,6 +21,6 @@ pub mod scaler;
 pub mod schedule;
 pub mod session;
 
-pub use config::{EvaluationConfig, Metric, ModelSection, Precision, TrainingConfig};
+pub use config::{EvaluationConfig, LoraConfig, Metric, ModelSection, Precision, TrainingConfig};
 pub use device::DeviceChoice;
 pub use error::{Error, Result};

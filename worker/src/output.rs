@@ -7,20 +7,28 @@ use std::path::Path;
 use quintet_data::Tokenizer;
 
 use crate::evaluation::Prediction;
-use crate::replica::Replica;
+use crate::replica::{AdapterAbout, Replica};
 use crate::{Error, Result};
 
-/// `model/`, in Hugging Face's layout with the tokenizer's files; replaces an older one only when it is whole.
+/// `model/`, in Hugging Face's layout, or `adapter/`, in PEFT's, with the tokenizer's files; replaces an older one only
+/// when it is whole.
 pub fn write_model(output_dir: &Path, replica: &Replica, tokenizer: &Tokenizer) -> Result<()> {
+    let name = if replica.adapter().is_some() { "adapter" } else { "model" };
     let (target, beside, old) =
-        (output_dir.join("model"), output_dir.join(".tmp-model"), output_dir.join(".tmp-model-old"));
+        (output_dir.join(name), output_dir.join(".tmp-model"), output_dir.join(".tmp-model-old"));
     for leftover in [&beside, &old] {
         if leftover.exists() {
             fs::remove_dir_all(leftover).map_err(Error::file("remove", leftover))?;
         }
     }
     fs::create_dir_all(&beside).map_err(Error::file("create", &beside))?;
-    quintet_t5::save_pretrained(replica.model(), replica.master(), &beside)?;
+    match replica.adapter() {
+        None => quintet_t5::save_pretrained(replica.model(), replica.master(), &beside)?,
+        Some(AdapterAbout { spec, base_name, base_fingerprint }) => {
+            let (model, weights) = (replica.model(), replica.master());
+            quintet_t5::save_adapter(model, spec, weights, base_name, base_fingerprint, &beside)?;
+        }
+    }
     tokenizer.save(&beside)?;
     if target.exists() {
         fs::rename(&target, &old).map_err(Error::file("rename", &target))?;

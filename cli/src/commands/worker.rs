@@ -47,6 +47,7 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
         fingerprint: job.fingerprint(),
         silence_limit: Duration::from_secs_f64(job.cluster.step_timeout_seconds),
         model: job.model,
+        lora: job.lora,
         data: job.data,
         training: job.training,
         evaluation: job.evaluation,

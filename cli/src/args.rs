@@ -144,7 +144,8 @@ pub(crate) struct EvaluateArguments {
     /// A tokenizer other than the model's.
     #[arg(long)]
     pub(crate) tokenizer: Option<String>,
-    #[arg(long, value_delimiter = ',', default_value = "loss,exact_match")]
+    /// Names of scores, as in job files; loss and exact_match by default.
+    #[arg(long, value_delimiter = ',')]
     pub(crate) metrics: Vec<String>,
     #[arg(long, default_value_t = 32)]
     pub(crate) batch_size: u32,

@@ -16,4 +16,5 @@ mod model_files;
 mod nccl;
 mod parity;
 mod recovery;
+mod selection;
 mod structure;

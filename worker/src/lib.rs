@@ -19,8 +19,10 @@ pub mod rank;
 pub mod replica;
 pub mod scaler;
 pub mod schedule;
+mod selection;
 pub mod session;
 
-pub use config::{EvaluationConfig, LoraConfig, Metric, ModelSection, Precision, TrainingConfig};
+pub use config::{EvaluationConfig, LoraConfig, ModelSection, Precision, TrainingConfig};
 pub use device::DeviceChoice;
 pub use error::{Error, Result};
+pub use metrics::Metric;

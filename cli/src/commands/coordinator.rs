@@ -182,8 +182,9 @@ fn summarize(job: &Job, outcome: &Outcome, reporter: &Reporter, json: bool) {
     let output_dir = &job.output_dir;
     let done = outcome.exit_code == u32::from(exit::DONE);
     let samples = if done { report::sample_predictions(output_dir, 5) } else { Vec::new() };
-    if !done {
-        eprintln!("error: {}", outcome.reason);
+    match done {
+        true => eprintln!("{}", outcome.reason),
+        false => eprintln!("error: {}", outcome.reason),
     }
     if json {
         let value = json!({

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub(crate) use crate::launch_args::LaunchArguments;
+
 /// Trains T5 models, on one core or a cluster.
 #[derive(Parser)]
 #[command(name = "quintet", version)]
@@ -17,10 +19,14 @@ pub(crate) struct Arguments {
 pub(crate) enum Command {
     /// Train on this machine: a coordinator and worker processes.
     Train(TrainArguments),
+    /// Train on many machines, by the engine that they are run with.
+    Launch(LaunchArguments),
     /// The half of a run that schedules; prints the URL that workers join.
     Coordinator(CoordinatorArguments),
     /// The half of a run that computes.
     Worker(WorkerArguments),
+    /// Join tokens for a run that listens beyond this machine, one a line.
+    Tokens(TokensArguments),
     /// Loss and metrics of a model on a file, or of predictions.
     Evaluate(EvaluateArguments),
     /// Text out of a model.
@@ -51,8 +57,15 @@ pub(crate) enum DeviceChoice {
     Emulated,
 }
 
+impl DeviceChoice {
+    /// As the flag takes it.
+    pub(crate) fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string())
+    }
+}
+
 /// A job file, and what the command line changes in it.
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub(crate) struct JobArguments {
     /// The job file.
     pub(crate) job: PathBuf,
@@ -72,6 +85,18 @@ pub(crate) struct JobArguments {
     pub(crate) device: Option<DeviceChoice>,
 }
 
+impl JobArguments {
+    /// The same on another command line; without `--resume`, `--workers` and `--device`.
+    pub(crate) fn words(&self) -> Vec<String> {
+        let mut words = vec![self.job.display().to_string()];
+        if let Some(output) = &self.output {
+            words.extend(["--output".to_string(), output.display().to_string()]);
+        }
+        words.extend(self.overrides.iter().flat_map(|assignment| ["--set".to_string(), assignment.clone()]));
+        words
+    }
+}
+
 #[derive(Args)]
 pub(crate) struct TrainArguments {
     #[command(flatten)]
@@ -88,6 +113,10 @@ pub(crate) struct CoordinatorArguments {
     /// Where workers reach this coordinator.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) listen: Option<SocketAddr>,
+    /// Directory of the run's certificate authority; by default "security" in the output directory. Made where there is
+    /// none.
+    #[arg(long, value_name = "DIR", conflicts_with = "insecure_plaintext")]
+    pub(crate) authority: Option<PathBuf>,
     /// Allow plain text beyond this machine: anyone on the network can then read and join the run.
     #[arg(long)]
     pub(crate) insecure_plaintext: bool,
@@ -96,21 +125,32 @@ pub(crate) struct CoordinatorArguments {
     pub(crate) json: bool,
 }
 
-#[derive(Args)]
+#[derive(Args, Default)]
 pub(crate) struct WorkerArguments {
-    /// The URL that the coordinator printed. The run's token is read from QUINTET_RUN_TOKEN.
+    /// The URL that the coordinator printed; else QUINTET_COORDINATOR, or MASTER_ADDR and MASTER_PORT. For https, a
+    /// join token is read from QUINTET_JOIN_TOKEN or from the file that QUINTET_JOIN_TOKEN_FILE names, one a line; for http,
+    /// the run's token from QUINTET_RUN_TOKEN.
     #[arg(long, value_name = "URL")]
-    pub(crate) coordinator: String,
-    /// Where other workers reach this one.
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
-    pub(crate) listen: SocketAddr,
+    pub(crate) coordinator: Option<String>,
+    /// Join by the file that a launcher wrote; "-" reads it from standard input, and ends when that does.
+    #[arg(long, value_name = "FILE", conflicts_with = "coordinator")]
+    pub(crate) join: Option<PathBuf>,
+    /// Where other workers reach this one; by default the address by which it reaches the coordinator.
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) listen: Option<SocketAddr>,
+    /// Start so many workers here, which share the cores and take a GPU each.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) nproc_per_node: Option<u32>,
+    /// The line of the file of join tokens to begin with, from 0. Lines that were used are passed over.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) token_index: usize,
     /// Where to compute; what the job says by default.
     #[arg(long, value_enum)]
     pub(crate) device: Option<DeviceChoice>,
-    /// Which of this machine's GPUs to compute on, where it is GPUs.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub(crate) gpu: usize,
-    /// Threads to compute with; all cores by default.
+    /// Which of this machine's GPUs to compute on, where it is GPUs; LOCAL_RANK by default.
+    #[arg(long, value_name = "N")]
+    pub(crate) gpu: Option<usize>,
+    /// Threads to compute with; by default this worker's share of the cores, which is all without LOCAL_WORLD_SIZE.
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
     /// Allow plain text beyond this machine.
@@ -119,6 +159,17 @@ pub(crate) struct WorkerArguments {
     /// Started by `quintet train`, which tells how the run ended.
     #[arg(long, hide = true)]
     pub(crate) supervised: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct TokensArguments {
+    /// Directory of the run's certificate authority: "security" in its output directory. Made where there is none.
+    pub(crate) authority: PathBuf,
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) count: u32,
+    /// How long they are good.
+    #[arg(long, value_name = "HOURS", default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=87_600))]
+    pub(crate) hours: u32,
 }
 
 #[derive(Args)]
@@ -219,20 +270,49 @@ pub(crate) struct DataArguments {
 
 #[derive(Subcommand)]
 pub(crate) enum DataCommand {
-    /// The first records of a source, and its number of records.
+    /// The first records of a source and their number; or the first examples of a job, what its filters left out, the
+    /// shares of its mixture, and lengths in tokens.
     Inspect {
-        /// A file, a glob, or "builtin:cmudict".
-        source: String,
+        #[command(flatten)]
+        job: DataJobArguments,
         #[arg(long, default_value_t = 3)]
         records: usize,
     },
+    /// Tokenize a job's examples ahead; training on the same data then reads the tokens.
+    Prepare {
+        #[command(flatten)]
+        job: DataJobArguments,
+        /// Print the result as one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
     /// Write a source as JSON lines.
     Export {
-        /// A file, a glob, or "builtin:cmudict".
+        /// A file, a glob, a folder of a data set, or "builtin:cmudict".
         source: String,
         #[arg(long, value_name = "FILE")]
         output: PathBuf,
     },
+}
+
+/// A job file of which only the data matters.
+#[derive(Args)]
+pub(crate) struct DataJobArguments {
+    /// The job file; to inspect also a file, a glob, a folder of a data set, or "builtin:cmudict".
+    pub(crate) job: PathBuf,
+    /// The run's folder, instead of the job's output_dir.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) output: Option<PathBuf>,
+    /// Override a value of the job file; may be given several times.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub(crate) overrides: Vec<String>,
+}
+
+impl DataJobArguments {
+    pub(crate) fn as_job(&self) -> JobArguments {
+        let (job, output, overrides) = (self.job.clone(), self.output.clone(), self.overrides.clone());
+        JobArguments { job, output, resume: false, overrides, workers: None, device: None }
+    }
 }
 
 #[derive(Args)]
@@ -245,6 +325,26 @@ pub(crate) struct BenchArguments {
 pub(crate) enum BenchCommand {
     /// A training step: forward, backward, clipping and AdamW.
     Step(BenchStepArguments),
+    /// Loading and tokenizing a job's examples: its speed, and how long training at a given speed waits for it.
+    Data(BenchDataArguments),
+}
+
+#[derive(Args)]
+pub(crate) struct BenchDataArguments {
+    #[command(flatten)]
+    pub(crate) job: DataJobArguments,
+    /// Threads that tokenize; a worker has one.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) threads: usize,
+    /// How fast training consumes tokens.
+    #[arg(long, default_value_t = 100_000)]
+    pub(crate) tokens_per_second: u64,
+    /// How long to measure each.
+    #[arg(long, default_value_t = 3.0)]
+    pub(crate) seconds: f64,
+    /// Print one JSON object a row.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Args)]

@@ -4,15 +4,17 @@
 //! - [`state`]: the state machine, pure; everything that is decided is decided there.
 //! - [`server`]: its shell, the gRPC server that workers connect to.
 //! - [`files`]: the ledger and the metrics file.
-//! - [`launch`]: worker processes on this machine.
-//! - [`secret`]: what tells a run's workers from strangers.
+//! - [`launch`]: worker processes, here and elsewhere.
+//! - [`admission`], [`secret`]: what tells a run's workers from strangers; `gate` is the door.
 //! - [`config`]: the `[cluster]` table of a job.
 //!
 //! Deliberately absent: tensors, devices, the model, the terminal, the environment.
 
+pub mod admission;
 pub mod config;
 mod error;
 pub mod files;
+mod gate;
 pub mod launch;
 pub mod secret;
 pub mod server;

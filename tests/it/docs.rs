@@ -12,7 +12,7 @@ use crate::harness::run;
 use crate::structure::{read, root};
 
 /// What `cargo` and other people's programs call their flags.
-const FLAGS_OF_OTHERS: [&str; 5] = ["--release", "--workspace", "--path", "--local-dir", "--help"];
+const FLAGS_OF_OTHERS: [&str; 6] = ["--release", "--workspace", "--path", "--local-dir", "--help", "--time"];
 
 /// The rows of the README's table of keys: key to default, as written.
 fn documented_keys() -> BTreeMap<String, String> {
@@ -51,6 +51,13 @@ fn every_default_is_the_one_in_the_table() {
             "max_source_length": data.max_source_length,
             "max_target_length": data.max_target_length,
             "shuffle": data.shuffle,
+            "source_prefix": data.source_prefix,
+            "num_shots": data.num_shots,
+            "shot_template": data.shot_template,
+            "objective": data.objective,
+            "noise_density": data.noise_density,
+            "mean_noise_span_length": data.mean_noise_span_length,
+            "mode_tokens": data.mode_tokens,
         },
         "training": TrainingConfig::default(),
         "evaluation": EvaluationConfig::default(),
@@ -85,11 +92,16 @@ fn every_flag_in_the_readme_exists() {
         "train",
         "coordinator",
         "worker",
+        "tokens",
+        "launch ssh",
+        "launch slurm",
         "evaluate",
         "generate",
         "data inspect",
+        "data prepare",
         "data export",
         "bench step",
+        "bench data",
         "selftest",
         "doctor",
     ];

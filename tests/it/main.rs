@@ -4,6 +4,7 @@
 
 mod adapters;
 mod bad_input;
+mod data;
 mod devices;
 mod diagnostics;
 mod docs;
@@ -12,9 +13,11 @@ mod harness;
 mod invariance;
 mod jobs;
 mod json;
+mod launch;
 mod model_files;
 mod nccl;
 mod parity;
 mod recovery;
+mod security;
 mod selection;
 mod structure;

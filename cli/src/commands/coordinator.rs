@@ -3,38 +3,111 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use quintet_coordinator::admission::{Admission, TOKEN_LIFETIME};
+use quintet_coordinator::launch::remote::{RemoteEnd, RemoteEvent, Remotes};
 use quintet_coordinator::launch::{Death, LocalWorkers};
-use quintet_coordinator::secret::Secret;
 use quintet_coordinator::server::{self, Control, Outcome};
 use quintet_coordinator::state::Event;
+use quintet_identity::Role;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::args::CoordinatorArguments;
+use crate::commands::tokens;
 use crate::error::{Failure, Result, exit};
 use crate::job::Job;
-use crate::prepare::{Prepared, prepare};
+use crate::prepare::{Door, Prepared, prepare, security_directory};
 use crate::report::{self, Reporter};
 
 pub(crate) fn run(arguments: CoordinatorArguments) -> Result<u8> {
     let job = Job::load(&arguments.job)?;
-    let prepared = prepare(job, arguments.job.resume, arguments.insecure_plaintext)?;
     let address = match arguments.listen {
         Some(address) => address,
-        None => prepared.job.cluster.listen_address()?,
+        None => job.cluster.listen_address()?,
     };
-    let options = RunOptions { address, json: arguments.json, announce: true, device: None };
-    serve(prepared, options, |_, _| Ok(None))
+    let (insecure_plaintext, authority) = (arguments.insecure_plaintext, arguments.authority);
+    let prepared = prepare(job, arguments.job.resume, Door { address, insecure_plaintext, authority })?;
+    let options = RunOptions { address, json: arguments.json, announce: true, device: None, by_hand: true };
+    serve(prepared, options, |_, _| Ok(Workers::Elsewhere))
+}
+
+/// Who computes a run.
+pub(crate) enum Workers {
+    /// Processes that somebody else starts.
+    Elsewhere,
+    /// Processes of this machine.
+    Local(LocalWorkers),
+    /// Commands that stand for processes of other machines.
+    Remote(Remotes),
+}
+
+/// What workers have to tell other than through their streams.
+enum News {
+    Death(Death),
+    Remote(RemoteEvent),
+}
+
+impl Workers {
+    async fn next(&mut self) -> Option<News> {
+        match self {
+            Workers::Elsewhere => std::future::pending().await,
+            Workers::Local(workers) => workers.next_death().await.map(News::Death),
+            Workers::Remote(remotes) => remotes.next().await.map(News::Remote),
+        }
+    }
+
+    async fn end(self, reporter: &Reporter) {
+        match self {
+            Workers::Elsewhere => {}
+            Workers::Local(workers) => workers.end(STOP_GRACE).await,
+            Workers::Remote(remotes) => {
+                remotes
+                    .end(STOP_GRACE, |event| {
+                        show(News::Remote(event), reporter);
+                    })
+                    .await;
+            }
+        }
+    }
+}
+
+/// Shows what is for people, and hands on what is for the run.
+fn show(news: News, reporter: &Reporter) -> Option<Death> {
+    match news {
+        News::Death(death) => Some(death),
+        News::Remote(RemoteEvent::Line { name, text }) => {
+            reporter.line(&format!("[{name}] {text}"));
+            None
+        }
+        News::Remote(RemoteEvent::Ended(end)) => Some(death(end, reporter)),
+    }
+}
+
+/// A launcher's command that ended. What is not one of our exit codes is ssh's or a shell's.
+fn death(end: RemoteEnd, reporter: &Reporter) -> Death {
+    use quintet_coordinator::exit_code::{BAD_INPUT, DONE, FAILURE, NUMERIC_GUARD, PREEMPTED, TOO_FEW_WORKERS};
+    let exit_code = end.exit_code.map(|code| match code {
+        DONE | FAILURE | BAD_INPUT | TOO_FEW_WORKERS | NUMERIC_GUARD | PREEMPTED => code,
+        // The program cannot be run there.
+        126 | 127 => BAD_INPUT,
+        _ => FAILURE,
+    });
+    if exit_code != Some(DONE) {
+        reporter.line(&format!("[{}] ended: {}", end.name, end.status));
+    }
+    Death { pid: end.pid, exit_code, status: format!("on {}: {}", end.name, end.status) }
 }
 
 /// How to serve a run.
 pub(crate) struct RunOptions {
     pub(crate) address: SocketAddr,
     pub(crate) json: bool,
-    /// Say how workers can join.
+    /// Say which workers join.
     pub(crate) announce: bool,
+    /// Say how workers can join.
+    pub(crate) by_hand: bool,
     /// Where the workers compute, and why, where that is known here.
     pub(crate) device: Option<String>,
 }
@@ -43,7 +116,7 @@ pub(crate) struct RunOptions {
 pub(crate) fn serve(
     prepared: Prepared,
     options: RunOptions,
-    launch: impl FnOnce(SocketAddr, &Secret) -> Result<Option<LocalWorkers>>,
+    launch: impl FnOnce(SocketAddr, &Admission) -> Result<Workers>,
 ) -> Result<u8> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -87,29 +160,26 @@ const CONTROLS_WAITING_MAX: usize = 64;
 async fn drive(
     prepared: Prepared,
     options: &RunOptions,
-    launch: impl FnOnce(SocketAddr, &Secret) -> Result<Option<LocalWorkers>>,
+    launch: impl FnOnce(SocketAddr, &Admission) -> Result<Workers>,
     reporter: &mut Reporter,
 ) -> Result<Outcome> {
     // Before anybody is told where to join: whoever sees a run may want to stop it.
     let mut stop = StopSignals::new()?;
     // Until the last worker is gone.
     let _lock = prepared.lock;
-    if !options.address.ip().is_loopback() && !prepared.run.insecure {
-        // Before anybody is told where to join.
-        return Err(quintet_coordinator::Error::NotLoopback(options.address).into());
-    }
     let listener = TcpListener::bind(options.address)
         .await
         .map_err(|error| Failure::bad_input(format!("cannot listen on {}: {error}", options.address)))?;
     let address = listener.local_addr().map_err(|error| Failure::failed(format!("no local address: {error}")))?;
-    if options.announce {
+    if options.by_hand {
+        let workers = prepared.run.settings.workers_expected;
+        let how = invitation(&prepared.run.admission, &prepared.job, workers)?;
+        let scheme = prepared.run.admission.scheme();
         reporter.line(&format!(
-            "waiting for {} worker(s); start each with\n  QUINTET_RUN_TOKEN={} quintet worker --coordinator http://{address}",
-            prepared.run.settings.workers_expected,
-            prepared.run.run_token.to_hex()
+            "waiting for {workers} worker(s); start each with\n  {how} quintet worker --coordinator {scheme}://{address}"
         ));
     }
-    let mut workers = launch(address, &prepared.run.run_token)?;
+    let mut workers = launch(address, &prepared.run.admission)?;
     let (events, mut shown) = mpsc::channel::<Event>(EVENTS_WAITING_MAX);
     let (control, controls) = mpsc::channel(CONTROLS_WAITING_MAX);
     let serving = server::serve(listener, prepared.run, prepared.files, events, controls);
@@ -119,10 +189,10 @@ async fn drive(
             biased;
             Some(event) = shown.recv() => reporter.show(event),
             outcome = &mut serving => break outcome,
-            Some(death) = next_death(&mut workers) => {
+            Some(news) = workers.next() => if let Some(death) = show(news, reporter) {
                 // A full queue means that the run is ending; it will find the stream closed.
                 let _ = control.try_send(Control::WorkerDied(death));
-            }
+            },
             () = stop.next() => {
                 reporter.line("stopping: the step in flight is finished and saved; once more to stop at once");
                 let _ = control.try_send(Control::Preempt);
@@ -132,16 +202,20 @@ async fn drive(
     while let Ok(event) = shown.try_recv() {
         reporter.show(event);
     }
-    if let Some(workers) = workers {
-        workers.end(STOP_GRACE).await;
-    }
+    workers.end(reporter).await;
     Ok(outcome?)
 }
 
-async fn next_death(workers: &mut Option<LocalWorkers>) -> Option<Death> {
-    match workers {
-        Some(workers) => workers.next_death().await,
-        None => std::future::pending().await,
+/// The variable that lets workers in, for a shell. Join tokens are in a file, so that no log has them.
+fn invitation(admission: &Admission, job: &Job, workers: u32) -> Result<String> {
+    match admission {
+        Admission::Secret(_) => admission.ticket().map(|(name, value)| format!("{name}={value}")).map_err(Into::into),
+        Admission::Authority(authority) => {
+            let tokens = tokens::issue(authority, Role::Worker, workers, TOKEN_LIFETIME)?;
+            let path = security_directory(&job.output_dir).join("tokens");
+            tokens::write(&path, &tokens)?;
+            Ok(format!("{}={}", tokens::FILE_VARIABLE, path.display()))
+        }
     }
 }
 

@@ -1,13 +1,16 @@
 //! One file a command.
 
 pub(crate) mod bench;
+mod bench_data;
 pub(crate) mod coordinator;
 pub(crate) mod data;
 pub(crate) mod doctor;
 pub(crate) mod evaluate;
 pub(crate) mod generate;
+pub(crate) mod launch;
 pub(crate) mod merge;
 pub(crate) mod selftest;
+pub(crate) mod tokens;
 pub(crate) mod train;
 pub(crate) mod worker;
 

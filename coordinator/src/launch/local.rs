@@ -8,12 +8,7 @@ use std::time::Duration;
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 
-use crate::secret::Secret;
 use crate::{Error, Result};
-
-/// The environment variable by which a worker gets the run token: argument vectors are public to
-/// everybody on a machine, environments are not.
-pub const RUN_TOKEN_VARIABLE: &str = "QUINTET_RUN_TOKEN";
 
 /// A worker process ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +26,8 @@ pub struct Death {
 pub struct LocalWorkers {
     /// Dropped to have all killed.
     alive: watch::Sender<()>,
+    /// Changed to have all told to stop.
+    terminate: watch::Sender<()>,
     deaths: mpsc::UnboundedReceiver<Death>,
 }
 
@@ -48,21 +45,28 @@ impl LocalWorkers {
         executable: &Path,
         arguments: &[Vec<OsString>],
         variables: &[(&str, &str)],
-        run_token: &Secret,
+        ticket: &mut dyn FnMut() -> Result<(&'static str, String)>,
     ) -> Result<Self> {
         let (report, deaths) = mpsc::unbounded_channel();
         let (alive, _) = watch::channel(());
+        let (terminate, _) = watch::channel(());
         for arguments in arguments {
-            let child = spawn(executable, arguments, variables, run_token)
+            let child = spawn(executable, arguments, variables, ticket()?)
                 .map_err(|source| Error::Spawn { executable: executable.to_owned(), source })?;
-            tokio::spawn(supervise(child, alive.subscribe(), report.clone()));
+            tokio::spawn(supervise(child, alive.subscribe(), terminate.subscribe(), report.clone()));
         }
-        Ok(Self { alive, deaths })
+        Ok(Self { alive, terminate, deaths })
     }
 
     /// The next process to end; `None` when all have.
     pub async fn next_death(&mut self) -> Option<Death> {
         self.deaths.recv().await
+    }
+
+    /// Sends SIGTERM to all that run, on Linux; a worker passes it on to its coordinator.
+    pub fn terminate(&self) {
+        // Without workers that run there is nobody to tell.
+        let _ = self.terminate.send(());
     }
 
     /// Waits until all have ended; after `grace`, kills what still runs. A worker that is told to stop may be in the
@@ -80,13 +84,13 @@ fn spawn(
     executable: &Path,
     arguments: &[OsString],
     variables: &[(&str, &str)],
-    run_token: &Secret,
+    ticket: (&str, String),
 ) -> std::io::Result<Child> {
     let mut command = Command::new(executable);
     command
         .args(arguments)
         .envs(variables.iter().copied())
-        .env(RUN_TOKEN_VARIABLE, run_token.to_hex())
+        .env(ticket.0, ticket.1)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .kill_on_drop(true);
@@ -100,7 +104,7 @@ fn spawn(
 /// A coordinator that is killed closes no stream in order: have the kernel end its workers. (They
 /// also end by themselves when their stream breaks; this holds for one stuck in a computation.)
 #[cfg(target_os = "linux")]
-fn die_with_parent(command: &mut Command) {
+pub(super) fn die_with_parent(command: &mut Command) {
     use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
     let parent = rustix::process::getpid();
@@ -114,15 +118,24 @@ fn die_with_parent(command: &mut Command) {
     unsafe { command.pre_exec(in_child) };
 }
 
-async fn supervise(mut child: Child, mut alive: watch::Receiver<()>, report: mpsc::UnboundedSender<Death>) {
+async fn supervise(
+    mut child: Child,
+    mut alive: watch::Receiver<()>,
+    mut terminate: watch::Receiver<()>,
+    report: mpsc::UnboundedSender<Death>,
+) {
     let Some(pid) = child.id() else { return };
-    let status = tokio::select! {
-        status = child.wait() => status,
-        // Nothing is ever sent: the sender is gone.
-        _ = alive.changed() => match child.kill().await {
-            Ok(()) => child.wait().await,
-            Err(error) => Err(error),
-        },
+    let status = loop {
+        tokio::select! {
+            biased;
+            status = child.wait() => break status,
+            // Nothing is ever sent: the sender is gone.
+            _ = alive.changed() => break match child.kill().await {
+                Ok(()) => child.wait().await,
+                Err(error) => Err(error),
+            },
+            Ok(()) = terminate.changed() => send_terminate(&child),
+        }
     };
     let death = match status {
         Ok(status) => Death { pid, exit_code: exit_code(status), status: status.to_string() },
@@ -132,6 +145,20 @@ async fn supervise(mut child: Child, mut alive: watch::Receiver<()>, report: mps
     let _ = report.send(death);
 }
 
+/// The child has not been waited for, so that its number is still its own.
+#[cfg(target_os = "linux")]
+fn send_terminate(child: &Child) {
+    use rustix::process::{Pid, Signal, kill_process};
+
+    if let Some(pid) = child.id().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)) {
+        // One that has just ended needs no signal.
+        let _ = kill_process(pid, Signal::TERM);
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn send_terminate(_: &Child) {}
+
 fn exit_code(status: ExitStatus) -> Option<u32> {
     status.code().and_then(|code| u32::try_from(code).ok())
 }
@@ -140,11 +167,16 @@ fn exit_code(status: ExitStatus) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admission::RUN_TOKEN_VARIABLE;
+    use crate::secret::Secret;
+
+    fn secret() -> Result<(&'static str, String)> {
+        Ok((RUN_TOKEN_VARIABLE, Secret::from_bytes([1; 32]).to_hex()))
+    }
 
     fn shell(script: &str, count: usize) -> LocalWorkers {
         let arguments = vec![["-c", script].map(OsString::from).to_vec(); count];
-        let token = Secret::from_bytes([1; 32]);
-        LocalWorkers::spawn(Path::new("/bin/sh"), &arguments, &[("GREETING", "hello")], &token).unwrap()
+        LocalWorkers::spawn(Path::new("/bin/sh"), &arguments, &[("GREETING", "hello")], &mut secret).unwrap()
     }
 
     #[tokio::test]
@@ -176,6 +208,18 @@ mod tests {
         workers.end(Duration::ZERO).await;
     }
 
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn all_can_be_told_to_stop() {
+        let mut workers = shell("trap 'exit 75' TERM; while :; do sleep 0.01; done", 2);
+        for _ in 0..2 {
+            // The trap may not be set yet, but then the signal ends the shell.
+            workers.terminate();
+            let death = workers.next_death().await.unwrap();
+            assert!(death.exit_code == Some(75) || death.status.contains("SIGTERM"), "{}", death.status);
+        }
+    }
+
     #[tokio::test]
     async fn who_ends_by_itself_is_not_killed() {
         let directory = tempfile::tempdir().unwrap();
@@ -187,8 +231,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_absent_executable_is_named() {
-        let token = Secret::from_bytes([1; 32]);
-        let error = LocalWorkers::spawn(Path::new("/absent/quintet"), &[vec![]], &[], &token).unwrap_err();
+        let error = LocalWorkers::spawn(Path::new("/absent/quintet"), &[vec![]], &[], &mut secret).unwrap_err();
         assert!(error.to_string().starts_with("cannot start /absent/quintet: "), "{error}");
     }
 }

@@ -1,6 +1,8 @@
 //! The sections of the job file that say what a worker does, with Hugging Face's names and
 //! defaults. Every range is checked by `validate`, before anything is computed.
 
+mod lora;
+
 use std::path::Path;
 
 use quintet_data::TrainingLength;
@@ -8,6 +10,8 @@ use quintet_kernels::DType;
 use quintet_t5::{EarlyStopping, Generation, GenerationOptions};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+
+pub use lora::LoraConfig;
 
 use crate::metrics::Metric;
 use crate::optimizer::{Hyperparameters, OptimizerKind};

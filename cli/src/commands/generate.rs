@@ -17,7 +17,9 @@ const BATCHES_SORTED: usize = 32;
 pub(crate) fn run(arguments: GenerateArguments) -> Result<u8> {
     check(&arguments)?;
     let inputs = read_inputs(&arguments)?;
-    let loaded = open_model(&device::open(arguments.device)?, &arguments.model, arguments.tokenizer.as_deref())?;
+    let adapter = arguments.adapter.as_deref();
+    let loaded =
+        open_model(&device::open(arguments.device)?, &arguments.model, adapter, arguments.tokenizer.as_deref())?;
     if !arguments.candidates.is_empty() {
         score_candidates(&arguments, &loaded, &inputs)?;
         return Ok(exit::DONE);

@@ -10,8 +10,9 @@ use std::collections::HashMap;
 use quintet_kernels::ops::{self, Attention, CachedAttention, PreparedWeight};
 use quintet_kernels::{DType, Dropout, Segments, Tensor, View};
 
+use crate::arena::Slot;
 use crate::layers::FeedForward;
-use crate::parameters::{BlockLayout, CrossAttentionLayout, Layout, SelfAttentionLayout, Slot, Weights};
+use crate::parameters::{BlockLayout, CrossAttentionLayout, Layout, SelfAttentionLayout, Weights};
 use crate::pass::{Pass, Sequences, Site};
 use crate::stack::{self, Keep, Stack};
 use crate::{Model, Result};

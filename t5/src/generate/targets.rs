@@ -1,12 +1,12 @@
 //! How probable given targets are.
 
-use quintet_kernels::ops::{self, CrossEntropy};
-use quintet_kernels::{DType, Segments};
+use quintet_kernels::Segments;
+use quintet_kernels::ops::CrossEntropy;
 
 use super::decoder::encode;
 use crate::parameters::Weights;
 use crate::stack::{Encoded, Keep, Stack};
-use crate::{Model, Result};
+use crate::{Model, Result, head};
 
 impl Model {
     /// Σ log p of each of `targets`, eos included, for one source, which is encoded once.
@@ -45,11 +45,8 @@ impl Model {
         let (decoded, _) = stack.forward(&pass, Keep::Nothing)?;
 
         let labels = device.upload(&labels, labels.len(), 1)?;
-        let mut losses = device.empty(DType::F32, labels.rows(), 1)?;
         let loss = CrossEntropy { scale: config.head_scale(), label_smoothing: 0.0, gradient_scale: 1.0 };
-        let head = weights.slot(layout.head());
-        ops::cross_entropy_forward(decoded.view(), head, labels.view(), loss, losses.view_mut())?;
-        let losses = losses.download::<f32>()?;
+        let losses = head::loss(&pass, decoded.view(), labels.view(), loss)?.download::<f32>()?;
         Ok((0..targets.len()).map(|index| -losses[target.rows(index)].iter().sum::<f32>()).collect())
     }
 }

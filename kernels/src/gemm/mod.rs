@@ -177,7 +177,9 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
 
     /// Block by block, each packing what it reads.
     fn serial(&self) {
-        let (rows, cols) = (if self.reads_a_in_place() { ROWS_IN_PLACE } else { PACKED_ROWS }, PACKED_COLS);
+        let rows = if self.reads_a_in_place() { ROWS_IN_PLACE } else { PACKED_ROWS };
+        // Whole tiles, so that only the last block has others.
+        let (rows, cols) = (rows.next_multiple_of(self.kernel.rows), PACKED_COLS.next_multiple_of(self.kernel.cols));
         for rows in ranges(0..self.c.rows, rows) {
             for cols in ranges(0..self.c.cols, cols) {
                 self.sum(rows.clone(), cols.clone(), |depths, add| {

@@ -462,3 +462,11 @@ fn products_are_scaled_transposed_and_accumulated() {
         assert_eq!(c.download::<f32>().unwrap(), want);
     }
 }
+
+/// Before any memory is asked for.
+#[test]
+fn a_tensor_of_more_elements_than_32_bits_count_is_an_error() {
+    let device = Device::emulated(0).unwrap();
+    let error = device.empty(DType::Bf16, 1 << 16, 1 << 16).err().unwrap();
+    assert!(matches!(error, Error::TooManyElements { .. }) && error.is_user_error(), "{error}");
+}

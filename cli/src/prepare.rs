@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use quintet_coordinator::files::RunFiles;
 use quintet_coordinator::secret::Secret;
 use quintet_coordinator::server::Run;
-use quintet_coordinator::state::Settings;
+use quintet_coordinator::state::{Selection, Settings};
 use quintet_data::{Splits, Tokenizer, TokenizerSpec};
-use quintet_worker::{checkpoint, replica};
+use quintet_worker::{Metric, checkpoint, replica};
 
 use crate::error::{Failure, Result};
 use crate::job::{self, Job};
@@ -47,6 +47,11 @@ pub(crate) fn prepare(job: Job, resume: bool, insecure: bool) -> Result<Prepared
         true => RunFiles::resume(&job.output_dir, directory.start_step)?,
         false => (RunFiles::create(&job.output_dir)?, 0),
     };
+    let selection = selection(&job, eval_steps)?;
+    let past_evaluations = match selection {
+        Some(_) if resume => RunFiles::evaluations(&job.output_dir)?,
+        _ => Vec::new(),
+    };
     let settings = Settings {
         schedule: schedule.clone(),
         dataset_fingerprint: splits.fingerprint(),
@@ -60,6 +65,8 @@ pub(crate) fn prepare(job: Job, resume: bool, insecure: bool) -> Result<Prepared
         digest_steps: Some(DIGEST_STEPS),
         start_step: directory.start_step,
         start_generation,
+        selection,
+        past_evaluations,
     };
     let run = Run {
         settings,
@@ -82,6 +89,34 @@ fn eval_steps(job: &Job, splits: &Splits, total_steps: u64) -> Result<Option<u64
             "training.eval_steps: there is nothing to evaluate on; give data.validation or data.validation_split",
         )),
     }
+}
+
+/// What follows from the best evaluation, if anything does.
+fn selection(job: &Job, eval_steps: Option<u64>) -> Result<Option<Selection>> {
+    let training = &job.training;
+    if !training.selects() {
+        return Ok(None);
+    }
+    if eval_steps.is_none() {
+        let key = if training.load_best_model_at_end { "load_best_model_at_end" } else { "early_stopping_patience" };
+        return Err(Failure::bad_input(format!(
+            "training.{key}: there is nothing to evaluate on; give data.validation or data.validation_split"
+        )));
+    }
+    let (metric, greater_is_better) = training.metric_for_best()?;
+    if metric != Metric::Loss && !job.evaluation.metrics.contains(&metric) {
+        let name = metric.name();
+        return Err(Failure::bad_input(format!(
+            "training.metric_for_best_model: {name} is not computed; put it into evaluation.metrics"
+        )));
+    }
+    Ok(Some(Selection {
+        metric: metric.name().to_string(),
+        greater_is_better,
+        load_best_model_at_end: training.load_best_model_at_end,
+        early_stopping_patience: training.early_stopping_patience,
+        early_stopping_threshold: training.early_stopping_threshold,
+    }))
 }
 
 pub(crate) fn working_directory() -> Result<PathBuf> {

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::state::{CommitRecord, Event};
+use crate::state::{CommitRecord, EvalMetrics, Event};
 use crate::{Error, Result};
 
 const LEDGER: &str = "ledger.jsonl";
@@ -72,6 +72,25 @@ impl RunFiles {
         Ok((Self::open(directory)?, generation))
     }
 
+    /// The evaluations that the metrics file of `directory` holds; of lines of other kinds nothing is asked.
+    ///
+    /// # Errors
+    /// [`Error::File`], [`Error::Damaged`].
+    pub fn evaluations(directory: &Path) -> Result<Vec<EvalMetrics>> {
+        #[derive(serde::Deserialize)]
+        #[serde(untagged)]
+        enum Line {
+            Eval(EvalMetrics),
+            Other {},
+        }
+        let lines = read::<Line>(&directory.join(METRICS))?;
+        let evaluation = |(line, _)| match line {
+            Line::Eval(metrics) => Some(metrics),
+            Line::Other {} => None,
+        };
+        Ok(lines.into_iter().filter_map(evaluation).collect())
+    }
+
     fn open(directory: &Path) -> Result<Self> {
         let ledger = Lines::open(directory.join(LEDGER))?;
         let metrics = Lines::open(directory.join(METRICS))?;
@@ -95,7 +114,11 @@ impl RunFiles {
             Event::Train(metrics) => self.metrics.append(metrics),
             Event::Eval(metrics) => self.metrics.append(metrics),
             Event::Recovery(recovery) => self.metrics.append(recovery),
-            Event::Joined { .. } | Event::Linked { .. } | Event::Started { .. } | Event::Saved { .. } => Ok(()),
+            Event::Joined { .. }
+            | Event::Linked { .. }
+            | Event::Started { .. }
+            | Event::Best(_)
+            | Event::Saved { .. } => Ok(()),
         }
     }
 
@@ -171,7 +194,7 @@ fn replace(path: &Path, content: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::{EvalMetrics, LostWorker, Recovery, TrainMetrics};
+    use crate::state::{LostWorker, Recovery, TrainMetrics};
 
     fn record(step: u64) -> CommitRecord {
         CommitRecord {
@@ -240,6 +263,8 @@ mod tests {
             r#"{"event":"recovery","step":3,"generation":4,"lost":[{"worker":1,"host":"h","pid":9,"why":"gone"}],"workers":1}"#,
         ];
         assert_eq!(lines, expected);
+        let evaluations = RunFiles::evaluations(directory.path()).unwrap();
+        assert_eq!(evaluations.iter().map(|eval| (eval.step, eval.eval_loss)).collect::<Vec<_>>(), [(2, 0.75)]);
     }
 
     #[test]

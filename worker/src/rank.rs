@@ -257,12 +257,13 @@ impl Rank {
             self.evaluate(session, place, step)?;
         }
         if actions.save && place.rank == 0 {
-            self.save()?;
+            self.save(actions.best_step)?;
             session.send(Report::Saved(Saved { step }))?;
         }
         if actions.finish {
             if place.rank == 0 {
-                output::write_model(&self.job.output_dir, &self.replica, &self.tokenizer)?;
+                let best = self.read_best(actions.best_step)?;
+                output::write_model(&self.job.output_dir, &self.replica, best.as_ref(), &self.tokenizer)?;
             }
             session.send(Report::Finished(Finished {
                 generation: place.generation,
@@ -383,8 +384,17 @@ impl Rank {
         Ok(self.loader.next()?)
     }
 
-    /// A checkpoint of the committed step, and as many older ones as the job keeps.
-    fn save(&self) -> Result<()> {
+    /// The weights of the best evaluation's checkpoint, where they are not those at hand.
+    fn read_best(&self, step: u64) -> Result<Option<Parameters>> {
+        if step == 0 || step == self.replica.step() {
+            return Ok(None);
+        }
+        let loaded = checkpoint::load(&checkpoint::path(&self.job.checkpoints(), step))?;
+        self.replica.read_weights(|name, shape, values| loaded.model.read(name, shape, values)).map(Some)
+    }
+
+    /// A checkpoint of the committed step, and as many older ones as the job keeps; one of them is that of `best_step`.
+    fn save(&self, best_step: u64) -> Result<()> {
         let replica = &self.replica;
         let plan = self.schedule.step(replica.step());
         let layout = replica.master().layout();
@@ -409,7 +419,7 @@ impl Rank {
         let directory = self.job.checkpoints();
         checkpoint::save(&directory, &Snapshot { progress, model: &model, optimizer: &replica.optimizer().state() })?;
         match self.job.training.save_total_limit {
-            Some(keep) => checkpoint::prune(&directory, keep as usize),
+            Some(keep) => checkpoint::prune(&directory, keep as usize, (best_step > 0).then_some(best_step)),
             None => Ok(()),
         }
     }

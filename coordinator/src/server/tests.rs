@@ -26,6 +26,8 @@ fn settings(workers: u32, steps: u64) -> Settings {
         digest_steps: None,
         start_step: 0,
         start_generation: 0,
+        selection: None,
+        past_evaluations: Vec::new(),
     }
 }
 

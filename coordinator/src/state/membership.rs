@@ -69,11 +69,12 @@ impl Machine {
         if !self.replicas_agree("the digest of the weights to start with", digest, show) {
             return;
         }
-        let complete = self.committed_step == self.settings.schedule.total_steps;
+        let complete = self.committed_step == self.settings.schedule.total_steps || self.is_out_of_patience();
         self.phase = if complete { Phase::Finishing } else { Phase::Running };
         self.due = Actions {
             digest: !complete && self.settings.digest_steps.is_some(),
             finish: complete,
+            best_step: self.best_step(),
             ..Actions::default()
         };
         let (workers, step) = (self.world(), self.committed_step + 1);
@@ -83,7 +84,7 @@ impl Machine {
 
     /// Begins a generation of the present members: ranks, the actions still due, and the step in
     /// flight leased anew.
-    fn plan(&mut self) {
+    pub(super) fn plan(&mut self) {
         self.generation += 1;
         self.failed_ms = None;
         self.progress_ms = self.now_ms;
@@ -246,8 +247,7 @@ impl Machine {
         let digest = |member: &Member| member.finished.clone();
         let show = |digest: &Option<Vec<u8>>| hex(digest.as_deref().unwrap_or_default());
         if self.replicas_agree("the digest of the final weights", digest, show) {
-            let reason = format!("trained to step {}", self.committed_step);
-            self.stop(exit_code::DONE, reason);
+            self.stop(exit_code::DONE, self.success());
         }
     }
 

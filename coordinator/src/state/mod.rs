@@ -19,6 +19,7 @@
 
 mod membership;
 mod record;
+mod selection;
 mod steps;
 mod tally;
 
@@ -33,6 +34,8 @@ use quintet_data::Schedule;
 use quintet_proto::v1::{Actions, Ready, StepDone, Stop, from_worker::Report, to_worker::Command};
 
 pub use self::record::{CommitRecord, EvalMetrics, Event, LostWorker, Recovery, TrainMetrics};
+pub use self::selection::Selection;
+use self::selection::Tracker;
 use crate::exit_code;
 
 /// Number of a worker, given by the shell in the order of joining and never reused.
@@ -68,6 +71,10 @@ pub struct Settings {
     pub start_step: u64,
     /// The last generation of the run so far; 0 for a fresh run.
     pub start_generation: u64,
+    /// Which evaluation is the best, and what follows; where anything does.
+    pub selection: Option<Selection>,
+    /// The evaluations up to `start_step`.
+    pub past_evaluations: Vec<EvalMetrics>,
 }
 
 /// What can happen to the machine.
@@ -187,6 +194,8 @@ pub struct Machine {
     committed_step: u64,
     /// Asked for on the committed step's weights, and not answered yet.
     due: Actions,
+    /// The evaluations so far, where something follows from them.
+    tracker: Option<Tracker>,
     preempting: bool,
     /// Attempts at the step in flight that failed with all workers alive.
     attempts_failed: u32,
@@ -210,6 +219,7 @@ impl Machine {
             generation: settings.start_generation,
             committed_step: settings.start_step,
             due: Actions::default(),
+            tracker: settings.selection.clone().map(|wanted| Tracker::new(wanted, &settings.past_evaluations)),
             preempting: false,
             attempts_failed: 0,
             failed_ms: None,
@@ -251,6 +261,7 @@ impl Machine {
             Report::Hello(_) => self.stop_on_violation(worker, "said hello twice"),
             Report::Ready(ready) => self.on_ready(worker, ready),
             Report::Linked(linked) => self.on_linked(linked),
+            Report::Interrupted(_) => self.on_preempt(),
             Report::StepDone(done) => self.on_step_done(worker, done),
             Report::NotFinite(report) => self.on_not_finite(worker, &report),
             Report::StepFailed(report) => self.on_step_failed(worker, report),

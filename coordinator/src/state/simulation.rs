@@ -62,7 +62,9 @@ struct World {
     reported: Vec<(WorkerId, u64, u64)>,
     ledger: Vec<CommitRecord>,
     saved: Option<u64>,
-    model_written: bool,
+    /// With the step whose weights it has, if not those of the end.
+    model_written: Option<u64>,
+    evaluations: Vec<(u64, f64)>,
     preempted: bool,
     deaths: u32,
     end: Option<u32>,
@@ -83,7 +85,19 @@ impl World {
             digest_steps: every(&mut random),
             start_step,
             start_generation: start_step,
+            selection: random.chance(40).then(|| Selection {
+                metric: "loss".to_owned(),
+                greater_is_better: false,
+                load_best_model_at_end: random.chance(50),
+                early_stopping_patience: random.chance(50).then(|| 1 + random.below(3) as u32),
+                early_stopping_threshold: 0.0,
+            }),
             ..settings()
+        };
+        let settings = match settings.eval_steps {
+            Some(_) => settings,
+            // As the configuration sees to it.
+            None => Settings { selection: None, ..settings },
         };
         let machine = Machine::new(settings.clone());
         Self {
@@ -97,7 +111,8 @@ impl World {
             reported: Vec::new(),
             ledger: Vec::new(),
             saved: None,
-            model_written: false,
+            model_written: None,
+            evaluations: Vec::new(),
             preempted: false,
             deaths: 0,
             end: None,
@@ -221,13 +236,17 @@ impl World {
         worker.digest_due = actions.digest;
         let (step, generation, rank) = (worker.weights, worker.generation, worker.rank);
         if rank == 0 && actions.evaluate {
-            self.say(id, Report::Evaluated(Evaluated { step, loss: 1.0, metrics: BTreeMap::new() }));
+            // The same for the same weights, and as good as drawn.
+            let loss = (step.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as f64;
+            self.say(id, Report::Evaluated(Evaluated { step, loss, metrics: BTreeMap::new() }));
         }
         if rank == 0 && actions.save {
             self.say(id, Report::Saved(Saved { step }));
         }
         if finish {
-            self.model_written |= rank == 0;
+            if rank == 0 {
+                self.model_written = Some(actions.best_step);
+            }
             self.say(id, Report::Finished(Finished { generation, weights_digest: vec![step as u8] }));
         }
     }
@@ -286,6 +305,7 @@ impl World {
                     assert!(!self.workers[&lost.worker].alive, "one who lives was taken for lost");
                 }
             }
+            Effect::Event(Event::Eval(metrics)) => self.evaluations.push((metrics.step, metrics.eval_loss)),
             Effect::Event(_) => {}
             Effect::Stop { exit_code, reason } => {
                 self.check_end(exit_code, &reason);
@@ -343,9 +363,17 @@ impl World {
         let committed = self.ledger.last().map_or(self.settings.start_step, |record| record.step);
         match code {
             exit_code::DONE => {
-                assert_eq!(committed, total);
-                assert!(self.model_written, "done without a model");
-                assert!(self.settings.save_steps.is_none() || self.saved == Some(total) || self.ledger.is_empty());
+                let selection = self.settings.selection.as_ref();
+                let best = self.evaluations.iter().rev().min_by(|a, b| a.1.total_cmp(&b.1)).map_or(0, |best| best.0);
+                let loads = selection.is_some_and(|selection| selection.load_best_model_at_end);
+                assert_eq!(self.model_written.expect("done without a model"), if loads { best } else { 0 });
+                assert!(self.settings.save_steps.is_none() || self.saved == Some(committed) || self.ledger.is_empty());
+                let patience = selection.and_then(|selection| selection.early_stopping_patience);
+                // Nothing was better than the best in so many evaluations, and in no fewer.
+                let after_best = self.evaluations.iter().filter(|evaluation| evaluation.0 > best).count();
+                assert!(patience.is_none_or(|patience| after_best <= patience as usize), "stopped late");
+                let out = patience.is_some_and(|patience| after_best == patience as usize);
+                assert!(committed == total || out, "stopped at {committed} of {total}: {reason}");
             }
             exit_code::PREEMPTED => {
                 assert!(self.preempted);

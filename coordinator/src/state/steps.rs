@@ -2,6 +2,7 @@
 
 use quintet_proto::v1::{Actions, Commit, Evaluated, NotFinite, Saved, StepDone, to_worker::Command};
 
+use super::selection::Tracker;
 use super::tally::tally;
 use super::{CommitRecord, Effect, EvalMetrics, Event, Machine, Member, Phase, TrainMetrics, WorkerId, hex};
 use crate::exit_code;
@@ -133,9 +134,43 @@ impl Machine {
             digest: !last && !preempted && due(self.settings.digest_steps),
             // One who preempts has little patience.
             evaluate: !preempted && due(self.settings.eval_steps),
-            save: preempted || due(self.settings.save_steps),
-            finish: last,
+            save: preempted || due(self.settings.save_steps) || (self.selects_model() && due(self.settings.eval_steps)),
+            // Where the last evaluation may turn out the best, not before its result.
+            finish: last && !self.selects_model(),
+            best_step: self.best_step(),
         }
+    }
+
+    fn selects_model(&self) -> bool {
+        self.settings.selection.as_ref().is_some_and(|selection| selection.load_best_model_at_end)
+    }
+
+    /// The step whose weights are to become the final model, as far as is known; 0 for none.
+    pub(super) fn best_step(&self) -> u64 {
+        self.tracker.as_ref().and_then(|tracker| tracker.best()).map_or(0, |best| best.step)
+    }
+
+    pub(super) fn is_out_of_patience(&self) -> bool {
+        self.tracker.as_ref().is_some_and(Tracker::is_out_of_patience)
+    }
+
+    /// Ends the run after an evaluation, with the committed step as its last: one in flight, which nobody has applied, is
+    /// void.
+    fn conclude(&mut self) {
+        self.phase = Phase::Finishing;
+        let save = self.due.save || self.settings.save_steps.is_some();
+        self.due = Actions { save, finish: true, best_step: self.best_step(), ..Actions::default() };
+        if let Some(best) = self.tracker.as_ref().and_then(|tracker| tracker.best()) {
+            self.event(Event::Best(best.clone()));
+        }
+        self.plan();
+    }
+
+    /// How the run ended well, for people.
+    pub(super) fn success(&self) -> String {
+        let early = self.tracker.as_ref().filter(|_| self.committed_step < self.settings.schedule.total_steps);
+        let why = early.map_or(String::new(), |tracker| format!(", early: {}", tracker.describe()));
+        format!("trained to step {}{why}", self.committed_step)
     }
 
     pub(super) fn on_not_finite(&mut self, worker: WorkerId, report: &NotFinite) {
@@ -158,7 +193,15 @@ impl Machine {
         if self.due.evaluate && report.step == self.committed_step {
             self.due.evaluate = false;
             self.progress_ms = self.now_ms;
-            self.event(Event::Eval(EvalMetrics { step: report.step, eval_loss: report.loss, metrics: report.metrics }));
+            let metrics = EvalMetrics { step: report.step, eval_loss: report.loss, metrics: report.metrics };
+            if let Some(tracker) = &mut self.tracker {
+                tracker.observe(&metrics);
+            }
+            self.event(Event::Eval(metrics));
+            let awaited = self.phase == Phase::Finishing && !self.due.finish;
+            if awaited || (self.phase == Phase::Running && self.is_out_of_patience()) {
+                self.conclude();
+            }
         }
     }
 

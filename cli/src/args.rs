@@ -25,6 +25,8 @@ pub(crate) enum Command {
     Coordinator(CoordinatorArguments),
     /// The half of a run that computes.
     Worker(WorkerArguments),
+    /// Join tokens for a run that listens beyond this machine, one a line.
+    Tokens(TokensArguments),
     /// Loss and metrics of a model on a file, or of predictions.
     Evaluate(EvaluateArguments),
     /// Text out of a model.
@@ -109,6 +111,10 @@ pub(crate) struct CoordinatorArguments {
     /// Where workers reach this coordinator.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) listen: Option<SocketAddr>,
+    /// Directory of the run's certificate authority; by default "security" in the output directory. Made where there is
+    /// none.
+    #[arg(long, value_name = "DIR", conflicts_with = "insecure_plaintext")]
+    pub(crate) authority: Option<PathBuf>,
     /// Allow plain text beyond this machine: anyone on the network can then read and join the run.
     #[arg(long)]
     pub(crate) insecure_plaintext: bool,
@@ -119,8 +125,9 @@ pub(crate) struct CoordinatorArguments {
 
 #[derive(Args, Default)]
 pub(crate) struct WorkerArguments {
-    /// The URL that the coordinator printed; else QUINTET_COORDINATOR, or MASTER_ADDR and MASTER_PORT. The run's token is
-    /// read from QUINTET_RUN_TOKEN.
+    /// The URL that the coordinator printed; else QUINTET_COORDINATOR, or MASTER_ADDR and MASTER_PORT. For https, a
+    /// join token is read from QUINTET_JOIN_TOKEN or from the file that QUINTET_JOIN_TOKEN_FILE names, one a line; for http,
+    /// the run's token from QUINTET_RUN_TOKEN.
     #[arg(long, value_name = "URL")]
     pub(crate) coordinator: Option<String>,
     /// Join by the file that a launcher wrote; "-" reads it from standard input, and ends when that does.
@@ -132,6 +139,9 @@ pub(crate) struct WorkerArguments {
     /// Start so many workers here, which share the cores and take a GPU each.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) nproc_per_node: Option<u32>,
+    /// The line of the file of join tokens to begin with, from 0. Lines that were used are passed over.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) token_index: usize,
     /// Where to compute; what the job says by default.
     #[arg(long, value_enum)]
     pub(crate) device: Option<DeviceChoice>,
@@ -147,6 +157,17 @@ pub(crate) struct WorkerArguments {
     /// Started by `quintet train`, which tells how the run ended.
     #[arg(long, hide = true)]
     pub(crate) supervised: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct TokensArguments {
+    /// Directory of the run's certificate authority: "security" in its output directory. Made where there is none.
+    pub(crate) authority: PathBuf,
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) count: u32,
+    /// How long they are good.
+    #[arg(long, value_name = "HOURS", default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=87_600))]
+    pub(crate) hours: u32,
 }
 
 #[derive(Args)]
@@ -225,20 +246,49 @@ pub(crate) struct DataArguments {
 
 #[derive(Subcommand)]
 pub(crate) enum DataCommand {
-    /// The first records of a source, and its number of records.
+    /// The first records of a source and their number; or the first examples of a job, what its filters left out, the
+    /// shares of its mixture, and lengths in tokens.
     Inspect {
-        /// A file, a glob, or "builtin:cmudict".
-        source: String,
+        #[command(flatten)]
+        job: DataJobArguments,
         #[arg(long, default_value_t = 3)]
         records: usize,
     },
+    /// Tokenize a job's examples ahead; training on the same data then reads the tokens.
+    Prepare {
+        #[command(flatten)]
+        job: DataJobArguments,
+        /// Print the result as one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
     /// Write a source as JSON lines.
     Export {
-        /// A file, a glob, or "builtin:cmudict".
+        /// A file, a glob, a folder of a data set, or "builtin:cmudict".
         source: String,
         #[arg(long, value_name = "FILE")]
         output: PathBuf,
     },
+}
+
+/// A job file of which only the data matters.
+#[derive(Args)]
+pub(crate) struct DataJobArguments {
+    /// The job file; to inspect also a file, a glob, a folder of a data set, or "builtin:cmudict".
+    pub(crate) job: PathBuf,
+    /// The run's folder, instead of the job's output_dir.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) output: Option<PathBuf>,
+    /// Override a value of the job file; may be given several times.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub(crate) overrides: Vec<String>,
+}
+
+impl DataJobArguments {
+    pub(crate) fn as_job(&self) -> JobArguments {
+        let (job, output, overrides) = (self.job.clone(), self.output.clone(), self.overrides.clone());
+        JobArguments { job, output, resume: false, overrides, workers: None, device: None }
+    }
 }
 
 #[derive(Args)]
@@ -258,6 +308,8 @@ pub(crate) enum BenchCommand {
     /// A process of the two above, which start it.
     #[command(hide = true)]
     Rank,
+    /// Loading and tokenizing a job's examples: its speed, and how long training at a given speed waits for it.
+    Data(BenchDataArguments),
 }
 
 #[derive(Args)]
@@ -317,6 +369,24 @@ pub(crate) struct BenchScalingArguments {
     #[arg(long, value_enum, default_value_t)]
     pub(crate) device: DeviceChoice,
     /// Print the rows as one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct BenchDataArguments {
+    #[command(flatten)]
+    pub(crate) job: DataJobArguments,
+    /// Threads that tokenize; a worker has one.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) threads: usize,
+    /// How fast training consumes tokens.
+    #[arg(long, default_value_t = 100_000)]
+    pub(crate) tokens_per_second: u64,
+    /// How long to measure each.
+    #[arg(long, default_value_t = 3.0)]
+    pub(crate) seconds: f64,
+    /// Print one JSON object a row.
     #[arg(long)]
     pub(crate) json: bool,
 }

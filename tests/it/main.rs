@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod bench;
+mod data;
 mod devices;
 mod diagnostics;
 mod docs;
@@ -17,5 +18,6 @@ mod model_files;
 mod nccl;
 mod parity;
 mod recovery;
+mod security;
 mod selection;
 mod structure;

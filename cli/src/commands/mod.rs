@@ -1,6 +1,7 @@
 //! One file a command.
 
 pub(crate) mod bench;
+mod bench_data;
 pub(crate) mod coordinator;
 pub(crate) mod data;
 pub(crate) mod doctor;
@@ -8,6 +9,7 @@ pub(crate) mod evaluate;
 pub(crate) mod generate;
 pub(crate) mod launch;
 pub(crate) mod selftest;
+pub(crate) mod tokens;
 pub(crate) mod train;
 pub(crate) mod worker;
 

@@ -1,4 +1,4 @@
-//! `quintet bench`: a training step, sums over workers, and how both grow with their number.
+//! `quintet bench`: a training step, sums over workers, how both grow with their number, and loading of data.
 
 mod allreduce;
 mod chart;
@@ -9,7 +9,7 @@ mod scaling;
 mod step;
 
 use crate::args::{BenchArguments, BenchCommand};
-use crate::commands::on_threads;
+use crate::commands::{bench_data, on_threads};
 use crate::error::{Failure, Result, exit};
 
 pub(crate) fn run(arguments: BenchArguments) -> Result<u8> {
@@ -17,6 +17,7 @@ pub(crate) fn run(arguments: BenchArguments) -> Result<u8> {
         BenchCommand::Step(arguments) => on_threads(arguments.threads, || step::run(&arguments).map(|()| exit::DONE)),
         BenchCommand::Allreduce(arguments) => allreduce::run(&arguments).map(|()| exit::DONE),
         BenchCommand::Scaling(arguments) => scaling::run(&arguments).map(|()| exit::DONE),
+        BenchCommand::Data(arguments) => bench_data::run(&arguments),
         BenchCommand::Rank => ranks::serve().map(|()| exit::DONE),
     }
 }

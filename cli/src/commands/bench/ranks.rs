@@ -156,7 +156,8 @@ fn connect(start: &Start, listener: &Listener, addresses: &[SocketAddr], device:
         return Ok(Collective::local());
     }
     let members: Vec<(u32, SocketAddr)> = (0..start.world_size).zip(addresses.iter().copied()).collect();
-    let membership = Membership { rank: start.rank, members: &members, token: &start.token, generation: 1 };
+    let membership =
+        Membership { rank: start.rank, members: &members, token: &start.token, identity: None, generation: 1 };
     let mesh = Mesh::connect(listener, membership, Instant::now() + PATIENCE, PATIENCE, Interrupter::new())?;
     let Device::Gpu(gpu) = device else { return Ok(Collective::tcp(mesh)) };
     let shares_gpu = std::env::var("NCCL_MULTI_RANK_GPU_ENABLE").is_ok_and(|value| value == "1");

@@ -362,7 +362,8 @@ impl Trainer {
             Device::Cpu(_) => Precision::Fp32,
             Device::Gpu(_) => Precision::Bf16,
         };
-        let replica = Replica::new(model, weights, &TrainingConfig::default(), precision, u64::MAX, target_tokens)?;
+        let replica =
+            Replica::new(model, weights, None, &TrainingConfig::default(), precision, u64::MAX, target_tokens)?;
         let elements = replica.master().layout().len();
         let world_size = rank.collective.world_size();
         Ok(Trainer {

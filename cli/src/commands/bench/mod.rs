@@ -1,8 +1,9 @@
-//! `quintet bench`: a training step, sums over workers, how both grow with their number, and loading of data.
+//! `quintet bench`: a training step, generation, sums over workers, how both grow with their number, and loading of data.
 
 mod allreduce;
 mod chart;
 mod cost;
+mod generate;
 mod model;
 mod ranks;
 mod scaling;
@@ -17,6 +18,9 @@ pub(crate) fn run(arguments: BenchArguments) -> Result<u8> {
         BenchCommand::Step(arguments) => on_threads(arguments.threads, || step::run(&arguments).map(|()| exit::DONE)),
         BenchCommand::Allreduce(arguments) => allreduce::run(&arguments).map(|()| exit::DONE),
         BenchCommand::Scaling(arguments) => scaling::run(&arguments).map(|()| exit::DONE),
+        BenchCommand::Generate(arguments) => {
+            on_threads(arguments.threads, || generate::run(&arguments).map(|()| exit::DONE))
+        }
         BenchCommand::Data(arguments) => bench_data::run(&arguments),
         BenchCommand::Rank => ranks::serve().map(|()| exit::DONE),
     }

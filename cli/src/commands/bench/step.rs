@@ -12,7 +12,7 @@ use quintet_worker::replica::Replica;
 use quintet_worker::{LoraConfig, Precision, TrainingConfig};
 use serde_json::json;
 
-use super::model::{batch, open, sum};
+use super::model::{batch, length, open, precision, sum};
 use super::{median, require_positive};
 use crate::args::BenchStepArguments;
 use crate::commands::print_json;
@@ -36,12 +36,7 @@ pub(super) fn run(arguments: &BenchStepArguments) -> Result<()> {
     ])?;
     let decision = Decision::new(arguments.device.into(), 0)?;
     eprintln!("{}", decision.line());
-    let precision = match &arguments.precision {
-        None => Precision::default_on(decision.choice),
-        Some(name) => {
-            serde_json::from_value(json!(name)).map_err(|error| Failure::bad_input(format!("--precision: {error}")))?
-        }
-    };
+    let precision = precision(arguments.precision.as_deref(), decision.choice)?;
     let device = decision.open()?;
     let (model, weights) = open(&device, &arguments.model)?;
     let training =
@@ -155,17 +150,11 @@ impl Stepper {
     }
 }
 
-/// How long the examples are: all of full length, or any length from a quarter of it on, spread evenly. The latter by a
-/// formula that benchmarks/step_torch.py has too.
+/// How long the examples are.
 fn shape(arguments: &BenchStepArguments) -> BatchShape {
-    let length = |full: usize, row: usize, spread: u64| {
-        let least = full.div_ceil(4);
-        let fraction = (row as u64 + 1) * spread % (1 << 32);
-        if arguments.ragged { least + ((fraction * (full - least + 1) as u64) >> 32) as usize } else { full }
-    };
     let lengths = |row: usize| {
-        let source = length(arguments.source_length, row, 2_654_435_761);
-        (source, length(arguments.target_length, row, 2_246_822_519))
+        let source = length(arguments.source_length, row, 2_654_435_761, arguments.ragged);
+        (source, length(arguments.target_length, row, 2_246_822_519, arguments.ragged))
     };
     BatchShape { lengths: (0..arguments.batch_size).map(lengths).collect() }
 }

@@ -1,12 +1,13 @@
 //! Worker processes on this machine.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use tokio::process::{Child, Command};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::secret::Secret;
 use crate::{Error, Result};
@@ -29,9 +30,21 @@ pub struct Death {
 /// Running worker processes. They end with this value, and with this process.
 #[derive(Debug)]
 pub struct LocalWorkers {
+    launch: Launch,
+    /// By process: its arguments, and what has it killed when dropped.
+    started: HashMap<u32, (Vec<OsString>, oneshot::Sender<()>)>,
     /// Dropped to have all killed.
     alive: watch::Sender<()>,
+    report: mpsc::UnboundedSender<Death>,
     deaths: mpsc::UnboundedReceiver<Death>,
+}
+
+/// What all processes are started with.
+#[derive(Debug)]
+struct Launch {
+    executable: PathBuf,
+    variables: Vec<(String, String)>,
+    run_token: Secret,
 }
 
 impl LocalWorkers {
@@ -39,8 +52,8 @@ impl LocalWorkers {
     /// ours, and so is their environment but for `variables`; their standard output and input are closed. Each is a process group of its own, so
     /// that Ctrl-C in a terminal reaches the coordinator alone, which then ends the run in order.
     ///
-    /// Call it inside a tokio runtime, in a thread that lives as long as the run (the main one):
-    /// on Linux, workers die when that thread does.
+    /// Call it, and [`LocalWorkers::replace`], inside a tokio runtime, in a thread that lives as
+    /// long as the run (the main one): on Linux, workers die when that thread does.
     ///
     /// # Errors
     /// [`Error::Spawn`]; what was started already is killed.
@@ -52,49 +65,73 @@ impl LocalWorkers {
     ) -> Result<Self> {
         let (report, deaths) = mpsc::unbounded_channel();
         let (alive, _) = watch::channel(());
-        for arguments in arguments {
-            let child = spawn(executable, arguments, variables, run_token)
-                .map_err(|source| Error::Spawn { executable: executable.to_owned(), source })?;
-            tokio::spawn(supervise(child, alive.subscribe(), report.clone()));
-        }
-        Ok(Self { alive, deaths })
+        let variables = variables.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect();
+        let launch = Launch { executable: executable.to_owned(), variables, run_token: run_token.clone() };
+        let mut workers = Self { launch, started: HashMap::new(), alive, report, deaths };
+        arguments.iter().try_for_each(|arguments| workers.start(arguments.clone()))?;
+        Ok(workers)
     }
 
-    /// The next process to end; `None` when all have.
+    /// Starts another process in place of one, with the same arguments; kills the one if it still
+    /// runs.
+    ///
+    /// # Errors
+    /// [`Error::Spawn`].
+    pub fn replace(&mut self, pid: u32) -> Result<()> {
+        match self.started.remove(&pid) {
+            Some((arguments, _kill)) => self.start(arguments),
+            // Not one of ours.
+            None => Ok(()),
+        }
+    }
+
+    fn start(&mut self, arguments: Vec<OsString>) -> Result<()> {
+        let child = self
+            .launch
+            .spawn(&arguments)
+            .map_err(|source| Error::Spawn { executable: self.launch.executable.clone(), source })?;
+        let Some(pid) = child.id() else { return Ok(()) };
+        let (kill, killed) = oneshot::channel();
+        tokio::spawn(supervise(child, pid, self.alive.subscribe(), killed, self.report.clone()));
+        self.started.insert(pid, (arguments, kill));
+        Ok(())
+    }
+
+    /// The next process to end.
     pub async fn next_death(&mut self) -> Option<Death> {
         self.deaths.recv().await
     }
 
     /// Waits until all have ended; after `grace`, kills what still runs. A worker that is told to stop may be in the
     /// middle of a checkpoint.
-    pub async fn end(mut self, grace: Duration) {
-        let all_ended = async { while self.deaths.recv().await.is_some() {} };
+    pub async fn end(self, grace: Duration) {
+        let Self { started, alive, report, mut deaths, .. } = self;
+        // What is left of it is held by the processes that run.
+        drop(report);
+        let all_ended = async { while deaths.recv().await.is_some() {} };
         // Who is late is killed.
         let _ = tokio::time::timeout(grace, all_ended).await;
-        drop(self.alive);
-        while self.deaths.recv().await.is_some() {}
+        drop((alive, started));
+        while deaths.recv().await.is_some() {}
     }
 }
 
-fn spawn(
-    executable: &Path,
-    arguments: &[OsString],
-    variables: &[(&str, &str)],
-    run_token: &Secret,
-) -> std::io::Result<Child> {
-    let mut command = Command::new(executable);
-    command
-        .args(arguments)
-        .envs(variables.iter().copied())
-        .env(RUN_TOKEN_VARIABLE, run_token.to_hex())
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .kill_on_drop(true);
-    #[cfg(unix)]
-    command.process_group(0);
-    #[cfg(target_os = "linux")]
-    die_with_parent(&mut command);
-    command.spawn()
+impl Launch {
+    fn spawn(&self, arguments: &[OsString]) -> std::io::Result<Child> {
+        let mut command = Command::new(&self.executable);
+        command
+            .args(arguments)
+            .envs(self.variables.iter().map(|(name, value)| (name, value)))
+            .env(RUN_TOKEN_VARIABLE, self.run_token.to_hex())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .kill_on_drop(true);
+        #[cfg(unix)]
+        command.process_group(0);
+        #[cfg(target_os = "linux")]
+        die_with_parent(&mut command);
+        command.spawn()
+    }
 }
 
 /// A coordinator that is killed closes no stream in order: have the kernel end its workers. (They
@@ -114,12 +151,18 @@ fn die_with_parent(command: &mut Command) {
     unsafe { command.pre_exec(in_child) };
 }
 
-async fn supervise(mut child: Child, mut alive: watch::Receiver<()>, report: mpsc::UnboundedSender<Death>) {
-    let Some(pid) = child.id() else { return };
+async fn supervise(
+    mut child: Child,
+    pid: u32,
+    mut alive: watch::Receiver<()>,
+    killed: oneshot::Receiver<()>,
+    report: mpsc::UnboundedSender<Death>,
+) {
+    // Nothing is ever sent: the senders are dropped.
+    let end = async { tokio::select! { _ = alive.changed() => {}, _ = killed => {} } };
     let status = tokio::select! {
         status = child.wait() => status,
-        // Nothing is ever sent: the sender is gone.
-        _ = alive.changed() => match child.kill().await {
+        () = end => match child.kill().await {
             Ok(()) => child.wait().await,
             Err(error) => Err(error),
         },
@@ -158,7 +201,6 @@ mod tests {
         let death = workers.next_death().await.unwrap();
         assert_eq!(death.exit_code, None);
         assert!(death.status.contains("SIGKILL"), "{}", death.status);
-        assert_eq!(workers.next_death().await, None);
     }
 
     #[tokio::test]
@@ -173,6 +215,19 @@ mod tests {
     async fn killing_ends_what_runs() {
         let workers = shell("exec tail -f /dev/null", 2);
         // Returns only when every child was reaped.
+        workers.end(Duration::ZERO).await;
+    }
+
+    #[tokio::test]
+    async fn a_process_that_runs_is_killed_for_its_replacement() {
+        let mut workers = shell("exec tail -f /dev/null", 1);
+        let first = *workers.started.keys().next().unwrap();
+        workers.replace(first).unwrap();
+        assert_eq!(workers.next_death().await.unwrap().pid, first);
+        let second = *workers.started.keys().next().unwrap();
+        assert_ne!(first, second);
+        workers.replace(first).unwrap();
+        assert_eq!(workers.started.len(), 1, "replaced twice");
         workers.end(Duration::ZERO).await;
     }
 

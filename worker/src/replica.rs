@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use quintet_data::Tokenizer;
-use quintet_kernels::{DType, Device, Tensor, View, ops};
+use quintet_kernels::{DType, Device, Tensor, View, ViewMut, ops};
 use quintet_t5::{Batch, Config, LossSums, Model, OnFinished, Parameters, TrainOptions, Weights};
 
 use crate::config::{ModelSection, Precision, TrainingConfig};
-use crate::optimizer::{ClippedMean, NamedSlot, Optimizer};
+use crate::optimizer::{ClippedMean, NamedSlot, Optimizer, Piece};
 use crate::scaler::LossScaler;
 use crate::schedule::Schedule;
 use crate::{Error, Result};
@@ -239,6 +239,43 @@ impl Replica {
         Ok(())
     }
 
+    /// All that updates change, but for what [`Replica::resume_at`] sets: the master weights, then the optimizer's arenas.
+    pub fn arenas(&self) -> Vec<View<'_>> {
+        let mut arenas = vec![self.master.view()];
+        arenas.extend(self.optimizer.arenas());
+        arenas
+    }
+
+    /// [`Replica::arenas`], to be overwritten with another replica's.
+    pub fn arenas_mut(&mut self) -> Vec<ViewMut<'_>> {
+        let mut arenas = vec![self.master.view_mut()];
+        arenas.extend(self.optimizer.arenas_mut());
+        arenas
+    }
+
+    /// Where the model's tensors lie in the first of [`Replica::arenas`].
+    pub fn pieces(&self) -> Vec<Piece> {
+        let tensors = self.master.layout().tensors().iter();
+        tensors
+            .map(|tensor| Piece {
+                name: tensor.name.clone(),
+                arena: 0,
+                shape: tensor.shape.clone(),
+                range: tensor.range.clone(),
+            })
+            .collect()
+    }
+
+    /// Goes on from arenas that were overwritten with those of a replica at `step`, after so many updates.
+    pub fn resume_at(&mut self, step: u64, updates: u64, loss_scaler: Option<LossScaler>) -> Result<()> {
+        self.optimizer.set_steps(updates);
+        if let Some((scaling, scaler)) = self.scaling.as_mut().zip(loss_scaler) {
+            scaling.scaler = scaler;
+        }
+        self.step = step;
+        self.refresh_compute()
+    }
+
     /// BLAKE3 of the weights' bytes: equal on all replicas, or something is broken.
     pub fn digest(&self) -> Result<blake3::Hash> {
         let mut hasher = blake3::Hasher::new();
@@ -263,13 +300,9 @@ impl Replica {
             read_weight(&tensor.name, &tensor.shape, &mut values)?;
             self.master.write(tensor.range.clone(), &values)?;
         }
-        if let Some((scaling, scaler)) = self.scaling.as_mut().zip(loss_scaler) {
-            scaling.scaler = scaler;
-        }
         let skipped = loss_scaler.map_or(0, |scaler| scaler.skipped_steps());
         self.optimizer.load_state(step - skipped, read_state)?;
-        self.step = step;
-        self.refresh_compute()
+        self.resume_at(step, step - skipped, loss_scaler)
     }
 
     fn refresh_compute(&mut self) -> Result<()> {

@@ -15,18 +15,36 @@ use tokio::sync::mpsc;
 use crate::args::CoordinatorArguments;
 use crate::error::{Failure, Result, exit};
 use crate::job::Job;
-use crate::prepare::{Prepared, prepare};
+use crate::prepare::{Prepared, Serving, prepare};
 use crate::report::{self, Reporter};
 
 pub(crate) fn run(arguments: CoordinatorArguments) -> Result<u8> {
     let job = Job::load(&arguments.job)?;
-    let prepared = prepare(job, arguments.job.resume, arguments.insecure_plaintext)?;
-    let address = match arguments.listen {
+    let (resume, insecure) = (arguments.job.resume, arguments.insecure_plaintext);
+    let mut serving = Serving { resume, take_over: true, insecure, ..Serving::default() };
+    let mut address = match arguments.listen {
         Some(address) => address,
-        None => prepared.job.cluster.listen_address()?,
+        None => job.cluster.listen_address()?,
     };
-    let options = RunOptions { address, json: arguments.json, announce: true, device: None };
-    serve(prepared, options, |_, _| Ok(None))
+    loop {
+        let prepared = prepare(job.clone(), serving)?;
+        let options = RunOptions { address, json: arguments.json, announce: true, device: None };
+        match serve(prepared, &options, |_, _| Ok(None))? {
+            Served::Ended(code) => return Ok(code),
+            Served::Abandoned { address: listened, reason } => {
+                eprintln!("{reason}; going on from the last checkpoint");
+                (address, serving.from_checkpoint) = (listened, true);
+            }
+        }
+    }
+}
+
+/// What became of a run that was served.
+pub(crate) enum Served {
+    /// It ended, with this exit code.
+    Ended(u8),
+    /// Nobody came back to it, at this address; its workers have it to connect to.
+    Abandoned { address: SocketAddr, reason: String },
 }
 
 /// How to serve a run.
@@ -42,9 +60,9 @@ pub(crate) struct RunOptions {
 /// Serves a run to its end and sums it up; `launch` starts workers once the address is known.
 pub(crate) fn serve(
     prepared: Prepared,
-    options: RunOptions,
+    options: &RunOptions,
     launch: impl FnOnce(SocketAddr, &Secret) -> Result<Option<LocalWorkers>>,
-) -> Result<u8> {
+) -> Result<Served> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -66,14 +84,22 @@ pub(crate) fn serve(
     if let Some(device) = &options.device {
         reporter.line(device);
     }
-    if prepared.start_step > 0 {
-        reporter.line(&format!("resuming after step {}", prepared.start_step));
+    match &prepared.run.taken_over {
+        Some(record) => reporter.line(&format!(
+            "taking over after step {}; {} worker(s) of it are to come back",
+            record.committed_step, record.workers
+        )),
+        None if prepared.start_step > 0 => reporter.line(&format!("resuming after step {}", prepared.start_step)),
+        None => {}
     }
     let job = prepared.job.clone();
-    let outcome = runtime.block_on(drive(prepared, &options, launch, &mut reporter))?;
+    let (outcome, address) = runtime.block_on(drive(prepared, options, launch, &mut reporter))?;
     reporter.finish();
+    if outcome.abandoned {
+        return Ok(Served::Abandoned { address, reason: outcome.reason });
+    }
     summarize(&job, &outcome, &reporter, options.json);
-    Ok(outcome.exit_code as u8)
+    Ok(Served::Ended(outcome.exit_code as u8))
 }
 
 /// How long workers that were told to stop may take to finish a checkpoint.
@@ -86,7 +112,7 @@ async fn drive(
     options: &RunOptions,
     launch: impl FnOnce(SocketAddr, &Secret) -> Result<Option<LocalWorkers>>,
     reporter: &mut Reporter,
-) -> Result<Outcome> {
+) -> Result<(Outcome, SocketAddr)> {
     // Before anybody is told where to join: whoever sees a run may want to stop it.
     let mut stop = StopSignals::new()?;
     // Until the last worker is gone.
@@ -103,13 +129,14 @@ async fn drive(
         reporter.line(&format!(
             "waiting for {} worker(s); start each with\n  QUINTET_RUN_TOKEN={} quintet worker --coordinator http://{address}",
             prepared.run.settings.workers_expected,
-            prepared.run.run_token.to_hex()
+            prepared.run.identity.run_token.to_hex()
         ));
     }
-    let mut workers = launch(address, &prepared.run.run_token)?;
+    let mut workers = launch(address, &prepared.run.identity.run_token)?;
     let (events, mut shown) = mpsc::channel::<Event>(EVENTS_WAITING_MAX);
     let (control, controls) = mpsc::channel(CONTROLS_WAITING_MAX);
-    let serving = server::serve(listener, prepared.run, prepared.files, events, controls);
+    let (replace, mut replacements) = mpsc::unbounded_channel();
+    let serving = server::serve(listener, prepared.run, prepared.files, events, controls, replace);
     tokio::pin!(serving);
     let outcome = loop {
         tokio::select! {
@@ -119,6 +146,12 @@ async fn drive(
             Some(death) = next_death(&mut workers) => {
                 // A full queue means that the run is ending; it will find the stream closed.
                 let _ = control.try_send(Control::WorkerDied(death));
+            }
+            Some(pid) = replacements.recv() => {
+                if let Some(Err(error)) = workers.as_mut().map(|workers| workers.replace(pid)) {
+                    let death = Death { pid, exit_code: None, status: error.to_string() };
+                    let _ = control.try_send(Control::WorkerDied(death));
+                }
             }
             () = stop.next() => {
                 reporter.line("stopping: the step in flight is finished and saved; once more to stop at once");
@@ -132,7 +165,7 @@ async fn drive(
     if let Some(workers) = workers {
         workers.end(STOP_GRACE).await;
     }
-    Ok(outcome?)
+    Ok((outcome?, address))
 }
 
 async fn next_death(workers: &mut Option<LocalWorkers>) -> Option<Death> {

@@ -5,21 +5,22 @@ use std::ffi::OsString;
 use quintet_coordinator::launch::LocalWorkers;
 
 use crate::args::TrainArguments;
-use crate::commands::coordinator::{RunOptions, serve};
+use crate::commands::coordinator::{RunOptions, Served, serve};
 use crate::device::Decision;
 use crate::error::{Failure, Result};
 use crate::job::Job;
-use crate::prepare::prepare;
+use crate::prepare::{Serving, prepare};
 
 pub(crate) fn run(arguments: TrainArguments) -> Result<u8> {
     let mut job = Job::load(&arguments.job)?;
     let device = Decision::new(job.cluster.device, 0)?;
     job.settle(&device);
-    let prepared = prepare(job, arguments.job.resume, false)?;
+    let serving = Serving { resume: arguments.job.resume, launches: true, ..Serving::default() };
+    let prepared = prepare(job, serving)?;
     let workers = prepared.run.settings.workers_expected;
     let address = prepared.job.cluster.listen_address()?;
     let options = RunOptions { address, json: arguments.json, announce: false, device: Some(device.line()) };
-    serve(prepared, options, |address, token| {
+    let served = serve(prepared, &options, |address, token| {
         let executable = std::env::current_exe()
             .map_err(|error| Failure::failed(format!("cannot find this program's own file: {error}")))?;
         // Workers on one machine share its cores.
@@ -37,5 +38,9 @@ pub(crate) fn run(arguments: TrainArguments) -> Result<u8> {
         let variables: Vec<_> = [interface].into_iter().filter(|(name, _)| std::env::var_os(name).is_none()).collect();
         let arguments: Vec<_> = (0..workers).map(worker).collect();
         Ok(Some(LocalWorkers::spawn(&executable, &arguments, &variables, token)?))
-    })
+    })?;
+    match served {
+        Served::Ended(code) => Ok(code),
+        Served::Abandoned { reason, .. } => Err(Failure::failed(reason)),
+    }
 }

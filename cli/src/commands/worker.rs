@@ -6,7 +6,7 @@ use std::time::Duration;
 use quintet_coordinator::launch::RUN_TOKEN_VARIABLE;
 use quintet_coordinator::secret::Secret;
 use quintet_worker::rank::{self, RankJob};
-use quintet_worker::session::Session;
+use quintet_worker::session::{self, Session};
 
 use crate::args::WorkerArguments;
 use crate::device::Decision;
@@ -26,12 +26,13 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
             arguments.listen
         )));
     }
-    let (session, welcome) = match Session::connect(&arguments.coordinator, token.as_bytes(), &host_name(), insecure) {
+    let (mut session, welcome) = match Session::connect(&arguments.coordinator, token.as_bytes(), &host_name(), insecure) {
         Ok(joined) => joined,
         // Mostly the run was over before this worker came.
         Err(error) if arguments.supervised && !error.is_user_error() => return Ok(exit::FAILURE),
         Err(error) => return Err(quintet_worker::Error::from(error).into()),
     };
+    let start = session::start_of(&welcome);
     let job: Job = serde_json::from_str(&welcome.job_json)
         .map_err(|error| Failure::failed(format!("the coordinator sent a job that is not understood: {error}")))?;
     let collective_token = welcome.collective_token.as_slice().try_into();
@@ -55,11 +56,12 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
         tokenizer_json: welcome.tokenizer_json,
         collective_token,
         listen: arguments.listen,
-        resume_step: welcome.resume_step,
+        start,
+        reconnect_timeout: Duration::from_secs_f64(job.cluster.reconnect_timeout_seconds),
     };
     // How the run ended, and what went wrong here, is for the coordinator to tell, which has heard of it; unless it is
     // the coordinator that is gone.
-    match rank::run(&session, job) {
+    match rank::run(&mut session, job) {
         Ok((exit_code, _)) => Ok(exit_code),
         Err(error @ quintet_worker::Error::Session(_)) if !arguments.supervised => Err(error.into()),
         Err(error) => Ok(Failure::from(error).exit_code),

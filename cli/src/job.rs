@@ -39,7 +39,7 @@ impl Job {
         for assignment in &arguments.overrides {
             apply(&mut table, assignment)?;
             job = table.clone().try_into().map_err(|error: toml::de::Error| {
-                Failure::bad_input(format!("--set {assignment}: {}", with_nearest_key(error.message())))
+                Failure::bad_input(format!("--set {assignment}: {}", with_nearest_name(error.message())))
             })?;
         }
         if let Some(output) = &arguments.output {
@@ -99,6 +99,13 @@ fn numerics(job: &Job) -> Value {
     training.precision = training.precision.filter(|&precision| precision != Precision::Fp32);
     training.logging_steps = 1;
     (training.eval_steps, training.save_steps, training.save_total_limit) = (None, None, None);
+    // They decide when training ends, as max_steps of a job does not: it may go on with another patience.
+    let usual = TrainingConfig::default();
+    training.load_best_model_at_end = usual.load_best_model_at_end;
+    training.metric_for_best_model = usual.metric_for_best_model;
+    training.greater_is_better = usual.greater_is_better;
+    training.early_stopping_patience = usual.early_stopping_patience;
+    training.early_stopping_threshold = usual.early_stopping_threshold;
     serde_json::to_value(job).unwrap_or_default()
 }
 
@@ -124,11 +131,11 @@ fn describe(path: &Path, text: &str, error: &toml::de::Error) -> Failure {
         let line = text[..span.start.min(text.len())].matches('\n').count() + 1;
         format!(":{line}")
     });
-    Failure::bad_input(format!("{}{line}: {}", path.display(), with_nearest_key(error.message())))
+    Failure::bad_input(format!("{}{line}: {}", path.display(), with_nearest_name(error.message())))
 }
 
 /// Of an unknown name, serde lists what it expected; the one that looks most like what was written is what was meant.
-fn with_nearest_key(message: &str) -> String {
+pub(crate) fn with_nearest_name(message: &str) -> String {
     let message = message.trim().replace('\n', " ");
     let Some((unknown, expected)) = message.split_once(", expected").filter(|_| message.starts_with("unknown ")) else {
         return message;

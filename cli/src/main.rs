@@ -8,6 +8,7 @@ mod commands;
 mod device;
 mod error;
 mod job;
+mod launch_args;
 mod prepare;
 mod report;
 
@@ -27,7 +28,8 @@ fn main() -> ExitCode {
     let outcome = match arguments.command {
         Command::Train(arguments) => commands::train::run(arguments),
         Command::Coordinator(arguments) => commands::coordinator::run(arguments),
-        Command::Worker(arguments) => on_threads(arguments.threads, || commands::worker::run(arguments)),
+        Command::Launch(arguments) => commands::launch::run(arguments),
+        Command::Worker(arguments) => commands::worker::run(arguments),
         Command::Evaluate(arguments) => on_threads(None, || commands::evaluate::run(arguments)),
         Command::Generate(arguments) => on_threads(None, || commands::generate::run(arguments)),
         Command::Data(arguments) => commands::data::run(arguments),

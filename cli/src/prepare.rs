@@ -8,9 +8,9 @@ use std::time::Duration;
 use quintet_coordinator::files::{CutOff, RunFiles};
 use quintet_coordinator::journal::Identity;
 use quintet_coordinator::server::Run;
-use quintet_coordinator::state::{Record, Settings};
+use quintet_coordinator::state::{Record, Selection, Settings};
 use quintet_data::{Splits, Tokenizer, TokenizerSpec};
-use quintet_worker::{checkpoint, replica};
+use quintet_worker::{Metric, checkpoint, replica};
 
 use crate::error::{Failure, Result};
 use crate::job::{self, Job};
@@ -62,6 +62,11 @@ pub(crate) fn prepare(job: Job, serving: Serving) -> Result<Prepared> {
     }
     let started = Started::open(&job, Serving { resume, ..serving })?;
     write_job(&job, &tokenizer)?;
+    let selection = selection(&job, eval_steps)?;
+    let past_evaluations = match selection {
+        Some(_) if resume => RunFiles::evaluations(&job.output_dir)?,
+        _ => Vec::new(),
+    };
     let settings = Settings {
         schedule: schedule.clone(),
         dataset_fingerprint: splits.fingerprint(),
@@ -79,6 +84,8 @@ pub(crate) fn prepare(job: Job, serving: Serving) -> Result<Prepared> {
         start_step: started.step,
         start_step_generation: started.step_generation,
         start_generation: started.generation,
+        selection,
+        past_evaluations,
     };
     let run = Run {
         settings,
@@ -106,6 +113,34 @@ fn eval_steps(job: &Job, splits: &Splits, total_steps: u64) -> Result<Option<u64
             "training.eval_steps: there is nothing to evaluate on; give data.validation or data.validation_split",
         )),
     }
+}
+
+/// What follows from the best evaluation, if anything does.
+fn selection(job: &Job, eval_steps: Option<u64>) -> Result<Option<Selection>> {
+    let training = &job.training;
+    if !training.selects() {
+        return Ok(None);
+    }
+    if eval_steps.is_none() {
+        let key = if training.load_best_model_at_end { "load_best_model_at_end" } else { "early_stopping_patience" };
+        return Err(Failure::bad_input(format!(
+            "training.{key}: there is nothing to evaluate on; give data.validation or data.validation_split"
+        )));
+    }
+    let (metric, greater_is_better) = training.metric_for_best()?;
+    if metric != Metric::Loss && !job.evaluation.metrics.contains(&metric) {
+        let name = metric.name();
+        return Err(Failure::bad_input(format!(
+            "training.metric_for_best_model: {name} is not computed; put it into evaluation.metrics"
+        )));
+    }
+    Ok(Some(Selection {
+        metric: metric.name().to_string(),
+        greater_is_better,
+        load_best_model_at_end: training.load_best_model_at_end,
+        early_stopping_patience: training.early_stopping_patience,
+        early_stopping_threshold: training.early_stopping_threshold,
+    }))
 }
 
 pub(crate) fn working_directory() -> Result<PathBuf> {
@@ -232,8 +267,7 @@ fn write_job(job: &Job, tokenizer: &Tokenizer) -> Result<()> {
     let directory = &job.output_dir;
     let text = toml::to_string(job).map_err(|error| Failure::failed(error.to_string()))?;
     for (path, text) in [(directory.join("job.toml"), text), (tokenizer_file(job), tokenizer.to_json())] {
-        replace(&path, &text)
-            .map_err(|error| Failure::failed(format!("{}: cannot write: {error}", path.display())))?;
+        replace(&path, &text).map_err(|error| Failure::failed(format!("{}: cannot write: {error}", path.display())))?;
     }
     Ok(())
 }

@@ -66,6 +66,10 @@ impl Reporter {
                 self.line(&format!("step {}: {}", metrics.step, scores(&metrics)));
                 self.last_eval = Some(metrics);
             }
+            Event::Best(metrics) => {
+                self.line(&format!("the best model is that of step {}: {}", metrics.step, scores(&metrics)));
+                self.last_eval = Some(metrics);
+            }
             Event::Saved { step } => self.line(&format!("step {step}: checkpoint saved")),
             Event::SaveFailed { step, problem } => {
                 self.line(&format!("warning: step {step}: no checkpoint: {problem}; training goes on"));

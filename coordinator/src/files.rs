@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::journal::{Content, Identity, Journal, Tail};
-use crate::state::{CommitRecord, Entry, Event, Record};
+use crate::state::{CommitRecord, Entry, EvalMetrics, Event, Record};
 use crate::{Error, Result};
 
 const LEDGER: &str = "ledger.jsonl";
@@ -109,6 +109,25 @@ impl RunFiles {
     /// [`Error::File`].
     pub fn identity(directory: &Path) -> Result<Option<Identity>> {
         Ok(Journal::read(directory)?.and_then(|content| content.identity()))
+    }
+
+    /// The evaluations that the metrics file of `directory` holds; of lines of other kinds nothing is asked.
+    ///
+    /// # Errors
+    /// [`Error::File`], [`Error::Damaged`].
+    pub fn evaluations(directory: &Path) -> Result<Vec<EvalMetrics>> {
+        #[derive(serde::Deserialize)]
+        #[serde(untagged)]
+        enum Line {
+            Eval(EvalMetrics),
+            Other {},
+        }
+        let lines = read::<Line>(&directory.join(METRICS))?;
+        let evaluation = |(line, _)| match line {
+            Line::Eval(metrics) => Some(metrics),
+            Line::Other {} => None,
+        };
+        Ok(lines.into_iter().filter_map(evaluation).collect())
     }
 
     fn open(directory: &Path, identity: &Identity, record: Option<Record>) -> Result<Self> {

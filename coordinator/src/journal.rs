@@ -223,6 +223,7 @@ mod tests {
             workers: 2,
             evaluate: false,
             save: true,
+            finish: false,
             last_worker: 7,
         };
         let tail = Tail { offset: 3 * step, text: "line\n".to_owned() };

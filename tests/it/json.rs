@@ -38,13 +38,15 @@ fn a_trained_model_evaluates_and_generates() {
 
     // The saved model scores as the run did, batch by batch or not.
     let evaluate = "evaluate --model run/model --data validation.jsonl --input {source} --target {target} --json \
-                    --max-source-length 40 --max-target-length 20 --metrics loss,exact_match --max-new-tokens 8";
+                    --max-source-length 40 --max-target-length 20 --metrics loss,exact_match,perplexity --max-new-tokens 8";
     let evaluate =
         run(workspace.path(), evaluate.split_whitespace().map(|w| if w == "{source}" { "say: {source}" } else { w }));
     let evaluation = documents(&evaluate.expect(0)).remove(0);
     assert_keys(&evaluation, "loss examples target_tokens metrics");
     assert_eq!(evaluation["examples"], 9);
     assert_eq!(evaluation["metrics"]["exact_match"], last["metrics"]["exact_match"]);
+    let perplexity = evaluation["metrics"]["perplexity"].as_f64().unwrap();
+    assert_eq!(perplexity, evaluation["loss"].as_f64().unwrap().exp());
     let (loss, during) = (evaluation["loss"].as_f64().unwrap(), last["eval_loss"].as_f64().unwrap());
     assert!((loss - during).abs() < 1e-5 * during, "{loss} and {during}");
 
@@ -75,11 +77,17 @@ fn predictions_are_scored_without_a_model() {
     let lines = [("HH AH L OW", "HH AH L OW"), ("K AE", "K AE T"), ("D AO K", "D AO G")];
     let lines = lines.map(|(prediction, target)| json!({"prediction": prediction, "target": target}).to_string());
     workspace.write("predictions.jsonl", &lines.join("\n"));
-    let metrics = "exact_match,phoneme_error_rate,word_error_rate";
+    let metrics = "exact_match,phoneme_error_rate,word_error_rate,rougeL,f1";
     let scores = document(&workspace, &format!("evaluate --predictions predictions.jsonl --metrics {metrics} --json"));
     assert_keys(&scores, "examples metrics");
     assert_eq!(scores["examples"], 3);
-    let expected = [("exact_match", 1.0 / 3.0), ("phoneme_error_rate", 2.0 / 10.0), ("word_error_rate", 2.0 / 3.0)];
+    let expected = [
+        ("exact_match", 1.0 / 3.0),
+        ("phoneme_error_rate", 2.0 / 10.0),
+        ("word_error_rate", 2.0 / 3.0),
+        ("rougeL", (1.0 + 4.0 / 5.0 + 2.0 / 3.0) / 3.0),
+        ("f1", (1.0 + 4.0 / 5.0 + 2.0 / 3.0) / 3.0),
+    ];
     for (name, expected) in expected {
         let score = scores["metrics"][name].as_f64().unwrap();
         assert!((score - expected).abs() < 1e-12, "{name} is {score}, not {expected}");

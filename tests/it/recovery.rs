@@ -229,7 +229,8 @@ fn a_worker_joins_a_run_under_way() {
 fn too_few_workers_end_the_run_at_its_last_checkpoint() {
     let workspace = Workspace::new();
     let run = workspace.output("run");
-    let mut process = workspace.start("run", &format!("--workers 3 cluster.min_workers=3 cluster.max_restarts=0 {LONG}"));
+    let mut process =
+        workspace.start("run", &format!("--workers 3 cluster.min_workers=3 cluster.max_restarts=0 {LONG}"));
     process.wait_for("step 20: checkpoint saved");
     send_signal(process.children()[1], Signal::KILL);
     let ended = process.wait().expect(69);

@@ -269,15 +269,22 @@ pub fn latest(directory: &Path) -> Result<Latest> {
     Err(skipped.swap_remove(0))
 }
 
-/// Removes all checkpoints but the newest `keep`.
+/// Removes all checkpoints but `keep`: that of step `best`, if there is one, and the newest. Where only one is to be kept
+/// and these are two, both stay.
 ///
 /// # Errors
 /// [`Error::File`]; what remains is whole.
-pub fn prune(directory: &Path, keep: usize) -> Result<()> {
+pub fn prune(directory: &Path, keep: usize, best: Option<u64>) -> Result<()> {
     assert!(keep > 0, "the newest checkpoint always stays");
     let checkpoints = list(directory)?;
-    let excess = checkpoints.len().saturating_sub(keep);
-    checkpoints[..excess].iter().try_for_each(|path| retire(path))
+    let best = best.map(|step| path(directory, step)).filter(|path| checkpoints.contains(path));
+    let is_newest = |count: usize, path| checkpoints.iter().rev().take(count).any(|newest| newest == path);
+    let newest = match &best {
+        Some(best) if !is_newest(keep, best) => (keep - 1).max(1),
+        _ => keep,
+    };
+    let excess = checkpoints.len().saturating_sub(newest);
+    checkpoints[..excess].iter().filter(|path| Some(*path) != best.as_ref()).try_for_each(|path| retire(path))
 }
 
 /// Removes what interrupted saves left. To be called before the first save of a process, by

@@ -6,6 +6,7 @@ use quintet_kernels::DType;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::metrics::Metric;
 use crate::optimizer::{Hyperparameters, OptimizerKind};
 use crate::schedule::{Schedule, SchedulerType};
 use crate::{DeviceChoice, Error, Result};
@@ -141,6 +142,19 @@ pub struct TrainingConfig {
     /// Without one: all checkpoints stay.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_total_limit: Option<u32>,
+    /// The final model is that of the best evaluation, each of which leaves a checkpoint.
+    pub load_best_model_at_end: bool,
+    /// A metric's name, or `loss`, with or without `eval_` before it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metric_for_best_model: Option<String>,
+    /// Without one: as the metric is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub greater_is_better: Option<bool>,
+    /// The run ends after so many evaluations in a row that were no better than the best before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub early_stopping_patience: Option<u32>,
+    /// By how much an evaluation must be better to count as such.
+    pub early_stopping_threshold: f64,
 }
 
 impl Default for TrainingConfig {
@@ -168,6 +182,11 @@ impl Default for TrainingConfig {
             eval_steps: None,
             save_steps: None,
             save_total_limit: None,
+            load_best_model_at_end: false,
+            metric_for_best_model: None,
+            greater_is_better: None,
+            early_stopping_patience: None,
+            early_stopping_threshold: 0.0,
         }
     }
 }
@@ -193,7 +212,7 @@ impl TrainingConfig {
                 check(key, value > 0, value, "at least 1; leave it out for none")?;
             }
         }
-        Ok(())
+        self.validate_selection()
     }
 
     fn validate_length(&self) -> Result<()> {
@@ -310,33 +329,6 @@ impl TrainingConfig {
     }
 }
 
-/// A score of an evaluation. The loss is always computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Metric {
-    Loss,
-    ExactMatch,
-    PhonemeErrorRate,
-    WordErrorRate,
-}
-
-impl Metric {
-    /// As in job files and results.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Loss => "loss",
-            Self::ExactMatch => "exact_match",
-            Self::PhonemeErrorRate => "phoneme_error_rate",
-            Self::WordErrorRate => "word_error_rate",
-        }
-    }
-
-    /// Whether texts must be generated for it.
-    pub fn needs_predictions(self) -> bool {
-        self != Self::Loss
-    }
-}
-
 /// `[evaluation]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -445,6 +437,18 @@ mod tests {
             (json!({ "eval_steps": 0 }), "training.eval_steps"),
             (json!({ "save_steps": 0 }), "training.save_steps"),
             (json!({ "save_total_limit": 0 }), "training.save_total_limit"),
+            (json!({ "early_stopping_patience": 0 }), "training.early_stopping_patience"),
+            (json!({ "early_stopping_threshold": 0.1 }), "training.early_stopping_threshold"),
+            (
+                json!({ "early_stopping_patience": 1, "early_stopping_threshold": -0.1 }),
+                "training.early_stopping_threshold",
+            ),
+            (json!({ "metric_for_best_model": "loss" }), "training.metric_for_best_model"),
+            (
+                json!({ "metric_for_best_model": "blue", "load_best_model_at_end": true }),
+                "training.metric_for_best_model",
+            ),
+            (json!({ "greater_is_better": true }), "training.greater_is_better"),
             (json!({ "max_steps": 5, "warmup_steps": 6 }), "training.warmup_steps"),
             (json!({ "lr_scheduler_type": "constant", "warmup_steps": 6 }), "training.warmup_steps"),
             (json!({ "lr_scheduler_kwargs": {} }), "training.lr_scheduler_kwargs"),
@@ -477,7 +481,7 @@ mod tests {
         for bad in [json!({ "learning_rat": 1.0 }), json!({ "optimizer": "sgd" })] {
             assert!(serde_json::from_value::<TrainingConfig>(bad).is_err());
         }
-        assert!(serde_json::from_value::<EvaluationConfig>(json!({ "metrics": ["bleu"] })).is_err());
+        assert!(serde_json::from_value::<EvaluationConfig>(json!({ "metrics": ["blue"] })).is_err());
         assert!(serde_json::from_value::<ModelSection>(json!({ "pretrain": "x" })).is_err());
     }
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Result;
 use crate::config::EvaluationConfig;
-use crate::metrics::{self, Tally};
+use crate::metrics::{self, Pair};
 
 /// What an evaluation is over: the first examples of a dataset, in file order.
 pub struct EvaluationTask<'a> {
@@ -26,6 +26,13 @@ pub struct Prediction {
     pub input: String,
     pub target: String,
     pub prediction: String,
+}
+
+impl Prediction {
+    /// For scoring.
+    pub fn pair(&self) -> Pair<'_> {
+        Pair { prediction: &self.prediction, target: &self.target }
+    }
 }
 
 /// The evaluation of one batch, as ranks exchange it.
@@ -117,18 +124,16 @@ impl<'a> EvaluationTask<'a> {
     pub fn summarize(&self, batches: impl IntoIterator<Item = BatchEvaluation>) -> Evaluation {
         let (mut loss_sum, mut target_tokens, mut examples) = (0.0, 0, 0);
         let mut predictions = Vec::new();
-        let mut tally = Tally::default();
         for batch in batches {
             loss_sum += batch.loss_sum;
             target_tokens += batch.target_tokens;
             examples += batch.examples;
-            for prediction in batch.predictions {
-                tally.add(&prediction.prediction, &prediction.target);
-                predictions.push(prediction);
-            }
+            predictions.extend(batch.predictions);
         }
-        let metrics = metrics::scores(&self.config.metrics, &tally);
-        Evaluation { loss: loss_sum / target_tokens.max(1) as f64, examples, target_tokens, metrics, predictions }
+        let loss = loss_sum / target_tokens.max(1) as f64;
+        let pairs: Vec<Pair> = predictions.iter().map(Prediction::pair).collect();
+        let metrics = metrics::scores(&self.config.metrics, &pairs, Some(loss));
+        Evaluation { loss, examples, target_tokens, metrics, predictions }
     }
 }
 

@@ -63,13 +63,7 @@ fn hand_over(collective: &mut Collective, replica: &Replica, step: u64, healed: 
     collective.broadcast(step, source, healed, &mut bytes)
 }
 
-fn take_over(
-    collective: &mut Collective,
-    replica: &mut Replica,
-    step: u64,
-    source: u32,
-    healed: &[u32],
-) -> Result<()> {
+fn take_over(collective: &mut Collective, replica: &mut Replica, step: u64, source: u32, healed: &[u32]) -> Result<()> {
     for mut arena in replica.arenas_mut() {
         let elements = arena.rows() * arena.cols();
         let mut buffer = vec![0.0_f32; PIECE_ELEMENTS.min(elements)];

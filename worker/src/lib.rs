@@ -20,8 +20,10 @@ pub mod replica;
 pub mod saver;
 pub mod scaler;
 pub mod schedule;
+mod selection;
 pub mod session;
 
-pub use config::{EvaluationConfig, Metric, ModelSection, Precision, TrainingConfig};
+pub use config::{EvaluationConfig, ModelSection, Precision, TrainingConfig};
 pub use device::DeviceChoice;
 pub use error::{Error, Result};
+pub use metrics::Metric;

@@ -5,13 +5,20 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use quintet_data::Tokenizer;
+use quintet_t5::Parameters;
 
 use crate::evaluation::Prediction;
 use crate::replica::Replica;
 use crate::{Error, Result};
 
-/// `model/`, in Hugging Face's layout with the tokenizer's files; replaces an older one only when it is whole.
-pub fn write_model(output_dir: &Path, replica: &Replica, tokenizer: &Tokenizer) -> Result<()> {
+/// `model/`, in Hugging Face's layout with the tokenizer's files; replaces an older one only when it is whole. Its weights
+/// are those of the replica, unless `weights` gives others.
+pub fn write_model(
+    output_dir: &Path,
+    replica: &Replica,
+    weights: Option<&Parameters>,
+    tokenizer: &Tokenizer,
+) -> Result<()> {
     let (target, beside, old) =
         (output_dir.join("model"), output_dir.join(".tmp-model"), output_dir.join(".tmp-model-old"));
     for leftover in [&beside, &old] {
@@ -20,7 +27,7 @@ pub fn write_model(output_dir: &Path, replica: &Replica, tokenizer: &Tokenizer) 
         }
     }
     fs::create_dir_all(&beside).map_err(Error::file("create", &beside))?;
-    quintet_t5::save_pretrained(replica.model(), replica.master(), &beside)?;
+    quintet_t5::save_pretrained(replica.model(), weights.unwrap_or(replica.master()), &beside)?;
     tokenizer.save(&beside)?;
     if target.exists() {
         fs::rename(&target, &old).map_err(Error::file("rename", &target))?;

@@ -27,8 +27,8 @@ use crate::gradient::StepGradient;
 use crate::replica::{self, Replica, Update};
 use crate::saver::{self, Image, Saver};
 use crate::session::{self, Command, Report, Session, SessionError};
-use crate::{healing, output};
 use crate::{DeviceChoice, Error, Result};
+use crate::{healing, output};
 
 /// What a rank is told about its job.
 #[derive(Clone, Debug)]
@@ -335,14 +335,16 @@ impl Rank {
             self.evaluate(session, place, step)?;
         }
         if actions.save && place.rank == 0 {
-            self.begin_save(session, step)?;
+            self.begin_save(session, step, actions.best_step)?;
         }
         // Where no step follows, nothing else is left to wait for.
-        let saved = if actions.finish || actions.save && lease.is_none() { self.saver.wait() } else { self.saver.poll() };
+        let saved =
+            if actions.finish || actions.save && lease.is_none() { self.saver.wait() } else { self.saver.poll() };
         tell_saved(session, saved)?;
         if actions.finish {
             if place.rank == 0 {
-                output::write_model(&self.job.output_dir, &self.replica, &self.tokenizer)?;
+                let best = self.read_best(actions.best_step)?;
+                output::write_model(&self.job.output_dir, &self.replica, best.as_ref(), &self.tokenizer)?;
             }
             session.send(Report::Finished(Finished {
                 generation: place.generation,
@@ -479,8 +481,18 @@ impl Rank {
         Ok(self.loader.next()?)
     }
 
-    /// Copies the state of the committed step for a checkpoint, which is then written while training goes on.
-    fn begin_save(&mut self, session: &Session, step: u64) -> Result<()> {
+    /// The weights of the best evaluation's checkpoint, where they are not those at hand.
+    fn read_best(&self, step: u64) -> Result<Option<Parameters>> {
+        if step == 0 || step == self.replica.step() {
+            return Ok(None);
+        }
+        let loaded = checkpoint::load(&checkpoint::path(&self.job.checkpoints(), step))?;
+        self.replica.read_weights(|name, shape, values| loaded.model.read(name, shape, values)).map(Some)
+    }
+
+    /// Copies the state of the committed step for a checkpoint, which is then written while training goes on. The one of
+    /// `best_step` is kept.
+    fn begin_save(&mut self, session: &Session, step: u64, best_step: u64) -> Result<()> {
         if self.saver.step() == Some(step) {
             return Ok(());
         }
@@ -495,7 +507,8 @@ impl Rank {
             weights_digest: String::new(),
             loss_scaler: self.replica.loss_scaler(),
         };
-        self.saver.begin(step, Image::of(&self.replica, progress)?)
+        let best = (best_step > 0).then_some(best_step);
+        self.saver.begin(step, Image::of(&self.replica, progress)?, best)
     }
 
     /// Every rank evaluates its share; rank 0 puts the whole together and reports it.

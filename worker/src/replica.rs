@@ -294,15 +294,20 @@ impl Replica {
         mut read_weight: impl FnMut(&str, &[usize], &mut [f32]) -> Result<()>,
         read_state: impl FnMut(&str, &[usize], &mut [f32]) -> Result<()>,
     ) -> Result<()> {
-        let layout = self.model.layout().clone();
-        for tensor in layout.tensors() {
-            let mut values = vec![0.0; tensor.range.len()];
-            read_weight(&tensor.name, &tensor.shape, &mut values)?;
-            self.master.write(tensor.range.clone(), &values)?;
-        }
+        read_into(&mut self.master, &mut read_weight)?;
         let skipped = loss_scaler.map_or(0, |scaler| scaler.skipped_steps());
         self.optimizer.load_state(step - skipped, read_state)?;
         self.resume_at(step, step - skipped, loss_scaler)
+    }
+
+    /// Other weights of this model, beside those at hand.
+    pub fn read_weights(
+        &self,
+        mut read_weight: impl FnMut(&str, &[usize], &mut [f32]) -> Result<()>,
+    ) -> Result<Parameters> {
+        let mut weights = Parameters::zeros(&Device::cpu(), self.master.layout().clone(), DType::F32)?;
+        read_into(&mut weights, &mut read_weight)?;
+        Ok(weights)
     }
 
     fn refresh_compute(&mut self) -> Result<()> {
@@ -320,6 +325,20 @@ impl From<&quintet_t5::NamedTensor> for NamedSlot {
 }
 
 /// One seed a step for dropout: the finaliser of SplitMix64.
+/// Fills an arena tensor by tensor.
+fn read_into(
+    parameters: &mut Parameters,
+    read: &mut impl FnMut(&str, &[usize], &mut [f32]) -> Result<()>,
+) -> Result<()> {
+    let layout = parameters.layout().clone();
+    for tensor in layout.tensors() {
+        let mut values = vec![0.0; tensor.range.len()];
+        read(&tensor.name, &tensor.shape, &mut values)?;
+        parameters.write(tensor.range.clone(), &values)?;
+    }
+    Ok(())
+}
+
 fn step_seed(seed: u64, step: u64) -> u64 {
     let mut state = seed.wrapping_add(step.wrapping_mul(0x9E37_79B9_7F4A_7C15));
     state = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

@@ -62,16 +62,16 @@ impl Saver {
         Self { directory, keep, under_way: None }
     }
 
-    /// Begins to write an image. The one before must have been waited for.
+    /// Begins to write an image. The one before must have been waited for, and that of step `best` is kept.
     ///
     /// # Errors
     /// [`Error::File`] where the system gives no thread.
-    pub fn begin(&mut self, step: u64, image: Image) -> Result<()> {
+    pub fn begin(&mut self, step: u64, image: Image, best: Option<u64>) -> Result<()> {
         assert!(self.under_way.is_none(), "one checkpoint at a time");
         let (directory, keep) = (self.directory.clone(), self.keep);
         let write = move || {
             image.save(&directory)?;
-            keep.map_or(Ok(()), |keep| checkpoint::prune(&directory, keep))
+            keep.map_or(Ok(()), |keep| checkpoint::prune(&directory, keep, best))
         };
         let thread = std::thread::Builder::new().name("checkpoint".to_owned()).spawn(write);
         self.under_way = Some((step, thread.map_err(Error::file("start a thread for", &self.directory))?));

@@ -13,7 +13,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use quintet_proto::v1::coordinator_client::CoordinatorClient;
-use quintet_proto::v1::{Commit, FromWorker, Heartbeat, Hello, Plan, State, Stop, ToWorker, Welcome, to_worker};
+use quintet_proto::v1::{
+    Commit, FromWorker, Heartbeat, Hello, Interrupted, Plan, State, Stop, ToWorker, Welcome, to_worker,
+};
 use quintet_proto::{FROM_WORKER_BYTES_MAX, PROTOCOL_VERSION, TO_WORKER_BYTES_MAX, TOKEN_BYTES};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -103,6 +105,8 @@ pub struct Session {
     dial: Dial,
     vitals: Arc<Vitals>,
     stream: Stream,
+    /// The stream's reports, for other threads.
+    reports: Arc<Mutex<async_mpsc::WeakUnboundedSender<FromWorker>>>,
 }
 
 /// How to reach the coordinator, and who is calling.
@@ -160,7 +164,8 @@ impl Session {
         let dial = Dial { address, hello };
         let vitals = Arc::new(Vitals::default());
         let (stream, welcome) = Stream::open(&dial, &vitals, CONNECT_TIMEOUT)?;
-        Ok((Self { dial, vitals, stream }, welcome))
+        let reports = Arc::new(Mutex::new(stream.weak_reports()));
+        Ok((Self { dial, vitals, stream, reports }, welcome))
     }
 
     /// Joins again after the stream has broken, trying for as long as `patience`.
@@ -175,6 +180,7 @@ impl Session {
             let timeout = left.clamp(Duration::from_secs(1), CONNECT_TIMEOUT);
             match Stream::open(&self.dial, &self.vitals, timeout) {
                 Ok((stream, welcome)) => {
+                    *self.reports.lock().unwrap_or_else(PoisonError::into_inner) = stream.weak_reports();
                     self.stream = stream;
                     return Ok(welcome);
                 }
@@ -215,6 +221,18 @@ impl Session {
     pub fn send(&self, report: Report) -> Result<()> {
         let message = FromWorker { report: Some(report) };
         self.stream.reports.as_ref().and_then(|reports| reports.send(message).ok()).ok_or_else(ended)
+    }
+
+    /// For another thread: tells the coordinator that this worker's host wants it gone, so that the run is saved while
+    /// there is time. Does nothing when the session has ended.
+    pub fn interrupter(&self) -> impl Fn() + Send + 'static {
+        let reports = Arc::clone(&self.reports);
+        move || {
+            if let Some(reports) = reports.lock().unwrap_or_else(PoisonError::into_inner).upgrade() {
+                // Whoever has left needs to save nothing.
+                let _ = reports.send(FromWorker { report: Some(Report::Interrupted(Interrupted {})) });
+            }
+        }
     }
 
     /// Has `callback` called, on another thread, as soon as the work of `generation` is void: when
@@ -261,6 +279,13 @@ impl Stream {
         let stream = Self { reports: Some(reports), commands, interrupt, goodbye: Some(goodbye), thread: Some(thread) };
         let welcome = admitted.recv().map_err(|_| ended())??;
         Ok((stream, welcome))
+    }
+
+    fn weak_reports(&self) -> async_mpsc::WeakUnboundedSender<FromWorker> {
+        // Only a stream that is dropped has none.
+        self.reports
+            .as_ref()
+            .map_or_else(|| async_mpsc::unbounded_channel().0.downgrade(), |reports| reports.downgrade())
     }
 }
 
@@ -450,7 +475,11 @@ fn refusal(address: SocketAddr, status: &Status) -> SessionError {
     }
 }
 
-fn resolve(url: &str) -> Result<SocketAddr> {
+/// The address that a coordinator's URL means.
+///
+/// # Errors
+/// [`SessionError::Url`].
+pub fn resolve(url: &str) -> Result<SocketAddr> {
     let wrong = |problem: &str| SessionError::Url { url: url.to_owned(), problem: problem.to_owned() };
     let uri: Uri = url.parse().map_err(|_| wrong("it is not a URL"))?;
     if uri.scheme_str() != Some("http") {

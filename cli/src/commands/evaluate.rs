@@ -7,7 +7,7 @@ use std::sync::Arc;
 use quintet_data::{Dataset, Limits, SourceList, Template};
 use quintet_t5::Weights;
 use quintet_worker::evaluation::EvaluationTask;
-use quintet_worker::metrics::{self, Tally};
+use quintet_worker::metrics::{self, Pair};
 use quintet_worker::{EvaluationConfig, Metric};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -16,13 +16,13 @@ use crate::args::EvaluateArguments;
 use crate::commands::{open_model, print_json};
 use crate::device;
 use crate::error::{Failure, Result, exit};
+use crate::job::with_nearest_name;
 use crate::prepare::working_directory;
 
 pub(crate) fn run(arguments: EvaluateArguments) -> Result<u8> {
-    let metrics = parse_metrics(&arguments.metrics)?;
     let result = match &arguments.predictions {
-        Some(path) => score_predictions(path, &metrics)?,
-        None => evaluate_model(&arguments, metrics)?,
+        Some(path) => score_predictions(path, &text_metrics(&arguments.metrics)?)?,
+        None => evaluate_model(&arguments, parse_metrics(&arguments.metrics)?)?,
     };
     if arguments.json {
         print_json(&result);
@@ -37,11 +37,31 @@ pub(crate) fn run(arguments: EvaluateArguments) -> Result<u8> {
     Ok(exit::DONE)
 }
 
+/// The metrics of these names; the loss and exact matches without any.
 fn parse_metrics(names: &[String]) -> Result<Vec<Metric>> {
+    if names.is_empty() {
+        return Ok(vec![Metric::Loss, Metric::ExactMatch]);
+    }
     let parse = |name: &String| {
-        serde_json::from_value(json!(name.trim())).map_err(|error| Failure::bad_input(format!("--metrics: {error}")))
+        serde_json::from_value(json!(name.trim()))
+            .map_err(|error| Failure::bad_input(format!("--metrics: {}", with_nearest_name(&error.to_string()))))
     };
     names.iter().map(parse).collect()
+}
+
+/// Those that texts alone can tell.
+fn text_metrics(names: &[String]) -> Result<Vec<Metric>> {
+    if names.is_empty() {
+        return Ok(vec![Metric::ExactMatch]);
+    }
+    let metrics = parse_metrics(names)?;
+    match metrics.iter().find(|metric| !metric.needs_predictions()) {
+        Some(metric) => Err(Failure::bad_input(format!(
+            "--metrics: {} follows from a model's probabilities, not from texts; give --model instead of predictions",
+            metric.name()
+        ))),
+        None => Ok(metrics),
+    }
 }
 
 fn evaluate_model(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result<Value> {
@@ -81,25 +101,34 @@ fn to_map(scores: Vec<(&'static str, f64)>) -> Map<String, Value> {
     scores.into_iter().map(|(name, value)| (name.to_string(), value.into())).collect()
 }
 
+/// What scoring needs of a line of `predictions.jsonl`.
 #[derive(Deserialize)]
 struct Line {
     prediction: String,
     target: String,
 }
 
-fn score_predictions(path: &Path, metrics: &[Metric]) -> Result<Value> {
+/// The lines of a file of predictions.
+fn read_predictions(path: &Path) -> Result<Vec<Line>> {
     let text = fs::read_to_string(path)
         .map_err(|error| Failure::bad_input(format!("{}: cannot read: {error}", path.display())))?;
-    let mut tally = Tally::default();
-    for (index, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let line: Line = serde_json::from_str(line).map_err(|error| {
+    let parse = |(index, line): (usize, &str)| {
+        serde_json::from_str(line).map_err(|error| {
             let place = format!("{}:{}", path.display(), index + 1);
             Failure::bad_input(format!("{place}: no object with the strings \"prediction\" and \"target\": {error}"))
-        })?;
-        tally.add(&line.prediction, &line.target);
-    }
-    if tally.examples == 0 {
+        })
+    };
+    let lines: Vec<Line> =
+        text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(parse).collect::<Result<_>>()?;
+    if lines.is_empty() {
         return Err(Failure::bad_input(format!("{}: holds no predictions", path.display())));
     }
-    Ok(json!({"examples": tally.examples, "metrics": to_map(metrics::scores(metrics, &tally))}))
+    Ok(lines)
+}
+
+fn score_predictions(path: &Path, metrics: &[Metric]) -> Result<Value> {
+    let lines = read_predictions(path)?;
+    let pairs: Vec<Pair> =
+        lines.iter().map(|line| Pair { prediction: &line.prediction, target: &line.target }).collect();
+    Ok(json!({"examples": pairs.len(), "metrics": to_map(metrics::scores(metrics, &pairs, None))}))
 }

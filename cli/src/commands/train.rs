@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use quintet_coordinator::launch::LocalWorkers;
 
 use crate::args::TrainArguments;
-use crate::commands::coordinator::{RunOptions, Served, serve};
+use crate::commands::coordinator::{RunOptions, Workers, serve};
 use crate::device::Decision;
 use crate::error::{Failure, Result};
 use crate::job::Job;
@@ -19,7 +19,8 @@ pub(crate) fn run(arguments: TrainArguments) -> Result<u8> {
     let prepared = prepare(job, serving)?;
     let workers = prepared.run.settings.workers_expected;
     let address = prepared.job.cluster.listen_address()?;
-    let options = RunOptions { address, json: arguments.json, announce: false, device: Some(device.line()) };
+    let options =
+        RunOptions { address, json: arguments.json, announce: false, by_hand: false, device: Some(device.line()) };
     let served = serve(prepared, &options, |address, token| {
         let executable = std::env::current_exe()
             .map_err(|error| Failure::failed(format!("cannot find this program's own file: {error}")))?;
@@ -37,10 +38,7 @@ pub(crate) fn run(arguments: TrainArguments) -> Result<u8> {
         let interface = ("NCCL_SOCKET_IFNAME", "lo");
         let variables: Vec<_> = [interface].into_iter().filter(|(name, _)| std::env::var_os(name).is_none()).collect();
         let arguments: Vec<_> = (0..workers).map(worker).collect();
-        Ok(Some(LocalWorkers::spawn(&executable, &arguments, &variables, token)?))
+        Ok(Workers::Local(LocalWorkers::spawn(&executable, &arguments, &variables, token)?))
     })?;
-    match served {
-        Served::Ended(code) => Ok(code),
-        Served::Abandoned { reason, .. } => Err(Failure::failed(reason)),
-    }
+    served.exit_code()
 }

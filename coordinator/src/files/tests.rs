@@ -43,6 +43,7 @@ fn record(step: u64) -> Record {
         workers: 2,
         evaluate: false,
         save: false,
+        finish: false,
         last_worker: 1,
     }
 }
@@ -69,8 +70,7 @@ fn lines_are_as_documented() {
     let mut files = run_of(directory.path(), 2);
     let metrics = [("exact_match".to_owned(), 0.25)].into();
     let eval = Event::Eval(EvalMetrics { step: 2, eval_loss: 0.75, metrics });
-    let lost =
-        LostWorker { worker: 1, host: "h".into(), pid: 9, why: "gone".into(), noticed_by: Notice::Connection };
+    let lost = LostWorker { worker: 1, host: "h".into(), pid: 9, why: "gone".into(), noticed_by: Notice::Connection };
     let joined = JoinedWorker { worker: 2, host: "h".into(), pid: 10, healed: true };
     let recovery = Event::Recovery(Recovery {
         step: 3,
@@ -82,7 +82,9 @@ fn lines_are_as_documented() {
         seconds: 0.5,
         micro_batches_recomputed: 4,
     });
-    files.record(&Entry { commit: None, events: vec![Event::Saved { step: 2 }, eval, recovery], record: record(2) }).unwrap();
+    files
+        .record(&Entry { commit: None, events: vec![Event::Saved { step: 2 }, eval, recovery], record: record(2) })
+        .unwrap();
     assert_eq!(
         text(directory.path(), LEDGER),
         r#"{"step":1,"epoch":0,"positions":[0,4],"generation":3,"workers":2,"weights_digest":null}
@@ -97,6 +99,8 @@ fn lines_are_as_documented() {
         r#"{"event":"recovery","step":3,"generation":4,"lost":[{"worker":1,"host":"h","pid":9,"why":"gone","noticed_by":"connection"}],"workers":2,"joined":[{"worker":2,"host":"h","pid":10,"healed":true}],"coordinator_restarted":false,"seconds":0.5,"micro_batches_recomputed":4}"#,
     ];
     assert_eq!(lines, expected);
+    let evaluations = RunFiles::evaluations(directory.path()).unwrap();
+    assert_eq!(evaluations.iter().map(|eval| (eval.step, eval.eval_loss)).collect::<Vec<_>>(), [(2, 0.75)]);
 }
 
 #[test]

@@ -31,6 +31,8 @@ fn settings(workers: u32, steps: u64) -> Settings {
         start_step: 0,
         start_step_generation: 0,
         start_generation: 0,
+        selection: None,
+        past_evaluations: Vec::new(),
     }
 }
 

@@ -83,7 +83,8 @@ impl Machine {
         if self.due.evaluate || self.phase != Phase::Running {
             return;
         }
-        let limit = |least_ms| self.pace.limit_ms(least_ms).map_or(u64::MAX, |ms| ms.min(self.settings.step_timeout_ms));
+        let limit =
+            |least_ms| self.pace.limit_ms(least_ms).map_or(u64::MAX, |ms| ms.min(self.settings.step_timeout_ms));
         if still_ms > limit(WATCHDOG_MIN_MS) {
             let mut hung = self.silent(SILENCE_MS);
             hung.retain(|loss| self.members[&loss.worker].rank.is_some());
@@ -91,7 +92,9 @@ impl Machine {
             if !hung.is_empty() && hung.len() < self.world() as usize {
                 return self.lose(hung);
             }
-            if still_ms > limit(STUCK_MIN_MS) && self.ranks().all(|(_, member)| member.waiting || member.failed.is_some()) {
+            if still_ms > limit(STUCK_MIN_MS)
+                && self.ranks().all(|(_, member)| member.waiting || member.failed.is_some())
+            {
                 // Everybody waits for everybody.
                 self.try_again();
             }

@@ -115,11 +115,12 @@ impl Machine {
         if !self.replicas_agree("the digest of the weights to start with", digest, show) {
             return;
         }
-        let complete = self.committed_step == self.settings.schedule.total_steps;
+        let complete = self.committed_step == self.settings.schedule.total_steps || self.is_out_of_patience();
         self.phase = if complete { Phase::Finishing } else { Phase::Running };
         self.due = Actions {
             digest: !complete && self.settings.digest_steps.is_some(),
             finish: complete,
+            best_step: self.best_step(),
             ..Actions::default()
         };
         let (workers, step) = (self.world(), self.committed_step + 1);
@@ -239,7 +240,8 @@ impl Machine {
 
     /// Takes workers out and goes on with the others, if enough are left.
     pub(super) fn lose(&mut self, losses: Vec<Loss>) {
-        let names: Vec<String> = losses.iter().map(|loss| format!("{}: {}", self.name(loss.worker), loss.why)).collect();
+        let names: Vec<String> =
+            losses.iter().map(|loss| format!("{}: {}", self.name(loss.worker), loss.why)).collect();
         let names = names.join("; ");
         let (mut lost, mut took_part, mut all_had_finished) = (Vec::new(), false, true);
         for Loss { worker, noticed_by, why } in losses {
@@ -357,8 +359,7 @@ impl Machine {
         let digest = |member: &Member| member.finished.clone();
         let show = |digest: &Option<Vec<u8>>| hex(digest.as_deref().unwrap_or_default());
         if self.replicas_agree("the digest of the final weights", digest, show) {
-            let reason = format!("trained to step {}", self.committed_step);
-            self.stop(exit_code::DONE, reason);
+            self.stop(exit_code::DONE, self.success());
         }
     }
 }

@@ -25,6 +25,7 @@
 mod deadlines;
 mod membership;
 mod record;
+mod selection;
 mod steps;
 mod tally;
 mod waiting;
@@ -43,6 +44,8 @@ use self::deadlines::Pace;
 pub use self::record::{
     CommitRecord, Entry, EvalMetrics, Event, JoinedWorker, LostWorker, Notice, Record, Recovery, TrainMetrics,
 };
+pub use self::selection::Selection;
+use self::selection::Tracker;
 use self::waiting::Wait;
 use crate::exit_code;
 
@@ -90,6 +93,10 @@ pub struct Settings {
     pub start_step_generation: u64,
     /// The last generation of the run so far; 0 for a fresh run.
     pub start_generation: u64,
+    /// Which evaluation is the best, and what follows; where anything does.
+    pub selection: Option<Selection>,
+    /// The evaluations up to `start_step`.
+    pub past_evaluations: Vec<EvalMetrics>,
 }
 
 /// What can happen to the machine.
@@ -250,6 +257,8 @@ pub struct Machine {
     committed_generation: u64,
     /// Asked for on the committed step's weights, and not answered yet.
     due: Actions,
+    /// The evaluations so far, where something follows from them.
+    tracker: Option<Tracker>,
     /// Checkpoints under way, and who writes them.
     saving: Vec<u64>,
     saver: Option<WorkerId>,
@@ -293,6 +302,7 @@ impl Machine {
             committed_step: settings.start_step,
             committed_generation: settings.start_step_generation,
             due: Actions::default(),
+            tracker: settings.selection.clone().map(|wanted| Tracker::new(wanted, &settings.past_evaluations)),
             saving: Vec::new(),
             saver: None,
             preempting: false,
@@ -350,6 +360,7 @@ impl Machine {
             Report::Hello(_) => self.stop_on_violation(worker, "said hello twice"),
             Report::Ready(ready) => self.on_ready(worker, ready),
             Report::Linked(linked) => self.on_linked(linked),
+            Report::Interrupted(_) => self.on_preempt(),
             Report::StepDone(done) => self.on_step_done(worker, done),
             Report::NotFinite(report) => self.on_not_finite(worker, &report),
             Report::StepFailed(report) => self.on_step_failed(worker, report),
@@ -437,8 +448,7 @@ impl Machine {
         value: impl Fn(&Member) -> T,
         show: impl Fn(&T) -> String,
     ) -> bool {
-        let answers: Vec<(WorkerId, T)> =
-            self.ranks().map(|(worker, member)| (worker, value(member))).collect();
+        let answers: Vec<(WorkerId, T)> = self.ranks().map(|(worker, member)| (worker, value(member))).collect();
         if answers.windows(2).all(|pair| pair[0].1 == pair[1].1) {
             return true;
         }

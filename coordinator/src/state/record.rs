@@ -1,8 +1,10 @@
 //! What a run remembers: the commit record and the events, as they stand in the run's files.
 //! Names and order of the fields are those of the files.
 
+use std::collections::BTreeMap;
+
 use quintet_proto::v1::Actions;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::WorkerId;
 
@@ -40,15 +42,16 @@ pub struct Record {
     pub evaluate: bool,
     /// A checkpoint is due, or was being written.
     pub save: bool,
+    /// What is left is to write what the run leaves.
+    pub finish: bool,
     /// The highest number that was given to a worker.
     pub last_worker: WorkerId,
 }
 
 impl Record {
-    /// What is due on the committed step of a run of so many.
-    pub(super) fn due(&self, total_steps: u64) -> Actions {
-        let finish = self.committed_step == total_steps;
-        Actions { digest: false, evaluate: self.evaluate, save: self.save, finish }
+    /// What is due on the committed step.
+    pub(super) fn due(&self, best_step: u64) -> Actions {
+        Actions { digest: false, evaluate: self.evaluate, save: self.save, finish: self.finish, best_step }
     }
 }
 
@@ -95,6 +98,8 @@ pub enum Event {
     Train(TrainMetrics),
     /// The model was evaluated.
     Eval(EvalMetrics),
+    /// The run ends, and this evaluation's weights become the final model.
+    Best(EvalMetrics),
     /// A checkpoint is durable.
     Saved {
         /// The step it holds.
@@ -179,15 +184,27 @@ pub struct TrainMetrics {
 }
 
 /// The `eval` event of `metrics.jsonl`.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename = "eval")]
 pub struct EvalMetrics {
     /// The committed step whose weights were evaluated.
     pub step: u64,
     /// Mean over target tokens.
+    #[serde(deserialize_with = "nan_for_null")]
     pub eval_loss: f64,
     /// By name.
-    pub metrics: std::collections::BTreeMap<String, f64>,
+    #[serde(deserialize_with = "nans_for_nulls")]
+    pub metrics: BTreeMap<String, f64>,
+}
+
+/// JSON has no other way to write a number that is none.
+fn nan_for_null<'de, D: Deserializer<'de>>(value: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(value)?.unwrap_or(f64::NAN))
+}
+
+fn nans_for_nulls<'de, D: Deserializer<'de>>(values: D) -> Result<BTreeMap<String, f64>, D::Error> {
+    let values = BTreeMap::<String, Option<f64>>::deserialize(values)?;
+    Ok(values.into_iter().map(|(name, value)| (name, value.unwrap_or(f64::NAN))).collect())
 }
 
 /// The `recovery` event of `metrics.jsonl`: what happened between two commits, in the second's

@@ -96,7 +96,9 @@ struct World {
     trained: Vec<u64>,
     record: Option<Record>,
     saved: u64,
-    model_written: bool,
+    evaluations: Vec<EvalMetrics>,
+    /// With the step whose weights it has, if not those of the end.
+    model_written: Option<u64>,
     // What is expected.
     preempted: bool,
     faults: u32,
@@ -123,7 +125,19 @@ impl World {
             start_step,
             start_step_generation: start_step,
             start_generation: start_step,
+            selection: random.chance(40).then(|| Selection {
+                metric: "loss".to_owned(),
+                greater_is_better: false,
+                load_best_model_at_end: random.chance(50),
+                early_stopping_patience: random.chance(50).then(|| 1 + random.below(3) as u32),
+                early_stopping_threshold: 0.0,
+            }),
             ..settings()
+        };
+        let settings = match settings.eval_steps {
+            Some(_) => settings,
+            // As the configuration sees to it.
+            None => Settings { selection: None, ..settings },
         };
         let generation = Generation { number: settings.start_generation, ..Generation::default() };
         Self {
@@ -138,7 +152,8 @@ impl World {
             trained: Vec::new(),
             record: None,
             saved: settings.start_step,
-            model_written: false,
+            evaluations: Vec::new(),
+            model_written: None,
             preempted: false,
             faults: 0,
             crashes: 0,
@@ -181,7 +196,8 @@ impl World {
     /// A process is started: at the beginning, in place of a dead one, or one too many.
     fn start_process(&mut self) {
         let alive = self.processes.iter().filter(|process| process.life != Life::Dead).count() as u32;
-        let launched = self.settings.restarts_max.is_some() && self.processes.len() as u32 >= self.settings.workers_expected;
+        let launched =
+            self.settings.restarts_max.is_some() && self.processes.len() as u32 >= self.settings.workers_expected;
         if launched || alive >= self.settings.workers_expected && !self.random.chance(2) {
             return;
         }
@@ -223,13 +239,8 @@ impl World {
         }
         let worker = self.next_worker;
         self.next_worker += 1;
-        let stream = Stream {
-            process,
-            commands: VecDeque::new(),
-            reports: VecDeque::new(),
-            past: Vec::new(),
-            open: true,
-        };
+        let stream =
+            Stream { process, commands: VecDeque::new(), reports: VecDeque::new(), past: Vec::new(), open: true };
         self.streams.insert(worker, stream);
         let running = &mut self.processes[process];
         (running.worker, running.lease, running.generation) = (Some(worker), None, 0);
@@ -293,7 +304,11 @@ impl World {
             (Some((worker, left)), exited) => {
                 let reports = &mut self.streams.get_mut(&worker).unwrap().reports;
                 let exited = exited.into_iter();
-                let both: Vec<Input> = if exit_first { exited.chain([left]).collect() } else { [left].into_iter().chain(exited).collect() };
+                let both: Vec<Input> = if exit_first {
+                    exited.chain([left]).collect()
+                } else {
+                    [left].into_iter().chain(exited).collect()
+                };
                 reports.extend(both);
             }
             (None, Some(exited)) => self.input(exited),
@@ -345,9 +360,13 @@ impl World {
             Some(record) => {
                 let last = self.committed();
                 assert_eq!((record.committed_step, record.committed_generation), (last.step, last.generation));
-                Machine::take_over(self.settings.clone(), record)
+                let past_evaluations = self.evaluations.clone();
+                Machine::take_over(Settings { past_evaluations, ..self.settings.clone() }, record)
             }
-            None => Machine::new(self.settings.clone()),
+            None => {
+                let past_evaluations = self.evaluations.clone();
+                Machine::new(Settings { past_evaluations, ..self.settings.clone() })
+            }
         };
         self.machine = Some(machine);
     }
@@ -428,7 +447,9 @@ impl World {
         let (generation, rank) = (process.generation, process.rank);
         let step = process.held.map_or(0, |held| held.step);
         if rank == 0 && actions.evaluate {
-            self.say(id, Report::Evaluated(Evaluated { step, loss: 1.0, metrics: BTreeMap::new() }));
+            // The same for the same weights, and as good as drawn.
+            let loss = (step.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as f64;
+            self.say(id, Report::Evaluated(Evaluated { step, loss, metrics: BTreeMap::new() }));
         }
         if rank == 0 && actions.save && self.processes[id].saving != Some(step) {
             self.end_save(id);
@@ -438,7 +459,9 @@ impl World {
             self.end_save(id);
         }
         if actions.finish {
-            self.model_written |= rank == 0;
+            if rank == 0 {
+                self.model_written = Some(actions.best_step);
+            }
             self.say(id, Report::Finished(Finished { generation, weights_digest: vec![step as u8] }));
         }
     }
@@ -566,6 +589,7 @@ impl World {
         let generation = self.record.as_ref().map_or(0, |record| record.generation);
         self.ledger.retain(|record| record.step <= self.saved);
         self.trained.retain(|&step| step <= self.saved);
+        self.evaluations.retain(|eval| eval.step <= self.saved);
         let saved_generation = self.ledger.iter().find(|record| record.step == self.saved).map(|r| r.generation);
         if let Some(saved_generation) = saved_generation {
             (self.settings.start_step, self.settings.start_step_generation) = (self.saved, saved_generation);
@@ -586,6 +610,7 @@ impl World {
         for event in &entry.events {
             match event {
                 Event::Train(metrics) => self.trained.push(metrics.step),
+                Event::Eval(metrics) => self.evaluations.push(metrics.clone()),
                 Event::Recovery(recovery) => assert_eq!(Some(recovery.step), self.ledger.last().map(|last| last.step)),
                 _ => {}
             }
@@ -663,16 +688,27 @@ impl World {
         assert!(self.trained.iter().copied().eq(self.ledger.iter().map(|record| record.step)), "metrics and ledger");
         match code {
             exit_code::DONE => {
-                assert_eq!(committed, total);
-                assert!(self.model_written, "done without a model");
-                assert!(self.settings.save_steps.is_none() || self.saved == total || self.ledger.is_empty());
+                let selection = self.settings.selection.as_ref();
+                let losses = self.evaluations.iter().rev();
+                let best = losses.min_by(|a, b| a.eval_loss.total_cmp(&b.eval_loss)).map_or(0, |best| best.step);
+                let loads = selection.is_some_and(|selection| selection.load_best_model_at_end);
+                assert_eq!(self.model_written.expect("done without a model"), if loads { best } else { 0 });
+                assert!(self.settings.save_steps.is_none() || self.saved == committed || self.ledger.is_empty());
+                let patience = selection.and_then(|selection| selection.early_stopping_patience);
+                // Nothing was better than the best in so many evaluations, and in no fewer.
+                let after_best = self.evaluations.iter().filter(|evaluation| evaluation.step > best).count();
+                assert!(patience.is_none_or(|patience| after_best <= patience as usize), "stopped late");
+                let out = patience.is_some_and(|patience| after_best == patience as usize);
+                assert!(committed == total || out, "stopped at {committed} of {total}: {reason}");
             }
             exit_code::PREEMPTED => assert!(self.preempted),
             exit_code::TOO_FEW_WORKERS => assert!(self.faults > 0, "{reason}"),
             // Members that hang while the others wait are not always told from those who wait.
             exit_code::FAILURE => assert!(
                 self.faults > 0
-                    && ["failed 3 times", "no progress", "before it joined", "disk full"].iter().any(|text| reason.contains(text)),
+                    && ["failed 3 times", "no progress", "before it joined", "disk full"]
+                        .iter()
+                        .any(|text| reason.contains(text)),
                 "{reason}"
             ),
             _ => panic!("exit code {code}: {reason}"),
@@ -704,11 +740,12 @@ fn whatever_happens_every_step_is_committed_once_and_the_run_ends() {
         events += count;
         *ends.entry(world.end.unwrap()).or_default() += 1;
         recovered += u64::from(world.faults > 0 && world.end == Some(0));
-        (crashes, abandoned, healed) =
-            (crashes + world.crashes, abandoned + world.abandoned, healed + world.healed);
+        (crashes, abandoned, healed) = (crashes + world.crashes, abandoned + world.abandoned, healed + world.healed);
     }
     // The simulation is worth its name only if it meets all of it.
-    let met = format!("{events} events, {recovered} runs recovered, {crashes} crashes, {abandoned} abandoned, {healed} healed, {ends:?}");
+    let met = format!(
+        "{events} events, {recovered} runs recovered, {crashes} crashes, {abandoned} abandoned, {healed} healed, {ends:?}"
+    );
     assert!(events > 1_000_000 && recovered > 500 && crashes > 1_000 && abandoned > 20 && healed > 500, "{met}");
     for code in [exit_code::DONE, exit_code::TOO_FEW_WORKERS, exit_code::PREEMPTED] {
         assert!(ends.get(&code).is_some_and(|&runs| runs > 20), "{met}");

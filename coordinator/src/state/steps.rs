@@ -2,6 +2,7 @@
 
 use quintet_proto::v1::{Actions, Commit, Evaluated, NotFinite, SaveFailed, Saved, StepDone, to_worker::Command};
 
+use super::selection::Tracker;
 use super::tally::tally;
 use super::{CommitRecord, Effect, Entry, EvalMetrics, Event, Machine, Member, Phase, Record, Recovery, TrainMetrics};
 use super::{WorkerId, hex};
@@ -127,7 +128,8 @@ impl Machine {
             ranks.push((worker, rank));
         }
         // Who is ready by now takes part from here on.
-        let grows = self.phase == Phase::Running && self.members.values().any(|m| m.rank.is_none() && m.ready.is_some());
+        let grows =
+            self.phase == Phase::Running && self.members.values().any(|m| m.rank.is_none() && m.ready.is_some());
         if !grows {
             self.count_save(ranks[0].0);
         }
@@ -165,6 +167,7 @@ impl Machine {
             workers: self.world(),
             evaluate: self.due.evaluate,
             save: self.due.save || !self.saving.is_empty(),
+            finish: self.due.finish,
             last_worker: self.last_worker,
         };
         self.effects.push(Effect::Record(Entry { commit, events, record }));
@@ -190,9 +193,43 @@ impl Machine {
             digest: !last && !preempted && due(self.settings.digest_steps),
             // One who preempts has little patience.
             evaluate: !preempted && due(self.settings.eval_steps),
-            save: preempted || due(self.settings.save_steps),
-            finish: last,
+            save: preempted || due(self.settings.save_steps) || (self.selects_model() && due(self.settings.eval_steps)),
+            // Where the last evaluation may turn out the best, not before its result.
+            finish: last && !self.selects_model(),
+            best_step: self.best_step(),
         }
+    }
+
+    fn selects_model(&self) -> bool {
+        self.settings.selection.as_ref().is_some_and(|selection| selection.load_best_model_at_end)
+    }
+
+    /// The step whose weights are to become the final model, as far as is known; 0 for none.
+    pub(super) fn best_step(&self) -> u64 {
+        self.tracker.as_ref().and_then(|tracker| tracker.best()).map_or(0, |best| best.step)
+    }
+
+    pub(super) fn is_out_of_patience(&self) -> bool {
+        self.tracker.as_ref().is_some_and(Tracker::is_out_of_patience)
+    }
+
+    /// Ends the run after an evaluation, with the committed step as its last: one in flight, which nobody has applied, is
+    /// void.
+    fn conclude(&mut self) {
+        self.phase = Phase::Finishing;
+        let save = self.due.save || self.settings.save_steps.is_some();
+        self.due = Actions { save, finish: true, best_step: self.best_step(), ..Actions::default() };
+        if let Some(best) = self.tracker.as_ref().and_then(|tracker| tracker.best()) {
+            self.event(Event::Best(best.clone()));
+        }
+        self.plan();
+    }
+
+    /// How the run ended well, for people.
+    pub(super) fn success(&self) -> String {
+        let early = self.tracker.as_ref().filter(|_| self.committed_step < self.settings.schedule.total_steps);
+        let why = early.map_or(String::new(), |tracker| format!(", early: {}", tracker.describe()));
+        format!("trained to step {}{why}", self.committed_step)
     }
 
     pub(super) fn on_not_finite(&mut self, worker: WorkerId, report: &NotFinite) {
@@ -216,7 +253,14 @@ impl Machine {
             self.due.evaluate = false;
             self.progress_ms = self.now_ms;
             let eval = EvalMetrics { step: report.step, eval_loss: report.loss, metrics: report.metrics };
+            if let Some(tracker) = &mut self.tracker {
+                tracker.observe(&eval);
+            }
             self.persist(None, vec![Event::Eval(eval)]);
+            let awaited = self.phase == Phase::Finishing && !self.due.finish;
+            if awaited || (self.phase == Phase::Running && self.is_out_of_patience()) {
+                self.conclude();
+            }
         }
     }
 

@@ -2,7 +2,8 @@
 
 use quintet_data::TrainingLength;
 use quintet_proto::v1::{
-    Evaluated, Failed, Finished, Heartbeat, Lease, Linked, MicroBatch, NotFinite, SaveFailed, Saved, StepFailed,
+    Evaluated, Failed, Finished, Heartbeat, Interrupted, Lease, Linked, MicroBatch, NotFinite, SaveFailed, Saved,
+    StepFailed,
 };
 
 use super::*;
@@ -25,6 +26,8 @@ pub(super) fn settings() -> Settings {
         start_step: 0,
         start_step_generation: 0,
         start_generation: 0,
+        selection: None,
+        past_evaluations: Vec::new(),
     }
 }
 
@@ -179,6 +182,7 @@ fn event_line(event: &Event) -> String {
         Event::Started { workers, step } => format!("started with {workers} at step {step}"),
         Event::Train(m) => format!("train {} loss {} examples {}", m.step, m.loss, m.examples),
         Event::Eval(m) => format!("eval {} loss {}", m.step, m.eval_loss),
+        Event::Best(m) => format!("best {} loss {}", m.step, m.eval_loss),
         Event::Saved { step } => format!("saved {step}"),
         Event::SaveFailed { step, problem } => format!("not saved {step}: {problem}"),
         Event::StorageFull { .. } => unreachable!("the shell finds that out"),
@@ -211,7 +215,8 @@ fn command_line(command: &Command) -> String {
     let actions = |a: &Option<Actions>| {
         let a = a.unwrap_or_default();
         let names = [(a.digest, " digest"), (a.evaluate, " evaluate"), (a.save, " save"), (a.finish, " finish")];
-        names.iter().filter(|(on, _)| *on).map(|(_, name)| *name).collect::<String>()
+        let best = if a.best_step > 0 { format!(" best {}", a.best_step) } else { String::new() };
+        names.iter().filter(|(on, _)| *on).map(|(_, name)| *name).collect::<String>() + &best
     };
     let next = |lease: &Option<Lease>| match lease {
         Some(l) => format!(", next {} micro-batches {:?}", l.step, l.first_micro_batch..l.last_exclusive),
@@ -434,6 +439,7 @@ fn who_holds_nothing_waits_for_one_who_does_or_the_run_is_abandoned() {
         workers: 2,
         evaluate: false,
         save: false,
+        finish: false,
         last_worker: 1,
     };
     let mut script = Script::new(settings());
@@ -710,6 +716,11 @@ fn a_preempted_run_saves_and_is_75() {
          1 <- stop 75
          stop 75: preempted; step 1 is saved, --resume goes on from it",
     );
+    // A worker whose host is told to stop does the same.
+    let mut told = Script::started(settings());
+    assert_lines(told.report(1, Report::Interrupted(Interrupted {})), "");
+    told.done(0, 1, 1, 0..1);
+    assert!(told.done(1, 1, 1, 1..2).contains(&"0 <- commit 1 save".to_owned()));
     let mut early = Script::new(settings());
     assert_lines(early.input(Input::Preempt), "stop 75: preempted before training began: nothing to save");
 }
@@ -833,4 +844,114 @@ fn the_loss_does_not_depend_on_the_number_of_workers() {
         })
         .collect();
     assert!(losses.iter().all(|loss| loss.to_bits() == losses[0].to_bits()), "{losses:?}");
+}
+
+/// Compares by the loss, and evaluates after every step.
+fn selecting(load_best_model_at_end: bool, early_stopping_patience: Option<u32>) -> Settings {
+    let selection = Selection {
+        metric: "loss".to_owned(),
+        greater_is_better: false,
+        load_best_model_at_end,
+        early_stopping_patience,
+        early_stopping_threshold: 0.0,
+    };
+    Settings { eval_steps: Some(1), save_steps: Some(100), selection: Some(selection), ..settings() }
+}
+
+fn evaluated(step: u64, loss: f64) -> Report {
+    Report::Evaluated(Evaluated { step, loss, metrics: Default::default() })
+}
+
+#[test]
+fn a_run_that_gets_no_better_ends_early_and_in_order() {
+    let mut script = Script::started(selecting(false, Some(1)));
+    script.done(0, 1, 1, 0..1);
+    script.done(1, 1, 1, 1..2);
+    assert_lines(script.report(0, evaluated(1, 0.5)), "eval 1 loss 0.5");
+    script.done(0, 1, 2, 0..1);
+    script.done(1, 1, 2, 1..2);
+    // Step 3 is under way, and void: the run ends with step 2.
+    assert_lines(
+        script.report(0, evaluated(2, 0.75)),
+        "eval 2 loss 0.75
+         0 <- plan 2 rank 0 of 2 after 2 save finish
+         1 <- plan 2 rank 1 of 2 after 2 save finish",
+    );
+    assert_lines(script.done(0, 1, 3, 0..0), "");
+    assert_lines(script.report(0, Report::Saved(Saved { step: 2 })), "saved 2");
+    let finished = Report::Finished(Finished { generation: 2, weights_digest: vec![9] });
+    assert_lines(script.report(0, finished.clone()), "");
+    assert_lines(
+        script.report(1, finished),
+        "0 <- stop 0
+         1 <- stop 0
+         stop 0: trained to step 2, early: loss has not become better in 1 evaluations; the best was 0.5000 after step 1",
+    );
+}
+
+#[test]
+fn the_best_checkpoint_is_kept_and_becomes_the_model_after_the_last_evaluation() {
+    let mut script = Script::started(selecting(true, None));
+    script.done(0, 1, 1, 0..1);
+    assert_lines(
+        script.done(1, 1, 1, 1..2),
+        "ledger 1 epoch 0 positions [0, 4] generation 1 workers 2 digest -
+         train 1 loss 0.75 examples 4
+         0 <- commit 1 evaluate save, next 2 micro-batches 0..1
+         1 <- commit 1 evaluate save, next 2 micro-batches 1..2",
+    );
+    script.report(0, evaluated(1, 0.5));
+    script.report(0, Report::Saved(Saved { step: 1 }));
+    script.done(0, 1, 2, 0..1);
+    assert_lines(
+        script.done(1, 1, 2, 1..2)[2..].to_vec(),
+        "0 <- commit 2 evaluate save best 1, next 3 micro-batches 0..0
+         1 <- commit 2 evaluate save best 1, next 3 micro-batches 0..1",
+    );
+    script.report(0, evaluated(2, 0.75));
+    script.report(0, Report::Saved(Saved { step: 2 }));
+    script.done(0, 1, 3, 0..0);
+    assert_lines(
+        script.done(1, 1, 3, 0..1)[2..].to_vec(),
+        "0 <- commit 3 evaluate save best 1
+         1 <- commit 3 evaluate save best 1",
+    );
+    assert_lines(
+        script.report(0, evaluated(3, 0.75)),
+        "eval 3 loss 0.75
+         best 1 loss 0.5
+         0 <- plan 2 rank 0 of 2 after 3 save finish best 1
+         1 <- plan 2 rank 1 of 2 after 3 save finish best 1",
+    );
+}
+
+#[test]
+fn a_resumed_run_remembers_what_was_best() {
+    let past = [(1, 0.5), (2, 0.75)];
+    let past_evaluations: Vec<EvalMetrics> =
+        past.map(|(step, eval_loss)| EvalMetrics { step, eval_loss, metrics: Default::default() }).into();
+    let resumed = |selecting: Settings| Settings {
+        start_step: 2,
+        start_generation: 1,
+        past_evaluations: past_evaluations.clone(),
+        ..selecting
+    };
+    // Out of patience already: nothing is left but to finish.
+    let mut script = Script::new(resumed(selecting(true, Some(1))));
+    script.join(0);
+    script.join(1);
+    script.report(0, ready(2));
+    assert_lines(
+        script.report(1, ready(2)),
+        "started with 2 at step 3
+         0 <- plan 2 rank 0 of 2 after 2 finish best 1
+         1 <- plan 2 rank 1 of 2 after 2 finish best 1",
+    );
+    let mut script = Script::started(resumed(selecting(true, Some(2))));
+    script.done(0, 2, 3, 0..0);
+    assert_lines(
+        script.done(1, 2, 3, 0..1)[2..].to_vec(),
+        "0 <- commit 3 evaluate save best 1
+         1 <- commit 3 evaluate save best 1",
+    );
 }

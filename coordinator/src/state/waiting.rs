@@ -36,7 +36,7 @@ impl Machine {
         machine.generation = record.generation;
         machine.committed_step = record.committed_step;
         machine.committed_generation = record.committed_generation;
-        machine.due = record.due(machine.settings.schedule.total_steps);
+        machine.due = record.due(machine.best_step());
         machine.phase = Phase::Waiting;
         machine.took_over = true;
         let cause = "the coordinator came back".to_owned();
@@ -47,7 +47,8 @@ impl Machine {
 
     /// What the committed step asks for: computing the next, or what a run leaves.
     fn phase_at_committed(&self) -> Phase {
-        match (self.committed_step == self.settings.schedule.total_steps, self.preempting) {
+        let last = self.committed_step == self.settings.schedule.total_steps || self.due.finish;
+        match (last, self.preempting) {
             (true, _) => Phase::Finishing,
             (false, true) => Phase::Preempted,
             (false, false) => Phase::Running,
@@ -75,7 +76,8 @@ impl Machine {
         self.go_on_if_possible();
         if self.phase == Phase::Waiting {
             let (ready, needed) = (self.members.len() as u32, self.workers_needed());
-            let timeout_ms = if self.is_held() { self.settings.join_timeout_ms } else { self.settings.reconnect_timeout_ms };
+            let timeout_ms =
+                if self.is_held() { self.settings.join_timeout_ms } else { self.settings.reconnect_timeout_ms };
             self.event(Event::Waiting { workers: ready, needed, seconds: timeout_ms as f64 / 1000.0 });
         }
     }
@@ -173,6 +175,9 @@ impl Machine {
         if self.phase == Phase::Gathering {
             let code = code.filter(|&code| code != 0).unwrap_or(exit_code::FAILURE);
             return self.stop(code, format!("worker process {pid} ended before it joined: {why}"));
+        }
+        if self.settings.restarts_max.is_none() {
+            return; // Not to be replaced from here.
         }
         if let Some(index) = self.retired.iter().position(|&retired| retired == pid) {
             self.retired.swap_remove(index);

@@ -124,7 +124,7 @@ fn an_absent_directory_has_no_checkpoint() {
     let directory = tempfile::tempdir().unwrap();
     let absent = directory.path().join("checkpoints");
     assert_eq!(latest_step(&absent), None);
-    prune(&absent, 1).unwrap();
+    prune(&absent, 1, None).unwrap();
     remove_leftovers(&absent).unwrap();
 }
 
@@ -234,8 +234,27 @@ fn pruning_keeps_the_newest() {
         save_step(directory, step);
     }
     fs::write(directory.join("notes.txt"), "not ours").unwrap();
-    prune(directory, 2).unwrap();
+    prune(directory, 2, None).unwrap();
     assert_eq!(names(directory), ["notes.txt", "step-00000200", "step-100000000"]);
-    prune(directory, 2).unwrap();
+    prune(directory, 2, None).unwrap();
     assert_eq!(latest_step(directory), Some(100_000_000));
+}
+
+#[test]
+fn pruning_keeps_the_best() {
+    for (keep, best, kept) in [
+        (1, Some(20), &[20, 40][..]),
+        (2, Some(20), &[20, 40]),
+        (3, Some(10), &[10, 30, 40]),
+        (2, Some(40), &[30, 40]),
+        (2, Some(99), &[30, 40]),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        for step in [10, 20, 30, 40] {
+            save_step(directory.path(), step);
+        }
+        prune(directory.path(), keep, best).unwrap();
+        let expected: Vec<String> = kept.iter().map(|&step| name_of(step)).collect();
+        assert_eq!(names(directory.path()), expected, "{keep}, {best:?}");
+    }
 }

@@ -35,6 +35,8 @@ pub struct LocalWorkers {
     started: HashMap<u32, (Vec<OsString>, oneshot::Sender<()>)>,
     /// Dropped to have all killed.
     alive: watch::Sender<()>,
+    /// Changed to have all told to stop.
+    terminate: watch::Sender<()>,
     report: mpsc::UnboundedSender<Death>,
     deaths: mpsc::UnboundedReceiver<Death>,
 }
@@ -65,9 +67,10 @@ impl LocalWorkers {
     ) -> Result<Self> {
         let (report, deaths) = mpsc::unbounded_channel();
         let (alive, _) = watch::channel(());
+        let (terminate, _) = watch::channel(());
         let variables = variables.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect();
         let launch = Launch { executable: executable.to_owned(), variables, run_token: run_token.clone() };
-        let mut workers = Self { launch, started: HashMap::new(), alive, report, deaths };
+        let mut workers = Self { launch, started: HashMap::new(), alive, terminate, report, deaths };
         arguments.iter().try_for_each(|arguments| workers.start(arguments.clone()))?;
         Ok(workers)
     }
@@ -92,7 +95,8 @@ impl LocalWorkers {
             .map_err(|source| Error::Spawn { executable: self.launch.executable.clone(), source })?;
         let Some(pid) = child.id() else { return Ok(()) };
         let (kill, killed) = oneshot::channel();
-        tokio::spawn(supervise(child, pid, self.alive.subscribe(), killed, self.report.clone()));
+        let signals = Signals { alive: self.alive.subscribe(), terminate: self.terminate.subscribe(), killed };
+        tokio::spawn(supervise(child, pid, signals, self.report.clone()));
         self.started.insert(pid, (arguments, kill));
         Ok(())
     }
@@ -100,6 +104,12 @@ impl LocalWorkers {
     /// The next process to end.
     pub async fn next_death(&mut self) -> Option<Death> {
         self.deaths.recv().await
+    }
+
+    /// Sends SIGTERM to all that run, on Linux; a worker passes it on to its coordinator.
+    pub fn terminate(&self) {
+        // Without workers that run there is nobody to tell.
+        let _ = self.terminate.send(());
     }
 
     /// Waits until all have ended; after `grace`, kills what still runs. A worker that is told to stop may be in the
@@ -137,7 +147,7 @@ impl Launch {
 /// A coordinator that is killed closes no stream in order: have the kernel end its workers. (They
 /// also end by themselves when their stream breaks; this holds for one stuck in a computation.)
 #[cfg(target_os = "linux")]
-fn die_with_parent(command: &mut Command) {
+pub(super) fn die_with_parent(command: &mut Command) {
     use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
     let parent = rustix::process::getpid();
@@ -151,21 +161,28 @@ fn die_with_parent(command: &mut Command) {
     unsafe { command.pre_exec(in_child) };
 }
 
-async fn supervise(
-    mut child: Child,
-    pid: u32,
-    mut alive: watch::Receiver<()>,
+/// What a process may be told.
+struct Signals {
+    alive: watch::Receiver<()>,
+    terminate: watch::Receiver<()>,
     killed: oneshot::Receiver<()>,
-    report: mpsc::UnboundedSender<Death>,
-) {
-    // Nothing is ever sent: the senders are dropped.
-    let end = async { tokio::select! { _ = alive.changed() => {}, _ = killed => {} } };
-    let status = tokio::select! {
-        status = child.wait() => status,
-        () = end => match child.kill().await {
-            Ok(()) => child.wait().await,
-            Err(error) => Err(error),
-        },
+}
+
+async fn supervise(mut child: Child, pid: u32, signals: Signals, report: mpsc::UnboundedSender<Death>) {
+    let Signals { mut alive, mut terminate, mut killed } = signals;
+    let status = loop {
+        tokio::select! {
+            biased;
+            status = child.wait() => break status,
+            // Nothing is ever sent: the senders are gone.
+            _ = async { tokio::select! { _ = alive.changed() => {}, _ = &mut killed => {} } } => {
+                break match child.kill().await {
+                    Ok(()) => child.wait().await,
+                    Err(error) => Err(error),
+                };
+            }
+            Ok(()) = terminate.changed() => send_terminate(&child),
+        }
     };
     let death = match status {
         Ok(status) => Death { pid, exit_code: exit_code(status), status: status.to_string() },
@@ -174,6 +191,20 @@ async fn supervise(
     // Nobody listens any more when the run is over.
     let _ = report.send(death);
 }
+
+/// The child has not been waited for, so that its number is still its own.
+#[cfg(target_os = "linux")]
+fn send_terminate(child: &Child) {
+    use rustix::process::{Pid, Signal, kill_process};
+
+    if let Some(pid) = child.id().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)) {
+        // One that has just ended needs no signal.
+        let _ = kill_process(pid, Signal::TERM);
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn send_terminate(_: &Child) {}
 
 fn exit_code(status: ExitStatus) -> Option<u32> {
     status.code().and_then(|code| u32::try_from(code).ok())
@@ -216,6 +247,18 @@ mod tests {
         let workers = shell("exec tail -f /dev/null", 2);
         // Returns only when every child was reaped.
         workers.end(Duration::ZERO).await;
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn all_can_be_told_to_stop() {
+        let mut workers = shell("trap 'exit 75' TERM; while :; do sleep 0.01; done", 2);
+        for _ in 0..2 {
+            // The trap may not be set yet, but then the signal ends the shell.
+            workers.terminate();
+            let death = workers.next_death().await.unwrap();
+            assert!(death.exit_code == Some(75) || death.status.contains("SIGTERM"), "{}", death.status);
+        }
     }
 
     #[tokio::test]

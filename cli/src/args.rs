@@ -25,10 +25,14 @@ pub(crate) enum Command {
     Coordinator(CoordinatorArguments),
     /// The half of a run that computes.
     Worker(WorkerArguments),
+    /// Join tokens for a run that listens beyond this machine, one a line.
+    Tokens(TokensArguments),
     /// Loss and metrics of a model on a file, or of predictions.
     Evaluate(EvaluateArguments),
     /// Text out of a model.
     Generate(GenerateArguments),
+    /// A model with an adapter folded into it, as a model directory.
+    Merge(MergeArguments),
     /// Look at a data source, or write a built-in one as JSON lines.
     Data(DataArguments),
     /// Measure.
@@ -109,6 +113,10 @@ pub(crate) struct CoordinatorArguments {
     /// Where workers reach this coordinator.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) listen: Option<SocketAddr>,
+    /// Directory of the run's certificate authority; by default "security" in the output directory. Made where there is
+    /// none.
+    #[arg(long, value_name = "DIR", conflicts_with = "insecure_plaintext")]
+    pub(crate) authority: Option<PathBuf>,
     /// Allow plain text beyond this machine: anyone on the network can then read and join the run.
     #[arg(long)]
     pub(crate) insecure_plaintext: bool,
@@ -119,8 +127,9 @@ pub(crate) struct CoordinatorArguments {
 
 #[derive(Args, Default)]
 pub(crate) struct WorkerArguments {
-    /// The URL that the coordinator printed; else QUINTET_COORDINATOR, or MASTER_ADDR and MASTER_PORT. The run's token is
-    /// read from QUINTET_RUN_TOKEN.
+    /// The URL that the coordinator printed; else QUINTET_COORDINATOR, or MASTER_ADDR and MASTER_PORT. For https, a
+    /// join token is read from QUINTET_JOIN_TOKEN or from the file that QUINTET_JOIN_TOKEN_FILE names, one a line; for http,
+    /// the run's token from QUINTET_RUN_TOKEN.
     #[arg(long, value_name = "URL")]
     pub(crate) coordinator: Option<String>,
     /// Join by the file that a launcher wrote; "-" reads it from standard input, and ends when that does.
@@ -132,6 +141,9 @@ pub(crate) struct WorkerArguments {
     /// Start so many workers here, which share the cores and take a GPU each.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) nproc_per_node: Option<u32>,
+    /// The line of the file of join tokens to begin with, from 0. Lines that were used are passed over.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) token_index: usize,
     /// Where to compute; what the job says by default.
     #[arg(long, value_enum)]
     pub(crate) device: Option<DeviceChoice>,
@@ -150,10 +162,24 @@ pub(crate) struct WorkerArguments {
 }
 
 #[derive(Args)]
+pub(crate) struct TokensArguments {
+    /// Directory of the run's certificate authority: "security" in its output directory. Made where there is none.
+    pub(crate) authority: PathBuf,
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) count: u32,
+    /// How long they are good.
+    #[arg(long, value_name = "HOURS", default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=87_600))]
+    pub(crate) hours: u32,
+}
+
+#[derive(Args)]
 pub(crate) struct EvaluateArguments {
-    /// A model directory in Hugging Face's layout.
+    /// A model directory in Hugging Face's layout, or an adapter that names its model.
     #[arg(long, value_name = "DIR", required_unless_present = "predictions")]
     pub(crate) model: Option<PathBuf>,
+    /// An adapter of that model, in PEFT's layout.
+    #[arg(long, value_name = "DIR", requires = "model")]
+    pub(crate) adapter: Option<PathBuf>,
     /// The examples.
     #[arg(long, value_name = "FILE", required_unless_present = "predictions")]
     pub(crate) data: Option<String>,
@@ -192,9 +218,12 @@ pub(crate) struct EvaluateArguments {
 
 #[derive(Args)]
 pub(crate) struct GenerateArguments {
-    /// A model directory in Hugging Face's layout.
+    /// A model directory in Hugging Face's layout, or an adapter that names its model.
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
+    /// An adapter of that model, in PEFT's layout.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: Option<PathBuf>,
     /// A tokenizer other than the model's.
     #[arg(long)]
     pub(crate) tokenizer: Option<String>,
@@ -218,6 +247,22 @@ pub(crate) struct GenerateArguments {
 }
 
 #[derive(Args)]
+pub(crate) struct MergeArguments {
+    /// A model directory in Hugging Face's layout, or an adapter that names its model.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// An adapter of that model, in PEFT's layout.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: Option<PathBuf>,
+    /// A tokenizer other than the model's.
+    #[arg(long)]
+    pub(crate) tokenizer: Option<String>,
+    /// The new model directory.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) output: PathBuf,
+}
+
+#[derive(Args)]
 pub(crate) struct DataArguments {
     #[command(subcommand)]
     pub(crate) command: DataCommand,
@@ -225,20 +270,49 @@ pub(crate) struct DataArguments {
 
 #[derive(Subcommand)]
 pub(crate) enum DataCommand {
-    /// The first records of a source, and its number of records.
+    /// The first records of a source and their number; or the first examples of a job, what its filters left out, the
+    /// shares of its mixture, and lengths in tokens.
     Inspect {
-        /// A file, a glob, or "builtin:cmudict".
-        source: String,
+        #[command(flatten)]
+        job: DataJobArguments,
         #[arg(long, default_value_t = 3)]
         records: usize,
     },
+    /// Tokenize a job's examples ahead; training on the same data then reads the tokens.
+    Prepare {
+        #[command(flatten)]
+        job: DataJobArguments,
+        /// Print the result as one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
     /// Write a source as JSON lines.
     Export {
-        /// A file, a glob, or "builtin:cmudict".
+        /// A file, a glob, a folder of a data set, or "builtin:cmudict".
         source: String,
         #[arg(long, value_name = "FILE")]
         output: PathBuf,
     },
+}
+
+/// A job file of which only the data matters.
+#[derive(Args)]
+pub(crate) struct DataJobArguments {
+    /// The job file; to inspect also a file, a glob, a folder of a data set, or "builtin:cmudict".
+    pub(crate) job: PathBuf,
+    /// The run's folder, instead of the job's output_dir.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) output: Option<PathBuf>,
+    /// Override a value of the job file; may be given several times.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub(crate) overrides: Vec<String>,
+}
+
+impl DataJobArguments {
+    pub(crate) fn as_job(&self) -> JobArguments {
+        let (job, output, overrides) = (self.job.clone(), self.output.clone(), self.overrides.clone());
+        JobArguments { job, output, resume: false, overrides, workers: None, device: None }
+    }
 }
 
 #[derive(Args)]
@@ -251,6 +325,26 @@ pub(crate) struct BenchArguments {
 pub(crate) enum BenchCommand {
     /// A training step: forward, backward, clipping and AdamW.
     Step(BenchStepArguments),
+    /// Loading and tokenizing a job's examples: its speed, and how long training at a given speed waits for it.
+    Data(BenchDataArguments),
+}
+
+#[derive(Args)]
+pub(crate) struct BenchDataArguments {
+    #[command(flatten)]
+    pub(crate) job: DataJobArguments,
+    /// Threads that tokenize; a worker has one.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) threads: usize,
+    /// How fast training consumes tokens.
+    #[arg(long, default_value_t = 100_000)]
+    pub(crate) tokens_per_second: u64,
+    /// How long to measure each.
+    #[arg(long, default_value_t = 3.0)]
+    pub(crate) seconds: f64,
+    /// Print one JSON object a row.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Args)]
@@ -275,6 +369,9 @@ pub(crate) struct BenchStepArguments {
     pub(crate) precision: Option<String>,
     #[arg(long)]
     pub(crate) gradient_checkpointing: bool,
+    /// Train LoRA adapters of this rank, of q and v, instead of the model.
+    #[arg(long, value_name = "R")]
+    pub(crate) lora_r: Option<usize>,
     /// Threads to compute with; all cores by default.
     #[arg(long)]
     pub(crate) threads: Option<usize>,

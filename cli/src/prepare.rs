@@ -2,15 +2,21 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use quintet_coordinator::admission::Admission;
 use quintet_coordinator::files::{CutOff, RunFiles};
 use quintet_coordinator::journal::Identity;
+use quintet_coordinator::secret::Secret;
 use quintet_coordinator::server::Run;
 use quintet_coordinator::state::{Record, Selection, Settings};
 use quintet_data::{Splits, Tokenizer, TokenizerSpec};
-use quintet_worker::{Metric, checkpoint, replica};
+use quintet_identity::Authority;
+use quintet_kernels::Device;
+use quintet_worker::{Metric, adapter, checkpoint, replica};
 
 use crate::error::{Failure, Result};
 use crate::job::{self, Job};
@@ -23,10 +29,37 @@ pub(crate) struct Prepared {
     pub(crate) total_steps: u64,
     /// The committed step to go on from; 0 for a fresh run.
     pub(crate) start_step: u64,
+    /// How much of the model is trained, where it is not all.
+    pub(crate) trainable: Option<String>,
     /// Damaged checkpoints that were passed over, and the like.
     pub(crate) warnings: Vec<String>,
     /// Keeps other coordinators out of the directory.
     pub(crate) lock: File,
+}
+
+/// Where a run listens, and whom it lets in.
+pub(crate) struct Door {
+    pub(crate) address: SocketAddr,
+    pub(crate) insecure_plaintext: bool,
+    /// The directory of the run's authority, where it is not in the run's.
+    pub(crate) authority: Option<PathBuf>,
+}
+
+impl Door {
+    /// By `run_token` in plain text on this machine, or where somebody takes the risk; by certificates elsewhere.
+    fn admission(&self, output_dir: &Path, run_token: Secret) -> Result<Admission> {
+        if quintet_identity::is_private(self.address.ip()) || self.insecure_plaintext {
+            return Ok(Admission::Secret(run_token));
+        }
+        let own = security_directory(output_dir);
+        let authority = Authority::open(self.authority.as_deref().unwrap_or(&own), &own)?;
+        Ok(Admission::Authority(Arc::new(authority)))
+    }
+}
+
+/// Where a run keeps its authority's key, the tokens that were made and those that were used.
+pub(crate) fn security_directory(output_dir: &Path) -> PathBuf {
+    output_dir.join("security")
 }
 
 /// Every how many steps the replicas' weights are compared, where several could differ.
@@ -43,19 +76,18 @@ pub(crate) struct Serving {
     pub(crate) from_checkpoint: bool,
     /// Worker processes are children of this one.
     pub(crate) launches: bool,
-    /// Plain text may leave the machine.
-    pub(crate) insecure: bool,
 }
 
-pub(crate) fn prepare(job: Job, serving: Serving) -> Result<Prepared> {
+pub(crate) fn prepare(job: Job, serving: Serving, door: &Door) -> Result<Prepared> {
     let base = working_directory()?;
     let splits = Splits::load(&job.data, &base, job.training.seed)?;
     let lock = lock(&job.output_dir)?;
     // A run that has committed nothing is none: what stopped it can be put right and the job started again.
     let resume = serving.resume && holds_work(&job.output_dir);
-    let tokenizer = run_tokenizer(&job, &base, &splits, resume)?;
-    check_model(&job, &tokenizer)?;
-    let schedule = job.training.steps(splits.train.len())?;
+    let tokenizer = Arc::new(run_tokenizer(&job, &base, &splits, resume)?);
+    let trainable = check_model(&job, &tokenizer)?;
+    let splits = splits.tokenized(&tokenizer)?;
+    let schedule = job.training.steps(splits.order().positions())?;
     let eval_steps = eval_steps(&job, &splits, schedule.total_steps)?;
     if resume {
         check_same_job(&job)?;
@@ -91,13 +123,15 @@ pub(crate) fn prepare(job: Job, serving: Serving) -> Result<Prepared> {
         settings,
         job_json: serde_json::to_string(&job).map_err(|error| Failure::failed(error.to_string()))?,
         tokenizer_json: tokenizer.to_json(),
-        identity: started.identity,
+        admission: door.admission(&job.output_dir, started.identity.run_token)?,
+        collective_token: started.identity.collective_token,
         taken_over: started.taken_over,
         storage_timeout: Duration::from_secs_f64(job.cluster.storage_timeout_seconds),
-        insecure: serving.insecure,
+        insecure: door.insecure_plaintext,
     };
     let Started { files, step, warnings, .. } = started;
-    Ok(Prepared { job, run, files, total_steps: schedule.total_steps, start_step: step, warnings, lock })
+    let total_steps = schedule.total_steps;
+    Ok(Prepared { job, run, files, total_steps, start_step: step, trainable, warnings, lock })
 }
 
 fn milliseconds(seconds: f64) -> u64 {
@@ -148,7 +182,7 @@ pub(crate) fn working_directory() -> Result<PathBuf> {
 }
 
 /// The tokenizer of a run: on resuming the one it began with, else the job's, trained on the data if it says so.
-fn run_tokenizer(job: &Job, base: &Path, splits: &Splits, resume: bool) -> Result<Tokenizer> {
+pub(crate) fn run_tokenizer(job: &Job, base: &Path, splits: &Splits, resume: bool) -> Result<Tokenizer> {
     let kept = tokenizer_file(job);
     if resume && kept.is_file() {
         let text = fs::read_to_string(&kept)
@@ -168,18 +202,36 @@ fn tokenizer_file(job: &Job) -> PathBuf {
     job.output_dir.join("tokenizer.json")
 }
 
-/// Finds a wrong model before any process starts. A directory's weights are checked by the workers that load them.
-fn check_model(job: &Job, tokenizer: &Tokenizer) -> Result<()> {
-    match &job.model.pretrained {
-        None => replica::fresh_config(&job.model, tokenizer).map(|_| ())?,
-        Some(directory) if !Path::new(directory).join("config.json").is_file() => {
-            return Err(Failure::bad_input(format!(
-                "model.pretrained: {directory} is no directory with a config.json; download the model first and name its directory"
-            )));
-        }
-        Some(_) => {}
+/// Finds a wrong model before any process starts. A directory's weights are checked by the workers that load them. For a
+/// LoRA run, a line that says how much is trained, as PEFT's `print_trainable_parameters` has it.
+fn check_model(job: &Job, tokenizer: &Tokenizer) -> Result<Option<String>> {
+    let Some(directory) = &job.model.pretrained else {
+        replica::fresh_config(&job.model, tokenizer)?;
+        return Ok(None);
+    };
+    if !Path::new(directory).join("config.json").is_file() {
+        return Err(Failure::bad_input(format!(
+            "model.pretrained: {directory} is no directory with a config.json; download the model first and name its directory"
+        )));
     }
-    Ok(())
+    let Some(lora) = &job.lora else { return Ok(None) };
+    let model = quintet_t5::open_pretrained(&Device::cpu(), Path::new(directory))?;
+    let trained = adapter::plan(lora, &model)?.1.parameter_count();
+    let all = model.layout().parameter_count() + trained;
+    let share = 100.0 * trained as f64 / all as f64;
+    Ok(Some(format!(
+        "trainable params: {} || all params: {} || trainable%: {share:.4}",
+        grouped(trained),
+        grouped(all)
+    )))
+}
+
+/// 1234567 as 1,234,567.
+fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let groups: Vec<&str> =
+        digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    groups.join(",")
 }
 
 /// A directory that holds a run is of the same job.
@@ -291,11 +343,11 @@ fn lock(directory: &Path) -> Result<File> {
     }
 }
 
-/// Whether a directory holds committed steps, checkpoints or a model.
+/// Whether a directory holds committed steps, checkpoints, a model or an adapter.
 fn holds_work(directory: &Path) -> bool {
     let committed = fs::metadata(directory.join("ledger.jsonl")).is_ok_and(|ledger| ledger.len() > 0);
     let saved = fs::read_dir(directory.join("checkpoints")).is_ok_and(|mut entries| entries.next().is_some());
-    committed || saved || directory.join("model").exists()
+    committed || saved || ["model", "adapter"].iter().any(|name| directory.join(name).exists())
 }
 
 /// Replaces a file's content at once, so that a full disk leaves the one before.

@@ -39,7 +39,7 @@ fn every_key_is_in_the_table_and_every_row_is_a_key() {
     let nested = sections.iter().flat_map(|section| known_keys(section));
     let known: BTreeSet<String> = nested.chain(["output_dir".to_string()]).collect();
     let documented: BTreeSet<String> = documented_keys().into_keys().collect();
-    assert_eq!(sections, ["model", "data", "training", "evaluation", "cluster"]);
+    assert_eq!(sections, ["model", "data", "training", "lora", "evaluation", "cluster"]);
     assert_eq!(documented, known);
 }
 
@@ -51,6 +51,13 @@ fn every_default_is_the_one_in_the_table() {
             "max_source_length": data.max_source_length,
             "max_target_length": data.max_target_length,
             "shuffle": data.shuffle,
+            "source_prefix": data.source_prefix,
+            "num_shots": data.num_shots,
+            "shot_template": data.shot_template,
+            "objective": data.objective,
+            "noise_density": data.noise_density,
+            "mean_noise_span_length": data.mean_noise_span_length,
+            "mode_tokens": data.mode_tokens,
         },
         "training": TrainingConfig::default(),
         "evaluation": EvaluationConfig::default(),
@@ -85,13 +92,16 @@ fn every_flag_in_the_readme_exists() {
         "train",
         "coordinator",
         "worker",
+        "tokens",
         "launch ssh",
         "launch slurm",
         "evaluate",
         "generate",
         "data inspect",
+        "data prepare",
         "data export",
         "bench step",
+        "bench data",
         "selftest",
         "doctor",
     ];

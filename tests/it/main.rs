@@ -2,7 +2,9 @@
 #![expect(clippy::unwrap_used, reason = "all of this is tests, the functions beside them too")]
 #![expect(clippy::print_stderr, reason = "a check that cannot be made here says so")]
 
+mod adapters;
 mod bad_input;
+mod data;
 mod devices;
 mod diagnostics;
 mod docs;
@@ -16,5 +18,6 @@ mod model_files;
 mod nccl;
 mod parity;
 mod recovery;
+mod security;
 mod selection;
 mod structure;

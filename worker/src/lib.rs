@@ -3,6 +3,8 @@
 //! Deliberately absent: any decision about who computes what or when a step counts (the coordinator's), anything printed,
 //! the environment.
 
+pub mod access;
+pub mod adapter;
 pub mod checkpoint;
 pub mod collective;
 pub mod config;
@@ -23,7 +25,7 @@ pub mod schedule;
 mod selection;
 pub mod session;
 
-pub use config::{EvaluationConfig, ModelSection, Precision, TrainingConfig};
+pub use config::{EvaluationConfig, LoraConfig, ModelSection, Precision, TrainingConfig};
 pub use device::DeviceChoice;
 pub use error::{Error, Result};
 pub use metrics::Metric;

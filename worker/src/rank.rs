@@ -12,16 +12,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quintet_data::{
-    DataConfig, Dataset, Limits, Loader, Order, PackedBatch, Packer, Schedule as StepSchedule, Splits, Tokenizer, share,
+    DataConfig, Dataset, Loader, PackedBatch, Packer, Schedule as StepSchedule, Splits, Tokenizer, share,
 };
 use quintet_kernels::{Device, WaitLimits, ops};
 use quintet_proto::v1::{Actions, Commit, Evaluated, Failed, Finished, Lease, Linked, MicroBatch, NotFinite, Plan};
 use quintet_proto::v1::{Ready, SaveFailed, Saved, State, StepDone, StepFailed, Stop};
-use quintet_t5::Parameters;
+use quintet_t5::{Model, Parameters};
 
+use crate::access::Access;
+use crate::adapter::Adapter;
 use crate::checkpoint::{self, Progress};
 use crate::collective::{Collective, Interrupter, Listener, Membership, Mesh};
-use crate::config::{EvaluationConfig, ModelSection, Precision, TrainingConfig};
+use crate::config::{EvaluationConfig, LoraConfig, ModelSection, Precision, TrainingConfig};
 use crate::evaluation::{self, BatchEvaluation, EvaluationTask};
 use crate::gradient::StepGradient;
 use crate::replica::{self, Replica, Update};
@@ -34,6 +36,7 @@ use crate::{healing, output};
 #[derive(Clone, Debug)]
 pub struct RankJob {
     pub model: ModelSection,
+    pub lora: Option<LoraConfig>,
     pub data: DataConfig,
     pub training: TrainingConfig,
     pub evaluation: EvaluationConfig,
@@ -43,6 +46,8 @@ pub struct RankJob {
     /// The run's tokenizer, as the coordinator sent it.
     pub tokenizer_json: String,
     pub collective_token: [u8; 32],
+    /// By which this rank joined, and proves itself to others.
+    pub access: Access,
     pub device: DeviceChoice,
     /// Whether NCCL was told that ranks may share a GPU (`NCCL_MULTI_RANK_GPU_ENABLE=1`).
     pub shares_gpu: bool,
@@ -125,15 +130,14 @@ enum Attempt {
 impl Rank {
     fn prepare(session: &Session, job: RankJob) -> Result<Self> {
         let tokenizer = Arc::new(Tokenizer::from_json(&job.tokenizer_json)?);
-        let splits = Splits::load(&job.data, &job.base_dir, job.training.seed)?;
-        let fingerprint = splits.fingerprint();
+        let splits = Splits::load(&job.data, &job.base_dir, job.training.seed)?.tokenized(&tokenizer)?;
+        let (fingerprint, order) = (splits.fingerprint(), splits.order());
         let train = Arc::new(splits.train);
         let validation = splits.validation.map(Arc::new);
-        let schedule = job.training.steps(train.len())?;
+        let schedule = job.training.steps(order.positions())?;
         let replica = new_replica(&job, &tokenizer, schedule.total_steps)?;
         let listener = Listener::bind(job.listen)?;
-        let order = Order::new(train.len(), job.training.seed, job.data.shuffle);
-        let packer = Packer::new(train, tokenizer.clone(), order, limits(&job.data));
+        let packer = Packer::new(train, tokenizer.clone(), order, job.data.limits());
         let loader = Loader::new(packer, TOKENIZER_THREADS);
         let gradient = StepGradient::new(replica.model().device(), replica.master().layout().len())?;
         let saver = Saver::new(job.checkpoints(), job.training.save_total_limit.map(|keep| keep as usize));
@@ -259,20 +263,20 @@ impl Rank {
         } else {
             let members = plan.members.iter().map(|member| Ok((member.rank, address(&member.address)?)));
             let members = members.collect::<Result<Vec<(u32, SocketAddr)>>>()?;
+            let identity = self.job.access.mesh_identity()?;
             let membership = Membership {
                 rank: plan.rank,
                 members: &members,
                 token: &self.job.collective_token,
+                identity: identity.as_ref(),
                 generation: plan.generation,
             };
             let interrupter = Interrupter::new();
             let for_session = interrupter.clone();
             session.on_interrupt(plan.generation, Box::new(move || for_session.interrupt()));
             let deadline = Instant::now() + RENDEZVOUS_TIMEOUT;
-            self.link(
-                session,
-                Mesh::connect(&self.listener, membership, deadline, self.job.silence_limit, interrupter)?,
-            )?
+            let mesh = Mesh::connect(&self.listener, membership, deadline, self.job.silence_limit, interrupter)?;
+            self.link(session, mesh, plan.committed_step)?
         };
         healing::heal(&mut collective, &mut self.replica, plan.committed_step, plan.source, &plan.healed)?;
         if plan.healed.contains(&plan.rank) {
@@ -281,15 +285,14 @@ impl Rank {
         Ok(Place { generation: plan.generation, rank: plan.rank, world_size, collective })
     }
 
-    /// The collective of ranks that have met.
-    fn link(&self, session: &Session, mesh: Mesh) -> Result<Collective> {
+    /// The collective of ranks that have met to go on from `step`, which some do not hold yet.
+    fn link(&self, session: &Session, mesh: Mesh, step: u64) -> Result<Collective> {
         let Device::Gpu(gpu) = self.replica.model().device() else { return Ok(Collective::tcp(mesh)) };
         let silence_limit = self.job.silence_limit;
         // Ranks that give up sooner than the mesh and the coordinator do can try again together.
         let limits = WaitLimits { meeting: RENDEZVOUS_TIMEOUT.min(silence_limit / 2), sum: silence_limit / 2 };
         let (generation, rank) = (mesh.generation(), mesh.rank());
-        let (collective, gradients) =
-            Collective::between_gpus(mesh, gpu, self.replica.step(), self.job.shares_gpu, limits)?;
+        let (collective, gradients) = Collective::between_gpus(mesh, gpu, step, self.job.shares_gpu, limits)?;
         if rank == 0 {
             session.send(Report::Linked(Linked { generation, gradients }))?;
         }
@@ -514,7 +517,7 @@ impl Rank {
     /// Every rank evaluates its share; rank 0 puts the whole together and reports it.
     fn evaluate(&mut self, session: &Session, place: &mut Place, step: u64) -> Result<()> {
         let Some(validation) = &self.validation else { return Ok(()) };
-        let task = EvaluationTask::new(validation, &self.tokenizer, limits(&self.job.data), &self.job.evaluation);
+        let task = EvaluationTask::new(validation, &self.tokenizer, self.job.data.limits(), &self.job.evaluation);
         let share = task.evaluate_share(self.replica.model(), self.replica.weights(), place.rank, place.world_size)?;
         let bytes = serde_json::to_vec(&share).expect("an evaluation is plain data"); // why: no map keys, no custom types
         let Some(shares) = place.collective.gather_bytes(step, 0, &bytes)? else { return Ok(()) };
@@ -543,11 +546,21 @@ fn new_replica(job: &RankJob, tokenizer: &Tokenizer, total_steps: u64) -> Result
     let (model, parameters) = replica::load_model(&device, &job.model, tokenizer, job.training.seed)?;
     let precision = job.training.precision.unwrap_or(Precision::default_on(job.device));
     let tokens_max = u64::from(job.training.global_batch_size) * job.data.max_target_length as u64;
-    let mut replica = Replica::new(model, parameters, &job.training, precision, total_steps, tokens_max)?;
+    let adapter = open_adapter(job, &model, &parameters)?;
+    let mut replica = Replica::new(model, parameters, adapter, &job.training, precision, total_steps, tokens_max)?;
     if let Some(start) = job.start.filter(|start| start.step > 0) {
         restore(job, start.step, &mut replica)?;
     }
     Ok(replica)
+}
+
+/// What a LoRA run trains.
+fn open_adapter(job: &RankJob, model: &Model, base: &Parameters) -> Result<Option<Adapter>> {
+    let open = |lora| {
+        let name = job.model.pretrained.as_deref().unwrap_or_default();
+        Adapter::open(lora, model, base, name, job.training.seed)
+    };
+    job.lora.as_ref().map(open).transpose()
 }
 
 /// Takes over the checkpoint that the coordinator resumes from.
@@ -569,10 +582,6 @@ fn restore(job: &RankJob, step: u64, replica: &mut Replica) -> Result<()> {
         return Err(Error::Checkpoint { path: loaded.path, problem });
     }
     Ok(())
-}
-
-fn limits(data: &DataConfig) -> Limits {
-    Limits { max_source_length: data.max_source_length, max_target_length: data.max_target_length }
 }
 
 fn address(text: &str) -> Result<SocketAddr> {

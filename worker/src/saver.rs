@@ -1,13 +1,13 @@
 //! Checkpoints beside the training: the state is copied at the end of a step, and another thread writes the copy.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
 use quintet_kernels::{DType, Device, Tensor, View};
 
 use crate::checkpoint::{self, Progress, Snapshot};
 use crate::optimizer::{Piece, named};
-use crate::replica::Replica;
+use crate::replica::{Replica, digest_over};
 use crate::{Error, Result};
 
 /// A copy of what a replica is, on the host.
@@ -17,6 +17,8 @@ pub struct Image {
     model: Vec<Piece>,
     optimizer: Vec<Piece>,
     progress: Progress,
+    /// Of a LoRA run.
+    base_fingerprint: Option<String>,
 }
 
 impl Image {
@@ -33,13 +35,16 @@ impl Image {
             Ok(tensor)
         };
         let arenas = replica.arenas().into_iter().map(copy).collect::<Result<_>>()?;
-        Ok(Self { arenas, model: replica.pieces(), optimizer: replica.optimizer().pieces(), progress })
+        let base_fingerprint = replica.adapter().map(|about| about.base_fingerprint.clone());
+        let (model, optimizer) = (replica.pieces(), replica.optimizer().pieces());
+        Ok(Self { arenas, model, optimizer, progress, base_fingerprint })
     }
 
-    fn save(mut self, directory: &PathBuf) -> Result<()> {
+    fn save(mut self, directory: &Path) -> Result<()> {
         let views: Vec<View> = self.arenas.iter().map(Tensor::view).collect();
         let weights: &[f32] = views[0].as_slice();
-        self.progress.weights_digest = blake3::hash(bytemuck::cast_slice(weights)).to_hex().to_string();
+        let digest = digest_over(blake3::hash(bytemuck::cast_slice(weights)), self.base_fingerprint.as_deref());
+        self.progress.weights_digest = digest.to_hex().to_string();
         let (model, optimizer) = (named(&self.model, &views[..1]), named(&self.optimizer, &views[1..]));
         checkpoint::save(directory, &Snapshot { progress: self.progress, model: &model, optimizer: &optimizer })?;
         Ok(())

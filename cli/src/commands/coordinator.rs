@@ -3,38 +3,42 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use quintet_coordinator::admission::{Admission, TOKEN_LIFETIME};
 use quintet_coordinator::launch::remote::{RemoteEnd, RemoteEvent, Remotes};
 use quintet_coordinator::launch::{Death, LocalWorkers};
-use quintet_coordinator::secret::Secret;
 use quintet_coordinator::server::{self, Control, Outcome};
 use quintet_coordinator::state::Event;
+use quintet_identity::Role;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::args::CoordinatorArguments;
+use crate::commands::tokens;
 use crate::error::{Failure, Result, exit};
 use crate::job::Job;
-use crate::prepare::{Prepared, Serving, prepare};
+use crate::prepare::{Door, Prepared, Serving, prepare, security_directory};
 use crate::report::{self, Reporter};
 
 pub(crate) fn run(arguments: CoordinatorArguments) -> Result<u8> {
     let job = Job::load(&arguments.job)?;
-    let (resume, insecure) = (arguments.job.resume, arguments.insecure_plaintext);
-    let mut serving = Serving { resume, take_over: true, insecure, ..Serving::default() };
-    let mut address = match arguments.listen {
+    let mut serving = Serving { resume: arguments.job.resume, take_over: true, ..Serving::default() };
+    let address = match arguments.listen {
         Some(address) => address,
         None => job.cluster.listen_address()?,
     };
+    let (insecure_plaintext, authority) = (arguments.insecure_plaintext, arguments.authority);
+    let mut door = Door { address, insecure_plaintext, authority };
     loop {
-        let prepared = prepare(job.clone(), serving)?;
+        let prepared = prepare(job.clone(), serving, &door)?;
+        let address = door.address;
         let options = RunOptions { address, json: arguments.json, announce: true, by_hand: true, device: None };
         match serve(prepared, &options, |_, _| Ok(Workers::Elsewhere))? {
             Served::Ended(code) => return Ok(code),
             Served::Abandoned { address: listened, reason } => {
                 eprintln!("{reason}; going on from the last checkpoint");
-                (address, serving.from_checkpoint) = (listened, true);
+                (door.address, serving.from_checkpoint) = (listened, true);
             }
         }
     }
@@ -141,7 +145,7 @@ pub(crate) struct RunOptions {
 pub(crate) fn serve(
     prepared: Prepared,
     options: &RunOptions,
-    launch: impl FnOnce(SocketAddr, &Secret) -> Result<Workers>,
+    launch: impl FnOnce(SocketAddr, &Admission) -> Result<Workers>,
 ) -> Result<Served> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -163,6 +167,9 @@ pub(crate) fn serve(
     ));
     if let Some(device) = &options.device {
         reporter.line(device);
+    }
+    if let Some(trainable) = &prepared.trainable {
+        reporter.line(trainable);
     }
     match &prepared.run.taken_over {
         Some(record) => reporter.line(&format!(
@@ -190,29 +197,26 @@ const CONTROLS_WAITING_MAX: usize = 64;
 async fn drive(
     prepared: Prepared,
     options: &RunOptions,
-    launch: impl FnOnce(SocketAddr, &Secret) -> Result<Workers>,
+    launch: impl FnOnce(SocketAddr, &Admission) -> Result<Workers>,
     reporter: &mut Reporter,
 ) -> Result<(Outcome, SocketAddr)> {
     // Before anybody is told where to join: whoever sees a run may want to stop it.
     let mut stop = StopSignals::new()?;
     // Until the last worker is gone.
     let _lock = prepared.lock;
-    if !options.address.ip().is_loopback() && !prepared.run.insecure {
-        // Before anybody is told where to join.
-        return Err(quintet_coordinator::Error::NotLoopback(options.address).into());
-    }
     let listener = TcpListener::bind(options.address)
         .await
         .map_err(|error| Failure::bad_input(format!("cannot listen on {}: {error}", options.address)))?;
     let address = listener.local_addr().map_err(|error| Failure::failed(format!("no local address: {error}")))?;
     if options.by_hand {
+        let workers = prepared.run.settings.workers_expected;
+        let how = invitation(&prepared.run.admission, &prepared.job, workers)?;
+        let scheme = prepared.run.admission.scheme();
         reporter.line(&format!(
-            "waiting for {} worker(s); start each with\n  QUINTET_RUN_TOKEN={} quintet worker --coordinator http://{address}",
-            prepared.run.settings.workers_expected,
-            prepared.run.identity.run_token.to_hex()
+            "waiting for {workers} worker(s); start each with\n  {how} quintet worker --coordinator {scheme}://{address}"
         ));
     }
-    let mut workers = launch(address, &prepared.run.identity.run_token)?;
+    let mut workers = launch(address, &prepared.run.admission)?;
     let (events, mut shown) = mpsc::channel::<Event>(EVENTS_WAITING_MAX);
     let (control, controls) = mpsc::channel(CONTROLS_WAITING_MAX);
     let (replace, mut replacements) = mpsc::unbounded_channel();
@@ -244,6 +248,19 @@ async fn drive(
     }
     workers.end(reporter).await;
     Ok((outcome?, address))
+}
+
+/// The variable that lets workers in, for a shell. Join tokens are in a file, so that no log has them.
+fn invitation(admission: &Admission, job: &Job, workers: u32) -> Result<String> {
+    match admission {
+        Admission::Secret(_) => admission.ticket().map(|(name, value)| format!("{name}={value}")).map_err(Into::into),
+        Admission::Authority(authority) => {
+            let tokens = tokens::issue(authority, Role::Worker, workers, TOKEN_LIFETIME)?;
+            let path = security_directory(&job.output_dir).join("tokens");
+            tokens::write(&path, &tokens)?;
+            Ok(format!("{}={}", tokens::FILE_VARIABLE, path.display()))
+        }
+    }
 }
 
 /// Ctrl-C, or the SIGTERM or SIGUSR1 of a scheduler; the second one ends the process at once.
@@ -300,7 +317,8 @@ fn summarize(job: &Job, outcome: &Outcome, reporter: &Reporter, json: bool) {
         });
         println!("{value}");
     } else if done {
-        println!("model: {}", output_dir.join("model").display());
+        let what = if job.lora.is_some() { "adapter" } else { "model" };
+        println!("{what}: {}", output_dir.join(what).display());
         if let Some(metrics) = &reporter.last_eval {
             println!("{}", report::scores(metrics));
         }

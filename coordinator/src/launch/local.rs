@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::OsString;
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -9,12 +10,7 @@ use std::time::Duration;
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::secret::Secret;
 use crate::{Error, Result};
-
-/// The environment variable by which a worker gets the run token: argument vectors are public to
-/// everybody on a machine, environments are not.
-pub const RUN_TOKEN_VARIABLE: &str = "QUINTET_RUN_TOKEN";
 
 /// A worker process ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,12 +37,20 @@ pub struct LocalWorkers {
     deaths: mpsc::UnboundedReceiver<Death>,
 }
 
+/// What lets a worker in, anew for each that is started: an environment variable and its value.
+pub type Ticket = Box<dyn FnMut() -> Result<(&'static str, String)> + Send>;
+
 /// What all processes are started with.
-#[derive(Debug)]
 struct Launch {
     executable: PathBuf,
     variables: Vec<(String, String)>,
-    run_token: Secret,
+    ticket: Ticket,
+}
+
+impl fmt::Debug for Launch {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Launch").field("executable", &self.executable).finish_non_exhaustive()
+    }
 }
 
 impl LocalWorkers {
@@ -58,18 +62,18 @@ impl LocalWorkers {
     /// long as the run (the main one): on Linux, workers die when that thread does.
     ///
     /// # Errors
-    /// [`Error::Spawn`]; what was started already is killed.
+    /// [`Error::Spawn`]; the ticket's. What was started already is killed.
     pub fn spawn(
         executable: &Path,
         arguments: &[Vec<OsString>],
         variables: &[(&str, &str)],
-        run_token: &Secret,
+        ticket: Ticket,
     ) -> Result<Self> {
         let (report, deaths) = mpsc::unbounded_channel();
         let (alive, _) = watch::channel(());
         let (terminate, _) = watch::channel(());
         let variables = variables.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect();
-        let launch = Launch { executable: executable.to_owned(), variables, run_token: run_token.clone() };
+        let launch = Launch { executable: executable.to_owned(), variables, ticket };
         let mut workers = Self { launch, started: HashMap::new(), alive, terminate, report, deaths };
         arguments.iter().try_for_each(|arguments| workers.start(arguments.clone()))?;
         Ok(workers)
@@ -79,7 +83,7 @@ impl LocalWorkers {
     /// runs.
     ///
     /// # Errors
-    /// [`Error::Spawn`].
+    /// [`Error::Spawn`]; the ticket's.
     pub fn replace(&mut self, pid: u32) -> Result<()> {
         match self.started.remove(&pid) {
             Some((arguments, _kill)) => self.start(arguments),
@@ -89,10 +93,7 @@ impl LocalWorkers {
     }
 
     fn start(&mut self, arguments: Vec<OsString>) -> Result<()> {
-        let child = self
-            .launch
-            .spawn(&arguments)
-            .map_err(|source| Error::Spawn { executable: self.launch.executable.clone(), source })?;
+        let child = self.launch.spawn(&arguments)?;
         let Some(pid) = child.id() else { return Ok(()) };
         let (kill, killed) = oneshot::channel();
         let signals = Signals { alive: self.alive.subscribe(), terminate: self.terminate.subscribe(), killed };
@@ -127,12 +128,13 @@ impl LocalWorkers {
 }
 
 impl Launch {
-    fn spawn(&self, arguments: &[OsString]) -> std::io::Result<Child> {
+    fn spawn(&mut self, arguments: &[OsString]) -> Result<Child> {
+        let (name, value) = (self.ticket)()?;
         let mut command = Command::new(&self.executable);
         command
             .args(arguments)
             .envs(self.variables.iter().map(|(name, value)| (name, value)))
-            .env(RUN_TOKEN_VARIABLE, self.run_token.to_hex())
+            .env(name, value)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .kill_on_drop(true);
@@ -140,7 +142,7 @@ impl Launch {
         command.process_group(0);
         #[cfg(target_os = "linux")]
         die_with_parent(&mut command);
-        command.spawn()
+        command.spawn().map_err(|source| Error::Spawn { executable: self.executable.clone(), source })
     }
 }
 
@@ -214,11 +216,16 @@ fn exit_code(status: ExitStatus) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admission::RUN_TOKEN_VARIABLE;
+    use crate::secret::Secret;
+
+    fn secret() -> Result<(&'static str, String)> {
+        Ok((RUN_TOKEN_VARIABLE, Secret::from_bytes([1; 32]).to_hex()))
+    }
 
     fn shell(script: &str, count: usize) -> LocalWorkers {
         let arguments = vec![["-c", script].map(OsString::from).to_vec(); count];
-        let token = Secret::from_bytes([1; 32]);
-        LocalWorkers::spawn(Path::new("/bin/sh"), &arguments, &[("GREETING", "hello")], &token).unwrap()
+        LocalWorkers::spawn(Path::new("/bin/sh"), &arguments, &[("GREETING", "hello")], Box::new(secret)).unwrap()
     }
 
     #[tokio::test]
@@ -285,8 +292,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_absent_executable_is_named() {
-        let token = Secret::from_bytes([1; 32]);
-        let error = LocalWorkers::spawn(Path::new("/absent/quintet"), &[vec![]], &[], &token).unwrap_err();
+        let error = LocalWorkers::spawn(Path::new("/absent/quintet"), &[vec![]], &[], Box::new(secret)).unwrap_err();
         assert!(error.to_string().starts_with("cannot start /absent/quintet: "), "{error}");
     }
 }

@@ -7,9 +7,13 @@ use quintet_proto::v1::coordinator_client::CoordinatorClient;
 use quintet_proto::v1::{Actions, Finished, Lease, MicroBatch, Ready, Saved, StepDone};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::transport::Channel;
 
 use super::*;
 use crate::files::CutOff;
+use crate::journal::Identity;
+
+mod certificates;
 
 const TOKEN: [u8; 32] = [5; 32];
 
@@ -49,17 +53,22 @@ fn identity() -> Identity {
 }
 
 async fn start(settings: Settings, directory: &Path) -> Served {
-    serve_files(settings, RunFiles::create(directory, &identity()).unwrap(), None).await
+    start_with(settings, directory, Admission::Secret(identity().run_token)).await
 }
 
-async fn serve_files(settings: Settings, files: RunFiles, taken_over: Option<Record>) -> Served {
+async fn start_with(settings: Settings, directory: &Path, admission: Admission) -> Served {
+    serve_files(settings, RunFiles::create(directory, &identity()).unwrap(), None, admission).await
+}
+
+async fn serve_files(settings: Settings, files: RunFiles, taken_over: Option<Record>, admission: Admission) -> Served {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let run = Run {
         settings,
         job_json: "{}".to_owned(),
         tokenizer_json: "t".repeat(10 << 20),
-        identity: identity(),
+        admission,
+        collective_token: identity().collective_token,
         taken_over,
         storage_timeout: Duration::from_secs(60),
         insecure: false,
@@ -83,7 +92,14 @@ impl Worker {
     }
 
     async fn join_with(url: &str, hello: Hello, ready: Ready) -> std::result::Result<Self, Status> {
-        let client = CoordinatorClient::connect(url.to_owned()).await.unwrap();
+        Self::join_by(CoordinatorClient::connect(url.to_owned()).await.unwrap(), hello, ready).await
+    }
+
+    async fn join_by(
+        client: CoordinatorClient<Channel>,
+        hello: Hello,
+        ready: Ready,
+    ) -> std::result::Result<Self, Status> {
         let (reports, outgoing) = mpsc::unbounded_channel();
         reports.send(FromWorker { report: Some(Report::Hello(hello)) }).unwrap();
         let mut client = client.max_decoding_message_size(TO_WORKER_BYTES_MAX);
@@ -237,7 +253,7 @@ async fn a_coordinator_that_is_cut_off_is_taken_over_without_losing_or_repeating
 
     let CutOff { files, record, .. } = RunFiles::take_over(directory.path()).unwrap().unwrap();
     assert_eq!((record.committed_step, record.generation, record.workers), (4, 1, 2));
-    let served = serve_files(settings, files, Some(record)).await;
+    let served = serve_files(settings, files, Some(record), Admission::Secret(identity().run_token)).await;
     let state = |step| v1::State { step, generation: 1 };
     let heard = Ready { committed_step: 4, committed_generation: 1, ..Ready::default() };
     let unheard = Ready { committed_step: 3, committed_generation: 1, pending: Some(state(4)), ..Ready::default() };
@@ -322,7 +338,8 @@ async fn plain_text_stays_on_the_machine() {
         settings: settings(1, 1),
         job_json: String::new(),
         tokenizer_json: String::new(),
-        identity: identity(),
+        admission: Admission::Secret(identity().run_token),
+        collective_token: identity().collective_token,
         taken_over: None,
         storage_timeout: Duration::ZERO,
         insecure: false,

@@ -275,13 +275,14 @@ impl Machine {
         }
     }
 
-    /// Earlier checkpoints are whole, and the next may succeed; only the last word of a run may not
-    /// be lost.
+    /// Earlier checkpoints are whole, and the next may succeed; only the last word of a run, the
+    /// checkpoint of the step it ends with, may not be lost.
     pub(super) fn on_save_failed(&mut self, worker: WorkerId, report: SaveFailed) {
         if !self.saved(worker, report.step) {
             return;
         }
-        if self.phase == Phase::Running || self.phase == Phase::Waiting {
+        let ends_here = matches!(self.phase, Phase::Preempted | Phase::Finishing);
+        if !ends_here || report.step < self.committed_step {
             self.persist(None, vec![Event::SaveFailed { step: report.step, problem: report.message }]);
         } else {
             self.stop(exit_code::FAILURE, report.message);

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ use quintet_data::{
 use quintet_kernels::{Device, WaitLimits, ops};
 use quintet_proto::v1::{Actions, Commit, Evaluated, Failed, Finished, Lease, Linked, MicroBatch, NotFinite, Plan};
 use quintet_proto::v1::{Ready, SaveFailed, Saved, State, StepDone, StepFailed, Stop};
-use quintet_t5::{Model, Parameters};
+use quintet_t5::{Generation, Model, Parameters};
 
 use crate::access::Access;
 use crate::adapter::Adapter;
@@ -98,6 +98,8 @@ struct Rank {
     /// The state that the replica is in; `None` where it is of no use.
     held: Option<State>,
     validation: Option<Arc<Dataset>>,
+    /// Of an evaluation's predictions.
+    generation: Generation,
     tokenizer: Arc<Tokenizer>,
     schedule: StepSchedule,
     loader: Loader,
@@ -136,6 +138,8 @@ impl Rank {
         let validation = splits.validation.map(Arc::new);
         let schedule = job.training.steps(order.positions())?;
         let replica = new_replica(&job, &tokenizer, schedule.total_steps)?;
+        let pretrained = job.model.pretrained.as_deref().map(Path::new);
+        let generation = job.evaluation.resolve_generation(replica.model().config(), pretrained)?;
         let listener = Listener::bind(job.listen)?;
         let packer = Packer::new(train, tokenizer.clone(), order, job.data.limits());
         let loader = Loader::new(packer, TOKENIZER_THREADS);
@@ -147,6 +151,7 @@ impl Rank {
             job,
             replica,
             validation,
+            generation,
             tokenizer,
             schedule,
             loader,
@@ -517,7 +522,8 @@ impl Rank {
     /// Every rank evaluates its share; rank 0 puts the whole together and reports it.
     fn evaluate(&mut self, session: &Session, place: &mut Place, step: u64) -> Result<()> {
         let Some(validation) = &self.validation else { return Ok(()) };
-        let task = EvaluationTask::new(validation, &self.tokenizer, self.job.data.limits(), &self.job.evaluation);
+        let (limits, config) = (self.job.data.limits(), &self.job.evaluation);
+        let task = EvaluationTask::new(validation, &self.tokenizer, limits, config, &self.generation);
         let share = task.evaluate_share(self.replica.model(), self.replica.weights(), place.rank, place.world_size)?;
         let bytes = serde_json::to_vec(&share).expect("an evaluation is plain data"); // why: no map keys, no custom types
         let Some(shares) = place.collective.gather_bytes(step, 0, &bytes)? else { return Ok(()) };

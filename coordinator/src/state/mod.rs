@@ -72,7 +72,7 @@ pub struct Settings {
     pub join_timeout_ms: u64,
     /// For so long workers try to reach a coordinator that they lost.
     pub reconnect_timeout_ms: u64,
-    /// How many dead worker processes are replaced before [`CALM_STEPS`] steps go well; `None`
+    /// How many dead worker processes are replaced before ten steps go well; `None`
     /// where workers are started by somebody else.
     pub restarts_max: Option<u32>,
     /// A worker not heard of for longer is lost.

@@ -12,6 +12,7 @@ use quintet_data::{Splits, Tokenizer, TokenizerSpec};
 use quintet_worker::{Metric, checkpoint, replica};
 
 use crate::error::{Failure, Result};
+use crate::hub::{self, LocalModel};
 use crate::job::{self, Job};
 
 /// A run that is ready to be served.
@@ -34,11 +35,16 @@ const DIGEST_STEPS: u64 = 100;
 pub(crate) fn prepare(job: Job, resume: bool, insecure: bool) -> Result<Prepared> {
     let base = working_directory()?;
     let splits = Splits::load(&job.data, &base, job.training.seed)?;
+    let pretrained =
+        job.model.pretrained.as_ref().map(|name| hub::model("model.pretrained", name, &base)).transpose()?;
     let lock = lock(&job.output_dir)?;
     // A run that has committed nothing is none: what stopped it can be put right and the job started again.
     let resume = resume && holds_work(&job.output_dir);
-    let tokenizer = run_tokenizer(&job, &base, &splits, resume)?;
-    check_model(&job, &tokenizer)?;
+    let tokenizer = run_tokenizer(&job, &base, pretrained.as_ref(), &splits, resume)?;
+    if pretrained.is_none() {
+        // A directory's weights are checked by the workers that load them.
+        replica::fresh_config(&job.model, &tokenizer)?;
+    }
     let schedule = job.training.steps(splits.train.len())?;
     let eval_steps = eval_steps(&job, &splits, schedule.total_steps)?;
     let directory = RunDirectory::open(&job, resume)?;
@@ -70,7 +76,7 @@ pub(crate) fn prepare(job: Job, resume: bool, insecure: bool) -> Result<Prepared
     };
     let run = Run {
         settings,
-        job_json: serde_json::to_string(&job).map_err(|error| Failure::failed(error.to_string()))?,
+        job_json: for_workers(&job, pretrained.as_ref())?,
         tokenizer_json: tokenizer.to_json(),
         run_token: Secret::generate()?,
         collective_token: Secret::generate()?,
@@ -124,16 +130,22 @@ pub(crate) fn working_directory() -> Result<PathBuf> {
 }
 
 /// The tokenizer of a run: on resuming the one it began with, else the job's, trained on the data if it says so.
-fn run_tokenizer(job: &Job, base: &Path, splits: &Splits, resume: bool) -> Result<Tokenizer> {
+fn run_tokenizer(
+    job: &Job,
+    base: &Path,
+    pretrained: Option<&LocalModel>,
+    splits: &Splits,
+    resume: bool,
+) -> Result<Tokenizer> {
     let kept = tokenizer_file(job);
     if resume && kept.is_file() {
         let text = fs::read_to_string(&kept)
             .map_err(|error| Failure::failed(format!("{}: cannot read: {error}", kept.display())))?;
         return Ok(Tokenizer::from_json(&text)?);
     }
-    let spec = match (&job.model.tokenizer, &job.model.pretrained) {
+    let spec = match (&job.model.tokenizer, pretrained) {
         (Some(tokenizer), _) => TokenizerSpec::parse(tokenizer, base),
-        (None, Some(pretrained)) => TokenizerSpec::Path(base.join(pretrained)),
+        (None, Some(pretrained)) => TokenizerSpec::Path(pretrained.directory.clone()),
         (None, None) => return Err(Failure::bad_input("model.tokenizer: fresh weights need one, such as \"byt5\"")),
     };
     let vocab_size = job.model.architecture.as_ref().and_then(|keys| keys.get("vocab_size")?.as_u64());
@@ -144,18 +156,11 @@ fn tokenizer_file(job: &Job) -> PathBuf {
     job.output_dir.join("tokenizer.json")
 }
 
-/// Finds a wrong model before any process starts. A directory's weights are checked by the workers that load them.
-fn check_model(job: &Job, tokenizer: &Tokenizer) -> Result<()> {
-    match &job.model.pretrained {
-        None => replica::fresh_config(&job.model, tokenizer).map(|_| ())?,
-        Some(directory) if !Path::new(directory).join("config.json").is_file() => {
-            return Err(Failure::bad_input(format!(
-                "model.pretrained: {directory} is no directory with a config.json; download the model first and name its directory"
-            )));
-        }
-        Some(_) => {}
-    }
-    Ok(())
+/// The job as workers get it: with the commit of a hub's model, so that all of them load the same one.
+fn for_workers(job: &Job, pretrained: Option<&LocalModel>) -> Result<String> {
+    let mut job = job.clone();
+    job.model.pretrained = pretrained.map(|model| model.name.clone());
+    serde_json::to_string(&job).map_err(|error| Failure::failed(error.to_string()))
 }
 
 /// What an output directory holds already.

@@ -8,6 +8,8 @@ mod diagnostics;
 mod docs;
 mod gpu;
 mod harness;
+mod hub;
+mod import;
 mod invariance;
 mod jobs;
 mod json;

@@ -16,6 +16,8 @@ use crate::args::{BenchArguments, BenchCommand, BenchStepArguments};
 use crate::commands::{on_threads, print_json};
 use crate::device::Decision;
 use crate::error::{Failure, Result, exit};
+use crate::hub;
+use crate::prepare::working_directory;
 
 pub(crate) fn run(arguments: BenchArguments) -> Result<u8> {
     match arguments.command {
@@ -154,7 +156,7 @@ impl Stepper {
     }
 }
 
-/// A preset with fresh weights, or a directory.
+/// A preset with fresh weights, or the model of a directory or of a hub's repository.
 fn open(device: &Device, name: &str) -> Result<(Model, Parameters)> {
     if let Some(config) = preset(name) {
         let model = Model::new(device, config)?;
@@ -162,12 +164,13 @@ fn open(device: &Device, name: &str) -> Result<(Model, Parameters)> {
         quintet_t5::initialize(model.config(), 42, &mut weights)?;
         return Ok((model, weights));
     }
-    let directory = Path::new(name);
-    if !directory.is_dir() {
+    // A name without a slash is more likely a preset, misspelt, than a repository of the hub.
+    if !Path::new(name).is_dir() && !name.contains('/') {
         let known = quintet_t5::PRESETS.join(", ");
         return Err(Failure::bad_input(format!("--model {name}: neither a directory nor one of {known}")));
     }
-    Ok(quintet_t5::load_pretrained(device, directory)?)
+    let directory = hub::model("--model", name, &working_directory()?)?.directory;
+    Ok(quintet_t5::load_pretrained(device, &directory)?)
 }
 
 /// How long the examples are: all of full length, or any length from a quarter of it on, spread evenly. The latter by a

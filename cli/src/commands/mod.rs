@@ -1,11 +1,13 @@
 //! One file a command.
 
 pub(crate) mod bench;
+pub(crate) mod compare;
 pub(crate) mod coordinator;
 pub(crate) mod data;
 pub(crate) mod doctor;
 pub(crate) mod evaluate;
 pub(crate) mod generate;
+pub(crate) mod import_args;
 pub(crate) mod selftest;
 pub(crate) mod train;
 pub(crate) mod worker;
@@ -19,6 +21,7 @@ use quintet_t5::{Model, Parameters};
 use quintet_worker::ModelSection;
 
 use crate::error::{Failure, Result};
+use crate::hub;
 
 /// Prints a document as the result of a command.
 fn print_json(value: &serde_json::Value) {
@@ -38,18 +41,13 @@ struct Loaded {
     tokenizer: Arc<Tokenizer>,
 }
 
-/// A model directory with its tokenizer.
+/// The model of a directory or a hub's repository, with its tokenizer.
 fn open_model(device: &Device, directory: &Path, tokenizer: Option<&str>) -> Result<Loaded> {
-    if !directory.join("config.json").is_file() {
-        let name = directory.display();
-        return Err(Failure::bad_input(format!(
-            "--model {name}: no directory with a config.json; name that of a model"
-        )));
-    }
     let base = crate::prepare::working_directory()?;
+    let directory = hub::model("--model", &directory.to_string_lossy(), &base)?.directory;
     let spec = match tokenizer {
         Some(text) => TokenizerSpec::parse(text, &base),
-        None => TokenizerSpec::Path(directory.to_path_buf()),
+        None => TokenizerSpec::Path(directory.clone()),
     };
     if spec.is_trained() {
         return Err(Failure::bad_input("--tokenizer: names a tokenizer that is trained on data; give its directory"));

@@ -11,6 +11,7 @@ use quintet_worker::session::Session;
 use crate::args::WorkerArguments;
 use crate::device::Decision;
 use crate::error::{Failure, Result, exit};
+use crate::hub;
 use crate::job::Job;
 use crate::prepare::working_directory;
 
@@ -32,8 +33,15 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
         Err(error) if arguments.supervised && !error.is_user_error() => return Ok(exit::FAILURE),
         Err(error) => return Err(quintet_worker::Error::from(error).into()),
     };
-    let job: Job = serde_json::from_str(&welcome.job_json)
+    let mut job: Job = serde_json::from_str(&welcome.job_json)
         .map_err(|error| Failure::failed(format!("the coordinator sent a job that is not understood: {error}")))?;
+    let fingerprint = job.fingerprint();
+    let base_dir = working_directory()?;
+    if let Some(name) = &job.model.pretrained {
+        // Of another machine's hub: at the commit that the coordinator chose.
+        let model = hub::model("model.pretrained", name, &base_dir)?;
+        job.model.pretrained = Some(model.directory.display().to_string());
+    }
     let collective_token = welcome.collective_token.as_slice().try_into();
     let collective_token = collective_token.map_err(|_| Failure::failed("the coordinator sent a bad token"))?;
     let wanted = arguments.device.map_or(job.cluster.device, Into::into);
@@ -44,14 +52,14 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
     let job = RankJob {
         device: device.choice,
         shares_gpu: std::env::var("NCCL_MULTI_RANK_GPU_ENABLE").is_ok_and(|value| value == "1"),
-        fingerprint: job.fingerprint(),
+        fingerprint,
         silence_limit: Duration::from_secs_f64(job.cluster.step_timeout_seconds),
         model: job.model,
         data: job.data,
         training: job.training,
         evaluation: job.evaluation,
         output_dir: job.output_dir,
-        base_dir: working_directory()?,
+        base_dir,
         tokenizer_json: welcome.tokenizer_json,
         collective_token,
         listen: arguments.listen,

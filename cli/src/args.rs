@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub(crate) use crate::launch_args::LaunchArguments;
+
 /// Trains T5 models, on one core or a cluster.
 #[derive(Parser)]
 #[command(name = "quintet", version)]
@@ -17,6 +19,8 @@ pub(crate) struct Arguments {
 pub(crate) enum Command {
     /// Train on this machine: a coordinator and worker processes.
     Train(TrainArguments),
+    /// Train on many machines, by the engine that they are run with.
+    Launch(LaunchArguments),
     /// The half of a run that schedules; prints the URL that workers join.
     Coordinator(CoordinatorArguments),
     /// The half of a run that computes.
@@ -51,8 +55,15 @@ pub(crate) enum DeviceChoice {
     Emulated,
 }
 
+impl DeviceChoice {
+    /// As the flag takes it.
+    pub(crate) fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string())
+    }
+}
+
 /// A job file, and what the command line changes in it.
-#[derive(Args)]
+#[derive(Args, Clone)]
 pub(crate) struct JobArguments {
     /// The job file.
     pub(crate) job: PathBuf,
@@ -70,6 +81,18 @@ pub(crate) struct JobArguments {
     pub(crate) workers: Option<u32>,
     #[arg(long, value_enum)]
     pub(crate) device: Option<DeviceChoice>,
+}
+
+impl JobArguments {
+    /// The same on another command line; without `--resume`, `--workers` and `--device`.
+    pub(crate) fn words(&self) -> Vec<String> {
+        let mut words = vec![self.job.display().to_string()];
+        if let Some(output) = &self.output {
+            words.extend(["--output".to_string(), output.display().to_string()]);
+        }
+        words.extend(self.overrides.iter().flat_map(|assignment| ["--set".to_string(), assignment.clone()]));
+        words
+    }
 }
 
 #[derive(Args)]
@@ -96,21 +119,28 @@ pub(crate) struct CoordinatorArguments {
     pub(crate) json: bool,
 }
 
-#[derive(Args)]
+#[derive(Args, Default)]
 pub(crate) struct WorkerArguments {
-    /// The URL that the coordinator printed. The run's token is read from QUINTET_RUN_TOKEN.
+    /// The URL that the coordinator printed; else QUINTET_COORDINATOR, or MASTER_ADDR and MASTER_PORT. The run's token is
+    /// read from QUINTET_RUN_TOKEN.
     #[arg(long, value_name = "URL")]
-    pub(crate) coordinator: String,
-    /// Where other workers reach this one.
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
-    pub(crate) listen: SocketAddr,
+    pub(crate) coordinator: Option<String>,
+    /// Join by the file that a launcher wrote; "-" reads it from standard input, and ends when that does.
+    #[arg(long, value_name = "FILE", conflicts_with = "coordinator")]
+    pub(crate) join: Option<PathBuf>,
+    /// Where other workers reach this one; by default the address by which it reaches the coordinator.
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) listen: Option<SocketAddr>,
+    /// Start so many workers here, which share the cores and take a GPU each.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) nproc_per_node: Option<u32>,
     /// Where to compute; what the job says by default.
     #[arg(long, value_enum)]
     pub(crate) device: Option<DeviceChoice>,
-    /// Which of this machine's GPUs to compute on, where it is GPUs.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub(crate) gpu: usize,
-    /// Threads to compute with; all cores by default.
+    /// Which of this machine's GPUs to compute on, where it is GPUs; LOCAL_RANK by default.
+    #[arg(long, value_name = "N")]
+    pub(crate) gpu: Option<usize>,
+    /// Threads to compute with; by default this worker's share of the cores, which is all without LOCAL_WORLD_SIZE.
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
     /// Allow plain text beyond this machine.

@@ -9,6 +9,7 @@ mod device;
 mod error;
 mod hub;
 mod job;
+mod launch_args;
 mod prepare;
 mod report;
 
@@ -28,7 +29,8 @@ fn main() -> ExitCode {
     let outcome = match arguments.command {
         Command::Train(arguments) => commands::train::run(arguments),
         Command::Coordinator(arguments) => commands::coordinator::run(arguments),
-        Command::Worker(arguments) => on_threads(arguments.threads, || commands::worker::run(arguments)),
+        Command::Launch(arguments) => commands::launch::run(arguments),
+        Command::Worker(arguments) => commands::worker::run(arguments),
         Command::Evaluate(arguments) => on_threads(None, || commands::evaluate::run(arguments)),
         Command::Generate(arguments) => on_threads(None, || commands::generate::run(arguments)),
         Command::ImportArgs(arguments) => commands::import_args::run(arguments),

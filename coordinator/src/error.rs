@@ -55,6 +55,41 @@ pub enum Error {
         /// The system's answer.
         source: io::Error,
     },
+    /// A command of an engine failed.
+    #[error("{command} failed: {problem}")]
+    Command {
+        /// As a shell would read it.
+        command: String,
+        /// What it said, or how it ended.
+        problem: String,
+    },
+    /// A list of hosts makes no sense.
+    #[error("{place}: {problem}")]
+    Hosts {
+        /// The flag, or the file and line.
+        place: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// An environment variable makes no sense.
+    #[error("the variable {name} is {value:?}, which is no number; unset it or correct it")]
+    Variable {
+        /// Its name.
+        name: &'static str,
+        /// Its value.
+        value: String,
+    },
+    /// The file by which a worker joins is not there, or is something else.
+    #[error("{}: nobody has invited this worker: {problem}", path.display())]
+    NoInvitation {
+        /// The file.
+        path: PathBuf,
+        /// What was found.
+        problem: String,
+    },
+    /// An object cannot be written as YAML: a bug.
+    #[error("cannot write the manifest: {0}")]
+    Yaml(String),
     /// The operating system has no random numbers.
     #[error("the system gives no random numbers for the run's secrets: {0}")]
     Random(String),
@@ -78,7 +113,15 @@ pub enum Error {
 impl Error {
     /// Whether input or configuration is at fault: never worth a retry.
     pub fn is_user_error(&self) -> bool {
-        matches!(self, Self::Config { .. } | Self::RunExists { .. } | Self::Damaged { .. } | Self::NotLoopback(_))
+        matches!(
+            self,
+            Self::Config { .. }
+                | Self::RunExists { .. }
+                | Self::Damaged { .. }
+                | Self::NotLoopback(_)
+                | Self::Hosts { .. }
+                | Self::Variable { .. }
+        )
     }
 
     /// For `map_err` on operations with a file.

@@ -4,7 +4,7 @@
 //! - [`state`]: the state machine, pure; everything that is decided is decided there.
 //! - [`server`]: its shell, the gRPC server that workers connect to.
 //! - [`files`]: the ledger and the metrics file.
-//! - [`launch`]: worker processes on this machine.
+//! - [`launch`]: worker processes, here and elsewhere.
 //! - [`secret`]: what tells a run's workers from strangers.
 //! - [`config`]: the `[cluster]` table of a job.
 //!

@@ -12,7 +12,7 @@ use crate::harness::run;
 use crate::structure::{read, root};
 
 /// What `cargo` and other people's programs call their flags.
-const FLAGS_OF_OTHERS: [&str; 5] = ["--release", "--workspace", "--path", "--local-dir", "--help"];
+const FLAGS_OF_OTHERS: [&str; 6] = ["--release", "--workspace", "--path", "--local-dir", "--help", "--time"];
 
 /// The rows of the README's table of keys: key to default, as written.
 fn documented_keys() -> BTreeMap<String, String> {
@@ -85,6 +85,8 @@ fn every_flag_in_the_readme_exists() {
         "train",
         "coordinator",
         "worker",
+        "launch ssh",
+        "launch slurm",
         "evaluate",
         "import-args",
         "generate",

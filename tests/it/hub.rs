@@ -268,8 +268,8 @@ fn a_download_that_breaks_goes_on_from_there() {
     let folder = download(&settings).unwrap();
     let range = format!("bytes={half}-");
     assert!(hub.requests().iter().any(|request| request.ends_with(&range)));
-    let whole = &hub.state.lock().unwrap().files["model.safetensors"].bytes;
-    assert!(fs::read(folder.join("model.safetensors")).unwrap() == *whole);
+    let whole = hub.state.lock().unwrap().files["model.safetensors"].bytes.clone();
+    assert!(fs::read(folder.join("model.safetensors")).unwrap() == whole);
 }
 
 #[test]

@@ -13,6 +13,7 @@ mod import;
 mod invariance;
 mod jobs;
 mod json;
+mod launch;
 mod model_files;
 mod nccl;
 mod parity;

@@ -10,7 +10,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use quintet_proto::v1::coordinator_client::CoordinatorClient;
-use quintet_proto::v1::{Commit, FromWorker, Heartbeat, Hello, Plan, Stop, ToWorker, Welcome, to_worker};
+use quintet_proto::v1::{Commit, FromWorker, Heartbeat, Hello, Interrupted, Plan, Stop, ToWorker, Welcome, to_worker};
 use quintet_proto::{FROM_WORKER_BYTES_MAX, PROTOCOL_VERSION, TO_WORKER_BYTES_MAX, TOKEN_BYTES};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -148,6 +148,18 @@ impl Session {
     pub fn send(&self, report: Report) -> Result<()> {
         let message = FromWorker { report: Some(report) };
         self.reports.as_ref().and_then(|reports| reports.send(message).ok()).ok_or_else(ended)
+    }
+
+    /// For another thread: tells the coordinator that this worker's host wants it gone, so that the run is saved while
+    /// there is time. Does nothing when the session has ended.
+    pub fn interrupter(&self) -> impl Fn() + Send + 'static {
+        let reports = self.reports.as_ref().map(async_mpsc::UnboundedSender::downgrade);
+        move || {
+            if let Some(reports) = reports.as_ref().and_then(async_mpsc::WeakUnboundedSender::upgrade) {
+                // Whoever has left needs to save nothing.
+                let _ = reports.send(FromWorker { report: Some(Report::Interrupted(Interrupted {})) });
+            }
+        }
     }
 
     /// Has `callback` called, on another thread, as soon as the work of `generation` is void: when
@@ -346,7 +358,11 @@ fn refusal(address: SocketAddr, status: &Status) -> SessionError {
     }
 }
 
-fn resolve(url: &str) -> Result<SocketAddr> {
+/// The address that a coordinator's URL means.
+///
+/// # Errors
+/// [`SessionError::Url`].
+pub fn resolve(url: &str) -> Result<SocketAddr> {
     let wrong = |problem: &str| SessionError::Url { url: url.to_owned(), problem: problem.to_owned() };
     let uri: Uri = url.parse().map_err(|_| wrong("it is not a URL"))?;
     if uri.scheme_str() != Some("http") {

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use quintet_coordinator::launch::remote::{RemoteEnd, RemoteEvent, Remotes};
 use quintet_coordinator::launch::{Death, LocalWorkers};
 use quintet_coordinator::secret::Secret;
 use quintet_coordinator::server::{self, Control, Outcome};
@@ -25,16 +26,85 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> Result<u8> {
         Some(address) => address,
         None => prepared.job.cluster.listen_address()?,
     };
-    let options = RunOptions { address, json: arguments.json, announce: true, device: None };
-    serve(prepared, options, |_, _| Ok(None))
+    let options = RunOptions { address, json: arguments.json, announce: true, device: None, by_hand: true };
+    serve(prepared, options, |_, _| Ok(Workers::Elsewhere))
+}
+
+/// Who computes a run.
+pub(crate) enum Workers {
+    /// Processes that somebody else starts.
+    Elsewhere,
+    /// Processes of this machine.
+    Local(LocalWorkers),
+    /// Commands that stand for processes of other machines.
+    Remote(Remotes),
+}
+
+/// What workers have to tell other than through their streams.
+enum News {
+    Death(Death),
+    Remote(RemoteEvent),
+}
+
+impl Workers {
+    async fn next(&mut self) -> Option<News> {
+        match self {
+            Workers::Elsewhere => std::future::pending().await,
+            Workers::Local(workers) => workers.next_death().await.map(News::Death),
+            Workers::Remote(remotes) => remotes.next().await.map(News::Remote),
+        }
+    }
+
+    async fn end(self, reporter: &Reporter) {
+        match self {
+            Workers::Elsewhere => {}
+            Workers::Local(workers) => workers.end(STOP_GRACE).await,
+            Workers::Remote(remotes) => {
+                remotes
+                    .end(STOP_GRACE, |event| {
+                        show(News::Remote(event), reporter);
+                    })
+                    .await;
+            }
+        }
+    }
+}
+
+/// Shows what is for people, and hands on what is for the run.
+fn show(news: News, reporter: &Reporter) -> Option<Death> {
+    match news {
+        News::Death(death) => Some(death),
+        News::Remote(RemoteEvent::Line { name, text }) => {
+            reporter.line(&format!("[{name}] {text}"));
+            None
+        }
+        News::Remote(RemoteEvent::Ended(end)) => Some(death(end, reporter)),
+    }
+}
+
+/// A launcher's command that ended. What is not one of our exit codes is ssh's or a shell's.
+fn death(end: RemoteEnd, reporter: &Reporter) -> Death {
+    use quintet_coordinator::exit_code::{BAD_INPUT, DONE, FAILURE, NUMERIC_GUARD, PREEMPTED, TOO_FEW_WORKERS};
+    let exit_code = end.exit_code.map(|code| match code {
+        DONE | FAILURE | BAD_INPUT | TOO_FEW_WORKERS | NUMERIC_GUARD | PREEMPTED => code,
+        // The program cannot be run there.
+        126 | 127 => BAD_INPUT,
+        _ => FAILURE,
+    });
+    if exit_code != Some(DONE) {
+        reporter.line(&format!("[{}] ended: {}", end.name, end.status));
+    }
+    Death { pid: end.pid, exit_code, status: format!("on {}: {}", end.name, end.status) }
 }
 
 /// How to serve a run.
 pub(crate) struct RunOptions {
     pub(crate) address: SocketAddr,
     pub(crate) json: bool,
-    /// Say how workers can join.
+    /// Say which workers join.
     pub(crate) announce: bool,
+    /// Say how workers can join.
+    pub(crate) by_hand: bool,
     /// Where the workers compute, and why, where that is known here.
     pub(crate) device: Option<String>,
 }
@@ -43,7 +113,7 @@ pub(crate) struct RunOptions {
 pub(crate) fn serve(
     prepared: Prepared,
     options: RunOptions,
-    launch: impl FnOnce(SocketAddr, &Secret) -> Result<Option<LocalWorkers>>,
+    launch: impl FnOnce(SocketAddr, &Secret) -> Result<Workers>,
 ) -> Result<u8> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -84,7 +154,7 @@ const CONTROLS_WAITING_MAX: usize = 64;
 async fn drive(
     prepared: Prepared,
     options: &RunOptions,
-    launch: impl FnOnce(SocketAddr, &Secret) -> Result<Option<LocalWorkers>>,
+    launch: impl FnOnce(SocketAddr, &Secret) -> Result<Workers>,
     reporter: &mut Reporter,
 ) -> Result<Outcome> {
     // Before anybody is told where to join: whoever sees a run may want to stop it.
@@ -99,7 +169,7 @@ async fn drive(
         .await
         .map_err(|error| Failure::bad_input(format!("cannot listen on {}: {error}", options.address)))?;
     let address = listener.local_addr().map_err(|error| Failure::failed(format!("no local address: {error}")))?;
-    if options.announce {
+    if options.by_hand {
         reporter.line(&format!(
             "waiting for {} worker(s); start each with\n  QUINTET_RUN_TOKEN={} quintet worker --coordinator http://{address}",
             prepared.run.settings.workers_expected,
@@ -116,10 +186,10 @@ async fn drive(
             biased;
             Some(event) = shown.recv() => reporter.show(event),
             outcome = &mut serving => break outcome,
-            Some(death) = next_death(&mut workers) => {
+            Some(news) = workers.next() => if let Some(death) = show(news, reporter) {
                 // A full queue means that the run is ending; it will find the stream closed.
                 let _ = control.try_send(Control::WorkerDied(death));
-            }
+            },
             () = stop.next() => {
                 reporter.line("stopping: the step in flight is finished and saved; once more to stop at once");
                 let _ = control.try_send(Control::Preempt);
@@ -129,17 +199,8 @@ async fn drive(
     while let Ok(event) = shown.try_recv() {
         reporter.show(event);
     }
-    if let Some(workers) = workers {
-        workers.end(STOP_GRACE).await;
-    }
+    workers.end(reporter).await;
     Ok(outcome?)
-}
-
-async fn next_death(workers: &mut Option<LocalWorkers>) -> Option<Death> {
-    match workers {
-        Some(workers) => workers.next_death().await,
-        None => std::future::pending().await,
-    }
 }
 
 /// Ctrl-C, or the SIGTERM or SIGUSR1 of a scheduler; the second one ends the process at once.

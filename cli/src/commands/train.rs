@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use quintet_coordinator::launch::LocalWorkers;
 
 use crate::args::TrainArguments;
-use crate::commands::coordinator::{RunOptions, serve};
+use crate::commands::coordinator::{RunOptions, Workers, serve};
 use crate::device::Decision;
 use crate::error::{Failure, Result};
 use crate::job::Job;
@@ -18,7 +18,8 @@ pub(crate) fn run(arguments: TrainArguments) -> Result<u8> {
     let prepared = prepare(job, arguments.job.resume, false)?;
     let workers = prepared.run.settings.workers_expected;
     let address = prepared.job.cluster.listen_address()?;
-    let options = RunOptions { address, json: arguments.json, announce: false, device: Some(device.line()) };
+    let options =
+        RunOptions { address, json: arguments.json, announce: false, by_hand: false, device: Some(device.line()) };
     serve(prepared, options, |address, token| {
         let executable = std::env::current_exe()
             .map_err(|error| Failure::failed(format!("cannot find this program's own file: {error}")))?;
@@ -36,6 +37,6 @@ pub(crate) fn run(arguments: TrainArguments) -> Result<u8> {
         let interface = ("NCCL_SOCKET_IFNAME", "lo");
         let variables: Vec<_> = [interface].into_iter().filter(|(name, _)| std::env::var_os(name).is_none()).collect();
         let arguments: Vec<_> = (0..workers).map(worker).collect();
-        Ok(Some(LocalWorkers::spawn(&executable, &arguments, &variables, token)?))
+        Ok(Workers::Local(LocalWorkers::spawn(&executable, &arguments, &variables, token)?))
     })
 }

@@ -261,6 +261,7 @@ impl Machine {
             Report::Hello(_) => self.stop_on_violation(worker, "said hello twice"),
             Report::Ready(ready) => self.on_ready(worker, ready),
             Report::Linked(linked) => self.on_linked(linked),
+            Report::Interrupted(_) => self.on_preempt(),
             Report::StepDone(done) => self.on_step_done(worker, done),
             Report::NotFinite(report) => self.on_not_finite(worker, &report),
             Report::StepFailed(report) => self.on_step_failed(worker, report),

@@ -2,7 +2,7 @@
 
 use quintet_data::TrainingLength;
 use quintet_proto::v1::{
-    Evaluated, Failed, Finished, Heartbeat, Lease, Linked, MicroBatch, NotFinite, Saved, StepFailed,
+    Evaluated, Failed, Finished, Heartbeat, Interrupted, Lease, Linked, MicroBatch, NotFinite, Saved, StepFailed,
 };
 
 use super::*;
@@ -449,6 +449,11 @@ fn a_preempted_run_saves_and_is_75() {
          1 <- stop 75
          stop 75: preempted; step 1 is saved, --resume goes on from it",
     );
+    // A worker whose host is told to stop does the same.
+    let mut told = Script::started(settings());
+    assert_lines(told.report(1, Report::Interrupted(Interrupted {})), "");
+    told.done(0, 1, 1, 0..1);
+    assert!(told.done(1, 1, 1, 1..2).contains(&"0 <- commit 1 save".to_owned()));
     let mut early = Script::new(settings());
     assert_lines(early.input(Input::Preempt), "stop 75: preempted before training began: nothing to save");
 }

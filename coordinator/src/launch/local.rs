@@ -31,6 +31,8 @@ pub struct Death {
 pub struct LocalWorkers {
     /// Dropped to have all killed.
     alive: watch::Sender<()>,
+    /// Changed to have all told to stop.
+    terminate: watch::Sender<()>,
     deaths: mpsc::UnboundedReceiver<Death>,
 }
 
@@ -52,17 +54,24 @@ impl LocalWorkers {
     ) -> Result<Self> {
         let (report, deaths) = mpsc::unbounded_channel();
         let (alive, _) = watch::channel(());
+        let (terminate, _) = watch::channel(());
         for arguments in arguments {
             let child = spawn(executable, arguments, variables, run_token)
                 .map_err(|source| Error::Spawn { executable: executable.to_owned(), source })?;
-            tokio::spawn(supervise(child, alive.subscribe(), report.clone()));
+            tokio::spawn(supervise(child, alive.subscribe(), terminate.subscribe(), report.clone()));
         }
-        Ok(Self { alive, deaths })
+        Ok(Self { alive, terminate, deaths })
     }
 
     /// The next process to end; `None` when all have.
     pub async fn next_death(&mut self) -> Option<Death> {
         self.deaths.recv().await
+    }
+
+    /// Sends SIGTERM to all that run, on Linux; a worker passes it on to its coordinator.
+    pub fn terminate(&self) {
+        // Without workers that run there is nobody to tell.
+        let _ = self.terminate.send(());
     }
 
     /// Waits until all have ended; after `grace`, kills what still runs. A worker that is told to stop may be in the
@@ -100,7 +109,7 @@ fn spawn(
 /// A coordinator that is killed closes no stream in order: have the kernel end its workers. (They
 /// also end by themselves when their stream breaks; this holds for one stuck in a computation.)
 #[cfg(target_os = "linux")]
-fn die_with_parent(command: &mut Command) {
+pub(super) fn die_with_parent(command: &mut Command) {
     use rustix::process::{Signal, getppid, set_parent_process_death_signal};
 
     let parent = rustix::process::getpid();
@@ -114,15 +123,24 @@ fn die_with_parent(command: &mut Command) {
     unsafe { command.pre_exec(in_child) };
 }
 
-async fn supervise(mut child: Child, mut alive: watch::Receiver<()>, report: mpsc::UnboundedSender<Death>) {
+async fn supervise(
+    mut child: Child,
+    mut alive: watch::Receiver<()>,
+    mut terminate: watch::Receiver<()>,
+    report: mpsc::UnboundedSender<Death>,
+) {
     let Some(pid) = child.id() else { return };
-    let status = tokio::select! {
-        status = child.wait() => status,
-        // Nothing is ever sent: the sender is gone.
-        _ = alive.changed() => match child.kill().await {
-            Ok(()) => child.wait().await,
-            Err(error) => Err(error),
-        },
+    let status = loop {
+        tokio::select! {
+            biased;
+            status = child.wait() => break status,
+            // Nothing is ever sent: the sender is gone.
+            _ = alive.changed() => break match child.kill().await {
+                Ok(()) => child.wait().await,
+                Err(error) => Err(error),
+            },
+            Ok(()) = terminate.changed() => send_terminate(&child),
+        }
     };
     let death = match status {
         Ok(status) => Death { pid, exit_code: exit_code(status), status: status.to_string() },
@@ -131,6 +149,20 @@ async fn supervise(mut child: Child, mut alive: watch::Receiver<()>, report: mps
     // Nobody listens any more when the run is over.
     let _ = report.send(death);
 }
+
+/// The child has not been waited for, so that its number is still its own.
+#[cfg(target_os = "linux")]
+fn send_terminate(child: &Child) {
+    use rustix::process::{Pid, Signal, kill_process};
+
+    if let Some(pid) = child.id().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)) {
+        // One that has just ended needs no signal.
+        let _ = kill_process(pid, Signal::TERM);
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn send_terminate(_: &Child) {}
 
 fn exit_code(status: ExitStatus) -> Option<u32> {
     status.code().and_then(|code| u32::try_from(code).ok())
@@ -174,6 +206,18 @@ mod tests {
         let workers = shell("exec tail -f /dev/null", 2);
         // Returns only when every child was reaped.
         workers.end(Duration::ZERO).await;
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn all_can_be_told_to_stop() {
+        let mut workers = shell("trap 'exit 75' TERM; while :; do sleep 0.01; done", 2);
+        for _ in 0..2 {
+            // The trap may not be set yet, but then the signal ends the shell.
+            workers.terminate();
+            let death = workers.next_death().await.unwrap();
+            assert!(death.exit_code == Some(75) || death.status.contains("SIGTERM"), "{}", death.status);
+        }
     }
 
     #[tokio::test]

@@ -1,0 +1,95 @@
+//! `quintet launch`: the same run, on the machines of an engine.
+
+mod slurm;
+mod ssh;
+
+use std::net::{IpAddr, SocketAddr};
+
+use quintet_coordinator::launch::command::CommandLine;
+use quintet_coordinator::launch::invitation::Invitation;
+use quintet_coordinator::secret::Secret;
+
+use crate::args::TrainArguments;
+use crate::commands::coordinator::RunOptions;
+use crate::commands::train;
+use crate::error::{Failure, Result, exit};
+use crate::job::Job;
+use crate::launch_args::{ClusterArguments, Engine, LaunchArguments, LocalArguments};
+use crate::prepare::{Prepared, prepare};
+
+pub(crate) fn run(arguments: LaunchArguments) -> Result<u8> {
+    match arguments.engine {
+        Engine::Local(arguments) => local(arguments),
+        Engine::Ssh(arguments) => ssh::run(arguments),
+        Engine::Slurm(arguments) => slurm::run(arguments),
+    }
+}
+
+fn local(arguments: LocalArguments) -> Result<u8> {
+    if arguments.dry_run {
+        println!("{}", train_command(&arguments.train)?);
+        return Ok(exit::DONE);
+    }
+    train::run(arguments.train)
+}
+
+fn train_command(train: &TrainArguments) -> Result<CommandLine> {
+    // A dry run of what would be refused shows that.
+    Job::load(&train.job)?;
+    let mut words = vec!["train".to_string()];
+    words.extend(train.job.words());
+    if let Some(workers) = train.job.workers {
+        words.extend(["--workers".to_string(), workers.to_string()]);
+    }
+    words.extend(device_words(&train.job.device));
+    words.extend(train.job.resume.then(|| "--resume".to_string()));
+    Ok(CommandLine { program: own_file()?, arguments: words })
+}
+
+fn device_words(device: &Option<crate::args::DeviceChoice>) -> Vec<String> {
+    device.map_or_else(Vec::new, |device| vec!["--device".to_string(), device.name()])
+}
+
+/// This program's file.
+fn own_file() -> Result<String> {
+    let file = std::env::current_exe()
+        .map_err(|error| Failure::failed(format!("cannot find this program's own file: {error}")))?;
+    Ok(file.display().to_string())
+}
+
+/// What `quintet worker` is told beyond where to join.
+fn worker_words(cluster: &ClusterArguments) -> Vec<String> {
+    let mut words = device_words(&cluster.job.device);
+    if cluster.insecure_plaintext {
+        words.push("--insecure-plaintext".to_string());
+    }
+    words
+}
+
+/// A run of so many workers, ready to be served at an address.
+fn prepare_run(cluster: &ClusterArguments, workers: u32, resume: bool) -> Result<Prepared> {
+    prepare(load_job(cluster, workers)?, resume, cluster.insecure_plaintext)
+}
+
+fn load_job(cluster: &ClusterArguments, workers: u32) -> Result<Job> {
+    let mut arguments = cluster.job.clone();
+    arguments.workers = Some(workers);
+    Job::load(&arguments)
+}
+
+/// What serving takes: the address that was asked for, else `ip` with a free port.
+fn run_options(cluster: &ClusterArguments, ip: IpAddr) -> RunOptions {
+    let address = cluster.listen.unwrap_or(SocketAddr::new(ip, 0));
+    RunOptions { address, json: cluster.json, announce: true, device: None, by_hand: false }
+}
+
+/// For so many workers of a coordinator at `address`.
+fn invitation(address: SocketAddr, token: &Secret, workers: u32) -> Invitation {
+    Invitation { coordinator: format!("http://{address}"), tokens: vec![token.to_hex(); workers as usize] }
+}
+
+/// Runs a launcher's commands one after the other.
+fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|error| Failure::failed(format!("cannot start the event loop: {error}")))?.block_on(work)
+}

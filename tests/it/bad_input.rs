@@ -118,17 +118,21 @@ fn a_wrong_command_line_is_refused() {
         ("coordinator job.toml --listen 0.0.0.0:0", 2, &["0.0.0.0:0", "--insecure-plaintext"]),
         ("coordinator job.toml --listen 198.51.100.1:1 --insecure-plaintext", 2, &["198.51.100.1:1"]),
         ("worker --coordinator http://127.0.0.1:1", 2, &["QUINTET_RUN_TOKEN"]),
-        ("evaluate --model absent --data train.jsonl --input {source} --target {target}", 2, &["--model absent"]),
+        (
+            "evaluate --model absent --data train.jsonl --input {source} --target {target}",
+            2,
+            &["--model: absent is no directory with a config.json"],
+        ),
         ("evaluate --predictions absent.jsonl", 2, &["absent.jsonl: cannot read"]),
         ("evaluate --predictions train.jsonl", 2, &["train.jsonl:1: ", "\"prediction\"", "\"target\""]),
         ("evaluate --predictions train.jsonl --metrics blue", 2, &["--metrics: ", "`blue`", "`bleu`"]),
         ("evaluate --predictions train.jsonl --metrics rouge1,perplexity", 2, &["--metrics: perplexity", "--model"]),
-        ("generate --model absent --input x", 2, &["--model absent"]),
+        ("generate --model absent --input x", 2, &["--model: absent is no directory with a config.json"]),
         ("generate --model .", 2, &["required arguments"]),
         ("train job.toml --output train.jsonl", 2, &["output_dir: train.jsonl is no directory"]),
         ("data inspect absent.csv", 2, &["absent.csv: no such file"]),
         ("data inspect builtin:nothing", 2, &["builtin:nothing"]),
-        ("bench step --model absent", 2, &["--model absent", "t5-small"]),
+        ("bench step --model absent", 2, &["--model: absent is no directory with a config.json", "t5-small"]),
     ];
     for &(line, code, needles) in cases {
         assert_refused(&run(workspace.path(), line.split_whitespace()), code, needles, line);

@@ -36,11 +36,11 @@ struct Difference {
 
 /// The table as JSON: rows are systems, in the order given.
 pub(crate) fn compare(paths: &[PathBuf], metrics: &[Metric]) -> Result<Value> {
-    let systems = paths.iter().map(|path| System::read(path)).collect::<Result<Vec<System>>>()?;
-    let [first, others @ ..] = &systems[..] else {
+    if paths.len() < 2 {
         return Err(Failure::bad_input("--compare: give at least two files of predictions or run directories"));
-    };
-    others.iter().try_for_each(|other| first.check_same_examples(other))?;
+    }
+    let systems = paths.iter().map(|path| System::read(path)).collect::<Result<Vec<System>>>()?;
+    systems[1..].iter().try_for_each(|other| systems[0].check_same_examples(other))?;
     let resampling = Resampling { seed: SEED, resamples: RESAMPLES };
     let mut rows: Vec<Map<String, Value>> = systems.iter().map(|_| Map::new()).collect();
     for &metric in metrics {
@@ -50,7 +50,7 @@ pub(crate) fn compare(paths: &[PathBuf], metrics: &[Metric]) -> Result<Value> {
     }
     let rows = systems.iter().zip(rows).map(|(system, row)| json!({"name": system.name, "metrics": row}));
     Ok(json!({
-        "examples": first.lines.len(),
+        "examples": systems[0].lines.len(),
         "resamples": RESAMPLES,
         "seed": SEED,
         "systems": rows.collect::<Vec<Value>>(),

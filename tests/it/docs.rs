@@ -85,6 +85,7 @@ fn every_flag_in_the_readme_exists() {
         "train",
         "coordinator",
         "worker",
+        "tokens",
         "launch ssh",
         "launch slurm",
         "evaluate",

@@ -10,6 +10,7 @@ pub(crate) mod generate;
 pub(crate) mod import_args;
 pub(crate) mod launch;
 pub(crate) mod selftest;
+pub(crate) mod tokens;
 pub(crate) mod train;
 pub(crate) mod worker;
 

@@ -7,18 +7,20 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
+use quintet_coordinator::admission::{JOIN_TOKEN_VARIABLE, RUN_TOKEN_VARIABLE};
 use quintet_coordinator::launch::environment::Place;
 use quintet_coordinator::launch::invitation::Invitation;
-use quintet_coordinator::launch::{LocalWorkers, RUN_TOKEN_VARIABLE, address};
+use quintet_coordinator::launch::{LocalWorkers, address};
 use quintet_coordinator::secret::Secret;
+use quintet_worker::access::{Access, Pass};
 use quintet_worker::rank::{self, RankJob};
-use quintet_worker::session::{self, Session};
+use quintet_worker::session::{self, Session, SessionError};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::args::WorkerArguments;
-use crate::commands::on_threads;
+use crate::commands::{on_threads, tokens};
 use crate::device::Decision;
 use crate::error::{Failure, Result, exit};
 use crate::hub;
@@ -48,8 +50,9 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
 /// Where to join and with what.
 struct Joining {
     coordinator: String,
-    /// One for each worker of this process.
-    tokens: Vec<Secret>,
+    /// One for each worker of this process; or, for one worker of its own, those to try. Join tokens where the URL is
+    /// https, else run tokens.
+    tokens: Vec<String>,
 }
 
 impl Joining {
@@ -70,23 +73,44 @@ impl Joining {
                         "where is the coordinator? Give --coordinator URL, as it printed it, or set QUINTET_COORDINATOR",
                     )
                 })?;
+                let coordinator = coordinator.value.clone();
+                if is_encrypted(&coordinator) {
+                    let tokens = tokens::given(arguments.token_index)?;
+                    return Joining { coordinator, tokens }.for_processes(count, || {
+                        format!("{count} processes need a join token each, in the file of {}", tokens::FILE_VARIABLE)
+                    });
+                }
                 let tokens = std::env::var(RUN_TOKEN_VARIABLE).unwrap_or_default();
-                (
-                    coordinator.value.clone(),
-                    tokens.split(',').map(str::to_string).cycle().take(count as usize).collect(),
-                )
+                (coordinator, tokens.split(',').map(str::to_string).cycle().take(count as usize).collect())
             }
         };
-        let tokens: Vec<Secret> =
-            tokens.iter().filter_map(|token| Secret::from_hex(token)).take(count as usize).collect();
-        if tokens.len() < count as usize {
-            return Err(Failure::bad_input(match arguments.join {
-                Some(_) => format!("the invitation has no token for process {}", place.rank.value),
-                None => format!("{RUN_TOKEN_VARIABLE} must hold the token that the coordinator printed"),
-            }));
+        let mut tokens: Vec<String> = tokens;
+        if !is_encrypted(&coordinator) {
+            tokens.retain(|token| Secret::from_hex(token).is_some());
         }
-        Ok(Joining { coordinator, tokens })
+        tokens.truncate(count as usize);
+        Joining { coordinator, tokens }.for_processes(count, || match arguments.join {
+            Some(_) => format!("the invitation has no token for process {}", place.rank.value),
+            None => format!("{RUN_TOKEN_VARIABLE} must hold the token that the coordinator printed"),
+        })
     }
+
+    fn for_processes(self, count: u32, problem: impl FnOnce() -> String) -> Result<Self> {
+        if self.tokens.len() < count as usize { Err(Failure::bad_input(problem())) } else { Ok(self) }
+    }
+
+    /// By the tokens of one worker.
+    fn access(&self, insecure: bool) -> std::result::Result<Access, SessionError> {
+        if is_encrypted(&self.coordinator) {
+            return Pass::join(&self.coordinator, &self.tokens).map(Access::Certificate);
+        }
+        let token = Secret::from_hex(&self.tokens[0]).expect("checked when it was found"); // why: `find` keeps no other
+        Ok(Access::Plain { run_token: *token.as_bytes(), insecure })
+    }
+}
+
+fn is_encrypted(coordinator: &str) -> bool {
+    coordinator.starts_with("https://")
 }
 
 /// From the launcher's pipe, whose end is this process's.
@@ -111,13 +135,17 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
         Some(address) => address,
         None => own_address(&joining.coordinator)?,
     };
-    if !listen.ip().is_loopback() && !insecure {
+    if !is_encrypted(&joining.coordinator) && !quintet_identity::is_private(listen.ip()) && !insecure {
         return Err(Failure::bad_input(format!(
-            "--listen {listen}: gradients would cross the network in plain text; accept that with --insecure-plaintext"
+            "--listen {listen}: gradients would cross the network in plain text; join by https, or accept that with \
+             --insecure-plaintext"
         )));
     }
-    let token = &joining.tokens[0];
-    let (session, welcome) = match Session::connect(&joining.coordinator, token.as_bytes(), &host_name(), insecure) {
+    let joined = joining.access(insecure).and_then(|access| {
+        let (session, welcome) = Session::connect(&joining.coordinator, &access, &host_name())?;
+        Ok((access, session, welcome))
+    });
+    let (access, session, welcome) = match joined {
         Ok(joined) => joined,
         // Mostly the run was over before this worker came.
         Err(error) if arguments.supervised && !error.is_user_error() => return Ok(exit::FAILURE),
@@ -155,6 +183,7 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
         base_dir,
         tokenizer_json: welcome.tokenizer_json,
         collective_token,
+        access,
         listen,
         resume_step: welcome.resume_step,
     };
@@ -211,7 +240,9 @@ fn supervise(arguments: &WorkerArguments, place: &Place, joining: &Joining, coun
             let child = child_arguments(arguments, &joining.coordinator, index);
             let variables = place.child(index, count);
             let variables = variables.each_ref().map(|(name, value)| (*name, value.as_str()));
-            let worker = LocalWorkers::spawn(&executable, &[child], &variables, token)?;
+            let name = if is_encrypted(&joining.coordinator) { JOIN_TOKEN_VARIABLE } else { RUN_TOKEN_VARIABLE };
+            let mut ticket = || Ok((name, token.clone()));
+            let worker = LocalWorkers::spawn(&executable, &[child], &variables, &mut ticket)?;
             running.spawn(watch_over(worker, told.subscribe()));
         }
         let mut code = exit::DONE;

@@ -16,4 +16,4 @@ pub mod remote;
 pub mod slurm;
 pub mod ssh;
 
-pub use local::{Death, LocalWorkers, RUN_TOKEN_VARIABLE};
+pub use local::{Death, LocalWorkers};

@@ -5,9 +5,9 @@ mod ssh;
 
 use std::net::{IpAddr, SocketAddr};
 
+use quintet_coordinator::admission::Admission;
 use quintet_coordinator::launch::command::CommandLine;
 use quintet_coordinator::launch::invitation::Invitation;
-use quintet_coordinator::secret::Secret;
 
 use crate::args::TrainArguments;
 use crate::commands::coordinator::RunOptions;
@@ -15,7 +15,7 @@ use crate::commands::train;
 use crate::error::{Failure, Result, exit};
 use crate::job::Job;
 use crate::launch_args::{ClusterArguments, Engine, LaunchArguments, LocalArguments};
-use crate::prepare::{Prepared, prepare};
+use crate::prepare::{Door, Prepared, prepare};
 
 pub(crate) fn run(arguments: LaunchArguments) -> Result<u8> {
     match arguments.engine {
@@ -67,8 +67,10 @@ fn worker_words(cluster: &ClusterArguments) -> Vec<String> {
 }
 
 /// A run of so many workers, ready to be served at an address.
-fn prepare_run(cluster: &ClusterArguments, workers: u32, resume: bool) -> Result<Prepared> {
-    prepare(load_job(cluster, workers)?, resume, cluster.insecure_plaintext)
+fn prepare_run(cluster: &ClusterArguments, workers: u32, resume: bool, ip: IpAddr) -> Result<Prepared> {
+    let address = run_options(cluster, ip).address;
+    let door = Door { address, insecure_plaintext: cluster.insecure_plaintext, authority: None };
+    prepare(load_job(cluster, workers)?, resume, door)
 }
 
 fn load_job(cluster: &ClusterArguments, workers: u32) -> Result<Job> {
@@ -84,8 +86,9 @@ fn run_options(cluster: &ClusterArguments, ip: IpAddr) -> RunOptions {
 }
 
 /// For so many workers of a coordinator at `address`.
-fn invitation(address: SocketAddr, token: &Secret, workers: u32) -> Invitation {
-    Invitation { coordinator: format!("http://{address}"), tokens: vec![token.to_hex(); workers as usize] }
+fn invitation(address: SocketAddr, admission: &Admission, workers: u32) -> Result<Invitation> {
+    let tokens = (0..workers).map(|_| Ok(admission.ticket()?.1)).collect::<Result<_>>()?;
+    Ok(Invitation { coordinator: format!("{}://{address}", admission.scheme()), tokens })
 }
 
 /// Runs a launcher's commands one after the other.

@@ -5,6 +5,7 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+use quintet_coordinator::admission::Admission;
 use quintet_coordinator::exit_code::PREEMPTED;
 use quintet_coordinator::launch::command::CommandLine;
 use quintet_coordinator::launch::environment::Place;
@@ -12,7 +13,6 @@ use quintet_coordinator::launch::invitation::InvitationFile;
 use quintet_coordinator::launch::remote::{Remote, Remotes};
 use quintet_coordinator::launch::slurm::{Allocation, Submission, node_address, show_node};
 use quintet_coordinator::launch::{LocalWorkers, address};
-use quintet_coordinator::secret::Secret;
 
 use super::{block_on, device_words, invitation, load_job, own_file, prepare_run, run_options, worker_words};
 use crate::args::WorkerArguments;
@@ -85,8 +85,8 @@ fn coordinate(cluster: &ClusterArguments, allocation: &Allocation) -> Result<u8>
         return Ok(exit::DONE);
     }
     let ip = block_on(own_address(allocation))?;
-    run_to_requeue(cluster, allocation, workers, ip, |address, token| {
-        let written = InvitationFile::write(file, &invitation(address, token, workers))?;
+    run_to_requeue(cluster, allocation, workers, ip, |address, admission| {
+        let written = InvitationFile::write(file, &invitation(address, admission, workers)?)?;
         let remote = Remote { name: "srun".to_string(), command: step, input: String::new() };
         Ok((Workers::Remote(Remotes::spawn(vec![remote])?), written))
     })
@@ -110,11 +110,12 @@ fn task(cluster: &ClusterArguments, allocation: &Allocation, place: &Place) -> R
     }
     let ip = block_on(own_address(allocation))?;
     let own = own_worker(cluster, &file)?;
-    run_to_requeue(cluster, allocation, workers, ip, |address, token| {
-        let written = InvitationFile::write(file, &invitation(address, token, workers))?;
+    run_to_requeue(cluster, allocation, workers, ip, |address, admission| {
+        let written = InvitationFile::write(file, &invitation(address, admission, workers)?)?;
         let arguments: Vec<OsString> = own.arguments.iter().map(OsString::from).collect();
         let executable = PathBuf::from(own.program);
-        Ok((Workers::Local(LocalWorkers::spawn(&executable, &[arguments], &[], token)?), written))
+        let mut ticket = || admission.ticket();
+        Ok((Workers::Local(LocalWorkers::spawn(&executable, &[arguments], &[], &mut ticket)?), written))
     })
 }
 
@@ -131,13 +132,13 @@ fn run_to_requeue(
     allocation: &Allocation,
     workers: u32,
     ip: IpAddr,
-    launch: impl FnOnce(SocketAddr, &Secret) -> Result<(Workers, InvitationFile)>,
+    launch: impl FnOnce(SocketAddr, &Admission) -> Result<(Workers, InvitationFile)>,
 ) -> Result<u8> {
-    let prepared = prepare_run(cluster, workers, cluster.job.resume || allocation.restarts > 0)?;
+    let prepared = prepare_run(cluster, workers, cluster.job.resume || allocation.restarts > 0, ip)?;
     // Until the run has ended.
     let mut written = None;
-    let code = serve(prepared, run_options(cluster, ip), |address, token| {
-        let (workers, file) = launch(address, token)?;
+    let code = serve(prepared, run_options(cluster, ip), |address, admission| {
+        let (workers, file) = launch(address, admission)?;
         written = Some(file);
         Ok(workers)
     })?;

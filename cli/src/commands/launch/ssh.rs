@@ -30,15 +30,15 @@ pub(super) fn run(arguments: SshArguments) -> Result<u8> {
         }
         return Ok(exit::DONE);
     }
-    let prepared = prepare_run(&cluster, workers, cluster.job.resume)?;
     let ip = block_on(own_address(&ssh, &hosts))?;
+    let prepared = prepare_run(&cluster, workers, cluster.job.resume, ip)?;
     if let Some(pack) = pack {
         for host in &hosts {
             pipe(&pack, &ssh.unpack(host)).map_err(|failure| on(host, failure))?;
         }
     }
-    serve(prepared, run_options(&cluster, ip), |address, token| {
-        let mut left = invitation(address, token, workers);
+    serve(prepared, run_options(&cluster, ip), |address, admission| {
+        let mut left = invitation(address, admission, workers)?;
         let remotes = hosts.iter().enumerate().map(|(index, host)| {
             let rest = left.tokens.split_off(host.slots as usize);
             let mine = std::mem::replace(&mut left.tokens, rest);

@@ -46,6 +46,7 @@ impl Job {
         if let Some(output) = &arguments.output {
             job.output_dir.clone_from(output);
         }
+        job.data.cache_dir.get_or_insert_with(|| job.output_dir.join("cache"));
         if let Some(workers) = arguments.workers {
             job.cluster.workers = Some(workers);
         }
@@ -94,6 +95,7 @@ fn numerics(job: &Job) -> Value {
     job.output_dir = PathBuf::new();
     job.cluster = ClusterConfig::default();
     job.evaluation = EvaluationConfig::default();
+    job.data.cache_dir = None;
     // Weights of a run under way are its checkpoint's, wherever the hub's branch has moved.
     job.model.pretrained = job.model.pretrained.map(|name| hub::without_commit(&name));
     let training = &mut job.training;

@@ -64,8 +64,7 @@ const DIGEST_STEPS: u64 = 100;
 pub(crate) fn prepare(job: Job, resume: bool, door: Door) -> Result<Prepared> {
     let base = working_directory()?;
     let splits = Splits::load(&job.data, &base, job.training.seed)?;
-    let pretrained =
-        job.model.pretrained.as_ref().map(|name| hub::model("model.pretrained", name, &base)).transpose()?;
+    let pretrained = pretrained(&job, &base)?;
     let lock = lock(&job.output_dir)?;
     // A run that has committed nothing is none: what stopped it can be put right and the job started again.
     let resume = resume && holds_work(&job.output_dir);
@@ -125,6 +124,11 @@ fn eval_steps(job: &Job, splits: &Splits, total_steps: u64) -> Result<Option<u64
             "training.eval_steps: there is nothing to evaluate on; give data.validation or data.validation_split",
         )),
     }
+}
+
+/// The model that the job begins with, on this machine.
+pub(crate) fn pretrained(job: &Job, base: &Path) -> Result<Option<LocalModel>> {
+    job.model.pretrained.as_ref().map(|name| hub::model("model.pretrained", name, base)).transpose()
 }
 
 /// What follows from the best evaluation, if anything does.

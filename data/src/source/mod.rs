@@ -73,9 +73,9 @@ impl fmt::Display for Source {
     }
 }
 
-/// Finds the sources that the entries name: paths, globs (their files in alphabetical order), folders of a data set (see
-/// [`folder`]), and `builtin:cmudict`. Relative paths are relative to `base`; `split` is that of a folder which is named
-/// without one.
+/// Finds the sources that the entries name: paths, globs (their files in alphabetical order), folders of a data set (the
+/// files of one split), and `builtin:cmudict`. Relative paths are relative to `base`; `split` is that of a folder which
+/// is named without one.
 ///
 /// # Errors
 /// A file that is missing or of an unknown format, a glob without a match, a folder without the split, an unknown

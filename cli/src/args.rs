@@ -33,6 +33,8 @@ pub(crate) enum Command {
     Generate(GenerateArguments),
     /// A job file from the arguments of a Hugging Face training.
     ImportArgs(ImportArguments),
+    /// A model with an adapter folded into it, as a model directory.
+    Merge(MergeArguments),
     /// Look at a data source, or write a built-in one as JSON lines.
     Data(DataArguments),
     /// Measure.
@@ -174,9 +176,12 @@ pub(crate) struct TokensArguments {
 
 #[derive(Args)]
 pub(crate) struct EvaluateArguments {
-    /// A model directory in Hugging Face's layout, or a repository of the hub.
+    /// A model directory in Hugging Face's layout, a repository of the hub, or an adapter that names its model.
     #[arg(long, value_name = "DIR", required_unless_present_any = ["predictions", "compare"])]
     pub(crate) model: Option<PathBuf>,
+    /// An adapter of that model, in PEFT's layout.
+    #[arg(long, value_name = "DIR", requires = "model")]
+    pub(crate) adapter: Option<PathBuf>,
     /// The examples.
     #[arg(long, value_name = "FILE", required_unless_present_any = ["predictions", "compare"])]
     pub(crate) data: Option<String>,
@@ -218,9 +223,12 @@ pub(crate) struct EvaluateArguments {
 
 #[derive(Args)]
 pub(crate) struct GenerateArguments {
-    /// A model directory in Hugging Face's layout, or a repository of the hub.
+    /// A model directory in Hugging Face's layout, a repository of the hub, or an adapter that names its model.
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
+    /// An adapter of that model, in PEFT's layout.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: Option<PathBuf>,
     /// A tokenizer other than the model's.
     #[arg(long)]
     pub(crate) tokenizer: Option<String>,
@@ -251,6 +259,22 @@ pub(crate) struct ImportArguments {
     /// Print the job and what was not converted as one JSON document.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct MergeArguments {
+    /// A model directory in Hugging Face's layout, or an adapter that names its model.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// An adapter of that model, in PEFT's layout.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: Option<PathBuf>,
+    /// A tokenizer other than the model's.
+    #[arg(long)]
+    pub(crate) tokenizer: Option<String>,
+    /// The new model directory.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) output: PathBuf,
 }
 
 #[derive(Args)]
@@ -360,6 +384,9 @@ pub(crate) struct BenchStepArguments {
     pub(crate) precision: Option<String>,
     #[arg(long)]
     pub(crate) gradient_checkpointing: bool,
+    /// Train LoRA adapters of this rank, of q and v, instead of the model.
+    #[arg(long, value_name = "R")]
+    pub(crate) lora_r: Option<usize>,
     /// Threads to compute with; all cores by default.
     #[arg(long)]
     pub(crate) threads: Option<usize>,

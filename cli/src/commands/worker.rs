@@ -158,6 +158,7 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
         .map_err(|error| Failure::failed(format!("the coordinator sent a job that is not understood: {error}")))?;
     let fingerprint = job.fingerprint();
     let base_dir = working_directory()?;
+    let base_name = job.model.pretrained.as_deref().map(hub::without_commit);
     if let Some(name) = &job.model.pretrained {
         // Of another machine's hub: at the commit that the coordinator chose.
         let model = hub::model("model.pretrained", name, &base_dir)?;
@@ -176,6 +177,8 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
         fingerprint,
         silence_limit: Duration::from_secs_f64(job.cluster.step_timeout_seconds),
         model: job.model,
+        base_name,
+        lora: job.lora,
         data: job.data,
         training: job.training,
         evaluation: job.evaluation,

@@ -59,8 +59,13 @@ impl Error {
         move |source| Self::File { action, path, source }
     }
 
-    /// Whether the request was wrong, rather than this machine.
+    /// Whether the same again would fail again: not what breaks on the way or on this machine. A hub that cannot be reached
+    /// counts, because then the name is most likely meant to be a directory's.
     pub fn is_user_error(&self) -> bool {
-        !matches!(self, Self::File { .. })
+        match self {
+            Self::File { .. } | Self::Interrupted { .. } | Self::Mismatch { .. } => false,
+            Self::Status { status, .. } => *status < 500,
+            _ => true,
+        }
     }
 }

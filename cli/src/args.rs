@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use quintet_t5::EarlyStopping;
 
 pub(crate) use crate::launch_args::LaunchArguments;
 
@@ -209,8 +210,8 @@ pub(crate) struct EvaluateArguments {
     pub(crate) max_source_length: usize,
     #[arg(long, default_value_t = 128)]
     pub(crate) max_target_length: usize,
-    #[arg(long, default_value_t = 64)]
-    pub(crate) max_new_tokens: u32,
+    #[command(flatten)]
+    pub(crate) generation: GenerationFlags,
     /// Only the first so many examples.
     #[arg(long)]
     pub(crate) max_examples: Option<u64>,
@@ -237,18 +238,66 @@ pub(crate) struct GenerateArguments {
     /// One input a line.
     #[arg(long, value_name = "FILE", conflicts_with = "input")]
     pub(crate) input_file: Option<PathBuf>,
-    #[arg(long, default_value_t = 64)]
-    pub(crate) max_new_tokens: u32,
+    #[command(flatten)]
+    pub(crate) generation: GenerationFlags,
+    /// Outputs for each input: of beams or samples.
+    #[arg(long, value_name = "N")]
+    pub(crate) num_return_sequences: Option<usize>,
+    /// Score this text instead of generating, by its log probability given the input; may be given several times.
+    #[arg(long, value_name = "TEXT", conflicts_with = "stream")]
+    pub(crate) candidates: Vec<String>,
+    /// Longer inputs are cut.
     #[arg(long, default_value_t = 512)]
     pub(crate) max_source_length: usize,
-    /// Inputs generated at a time.
+    /// Inputs generated at a time; inputs of similar length are put together.
     #[arg(long, default_value_t = 32)]
     pub(crate) batch_size: usize,
+    /// Print as it comes: of one input the text token by token, of several each line when its batch is done.
+    #[arg(long)]
+    pub(crate) stream: bool,
     #[arg(long, value_enum, default_value_t)]
     pub(crate) device: DeviceChoice,
     /// Print one JSON object an input.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// How to generate; what is left open, the model's generation_config.json may say.
+#[derive(Args, Clone)]
+pub(crate) struct GenerationFlags {
+    #[arg(long, value_name = "N")]
+    pub(crate) max_new_tokens: Option<usize>,
+    #[arg(long, value_name = "N")]
+    pub(crate) min_new_tokens: Option<usize>,
+    /// Hypotheses of a beam search; 1 is greedy search, or sampling.
+    #[arg(long, value_name = "N")]
+    pub(crate) num_beams: Option<usize>,
+    /// Beams are compared by the sum of log probabilities, divided by the length to the power of this.
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
+    pub(crate) length_penalty: Option<f64>,
+    /// When a beam search ends: false, true or never, as in transformers.
+    #[arg(long, value_name = "WHEN")]
+    pub(crate) early_stopping: Option<EarlyStopping>,
+    /// No sequence of so many tokens twice.
+    #[arg(long, value_name = "N")]
+    pub(crate) no_repeat_ngram_size: Option<usize>,
+    /// Above 1 makes tokens that were there less probable.
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) repetition_penalty: Option<f32>,
+    /// Draw tokens instead of taking the most probable.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    pub(crate) do_sample: Option<bool>,
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) temperature: Option<f32>,
+    /// Draw among so many most probable tokens; 0: among all.
+    #[arg(long, value_name = "N")]
+    pub(crate) top_k: Option<usize>,
+    /// Draw among the fewest tokens that are this probable together.
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) top_p: Option<f64>,
+    /// Of sampling.
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
 }
 
 #[derive(Args)]
@@ -340,6 +389,8 @@ pub(crate) struct BenchArguments {
 pub(crate) enum BenchCommand {
     /// A training step: forward, backward, clipping and AdamW.
     Step(BenchStepArguments),
+    /// Generation of a fixed number of tokens.
+    Generate(BenchGenerateArguments),
     /// Loading and tokenizing a job's examples: its speed, and how long training at a given speed waits for it.
     Data(BenchDataArguments),
 }
@@ -387,6 +438,41 @@ pub(crate) struct BenchStepArguments {
     /// Train LoRA adapters of this rank, of q and v, instead of the model.
     #[arg(long, value_name = "R")]
     pub(crate) lora_r: Option<usize>,
+    /// Threads to compute with; all cores by default.
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) device: DeviceChoice,
+    /// Print the result as one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct BenchGenerateArguments {
+    /// A directory, or a preset such as t5-small, t5-v1_1-base, byt5-small.
+    #[arg(long)]
+    pub(crate) model: String,
+    #[arg(long, default_value_t = 32)]
+    pub(crate) batch_size: usize,
+    #[arg(long, default_value_t = 128)]
+    pub(crate) source_length: usize,
+    /// Tokens of each output, no more and no fewer.
+    #[arg(long, default_value_t = 64)]
+    pub(crate) new_tokens: usize,
+    #[arg(long, default_value_t = 4)]
+    pub(crate) num_beams: usize,
+    #[arg(long)]
+    pub(crate) do_sample: bool,
+    /// Sources of differing lengths, from a quarter of that to the whole, as real text has.
+    #[arg(long)]
+    pub(crate) ragged: bool,
+    /// Timed rounds, after one that is not.
+    #[arg(long, default_value_t = 3)]
+    pub(crate) rounds: usize,
+    /// fp32, bf16 or fp16; by default bf16 on a GPU, fp32 elsewhere.
+    #[arg(long)]
+    pub(crate) precision: Option<String>,
     /// Threads to compute with; all cores by default.
     #[arg(long)]
     pub(crate) threads: Option<usize>,

@@ -8,6 +8,7 @@ mod data;
 mod devices;
 mod diagnostics;
 mod docs;
+mod generation;
 mod gpu;
 mod harness;
 mod hub;

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use quintet_data::{
 use quintet_kernels::{Device, WaitLimits, ops};
 use quintet_proto::v1::{Actions, Evaluated, Failed, Finished, Lease, Linked, MicroBatch, NotFinite, Plan};
 use quintet_proto::v1::{Ready, Saved, StepDone, StepFailed, Stop};
-use quintet_t5::{Model, Parameters};
+use quintet_t5::{Generation, Model, Parameters};
 
 use crate::access::Access;
 use crate::adapter::Adapter;
@@ -91,6 +91,8 @@ struct Rank {
     job: RankJob,
     replica: Replica,
     validation: Option<Arc<Dataset>>,
+    /// Of an evaluation's predictions.
+    generation: Generation,
     tokenizer: Arc<Tokenizer>,
     schedule: StepSchedule,
     loader: Loader,
@@ -129,6 +131,8 @@ impl Rank {
         let schedule = job.training.steps(order.positions())?;
         let device = job.device.open()?;
         let (model, parameters) = replica::load_model(&device, &job.model, &tokenizer, job.training.seed)?;
+        let pretrained = job.model.pretrained.as_deref().map(Path::new);
+        let generation = job.evaluation.resolve_generation(model.config(), pretrained)?;
         let precision = job.training.precision.unwrap_or(Precision::default_on(job.device));
         let tokens_max = u64::from(job.training.global_batch_size) * job.data.max_target_length as u64;
         let adapter = open_adapter(&job, &model, &parameters)?;
@@ -151,6 +155,7 @@ impl Rank {
             job,
             replica,
             validation,
+            generation,
             tokenizer,
             schedule,
             loader,
@@ -447,7 +452,8 @@ impl Rank {
     /// Every rank evaluates its share; rank 0 puts the whole together and reports it.
     fn evaluate(&mut self, session: &Session, place: &mut Place, step: u64) -> Result<()> {
         let Some(validation) = &self.validation else { return Ok(()) };
-        let task = EvaluationTask::new(validation, &self.tokenizer, self.job.data.limits(), &self.job.evaluation);
+        let (limits, config) = (self.job.data.limits(), &self.job.evaluation);
+        let task = EvaluationTask::new(validation, &self.tokenizer, limits, config, &self.generation);
         let share = task.evaluate_share(self.replica.model(), self.replica.weights(), place.rank, place.world_size)?;
         let bytes = serde_json::to_vec(&share).expect("an evaluation is plain data"); // why: no map keys, no custom types
         let Some(shares) = place.collective.gather_bytes(step, 0, &bytes)? else { return Ok(()) };

@@ -1,5 +1,7 @@
 //! `quintet bench`: how fast a training step is, as a share of what this machine's matrix products allow.
 
+mod generate;
+
 use std::path::Path;
 use std::time::Instant;
 
@@ -10,7 +12,7 @@ use quintet_worker::collective::Collective;
 use quintet_worker::gradient::StepGradient;
 use quintet_worker::memory::peak_bytes;
 use quintet_worker::replica::Replica;
-use quintet_worker::{LoraConfig, Precision, TrainingConfig};
+use quintet_worker::{DeviceChoice, LoraConfig, Precision, TrainingConfig};
 use serde_json::json;
 
 use crate::args::{BenchArguments, BenchCommand, BenchStepArguments};
@@ -24,6 +26,9 @@ pub(crate) fn run(arguments: BenchArguments) -> Result<u8> {
     match arguments.command {
         BenchCommand::Data(arguments) => bench_data::run(&arguments),
         BenchCommand::Step(arguments) => on_threads(arguments.threads, || step(&arguments).map(|()| exit::DONE)),
+        BenchCommand::Generate(arguments) => {
+            on_threads(arguments.threads, || generate::run(&arguments).map(|()| exit::DONE))
+        }
     }
 }
 
@@ -48,12 +53,7 @@ fn step(arguments: &BenchStepArguments) -> Result<()> {
     }
     let decision = Decision::new(arguments.device.into(), 0)?;
     eprintln!("{}", decision.line());
-    let precision = match &arguments.precision {
-        None => Precision::default_on(decision.choice),
-        Some(name) => {
-            serde_json::from_value(json!(name)).map_err(|error| Failure::bad_input(format!("--precision: {error}")))?
-        }
-    };
+    let precision = precision(arguments.precision.as_deref(), decision.choice)?;
     let device = decision.open()?;
     let (model, weights) = open(&device, &arguments.model)?;
     let training =
@@ -168,6 +168,15 @@ impl Stepper {
     }
 }
 
+fn precision(name: Option<&str>, device: DeviceChoice) -> Result<Precision> {
+    match name {
+        None => Ok(Precision::default_on(device)),
+        Some(name) => {
+            serde_json::from_value(json!(name)).map_err(|error| Failure::bad_input(format!("--precision: {error}")))
+        }
+    }
+}
+
 /// A preset with fresh weights, or the model of a directory or of a hub's repository.
 fn open(device: &Device, name: &str) -> Result<(Model, Parameters)> {
     if let Some(config) = preset(name) {
@@ -185,19 +194,26 @@ fn open(device: &Device, name: &str) -> Result<(Model, Parameters)> {
     Ok(quintet_t5::load_pretrained(device, &directory)?)
 }
 
-/// How long the examples are: all of full length, or any length from a quarter of it on, spread evenly. The latter by a
-/// formula that benchmarks/step_torch.py has too.
+/// How long the examples are.
 fn shape(arguments: &BenchStepArguments) -> BatchShape {
-    let length = |full: usize, row: usize, spread: u64| {
-        let least = full.div_ceil(4);
-        let fraction = (row as u64 + 1) * spread % (1 << 32);
-        if arguments.ragged { least + ((fraction * (full - least + 1) as u64) >> 32) as usize } else { full }
-    };
     let lengths = |row: usize| {
-        let source = length(arguments.source_length, row, 2_654_435_761);
-        (source, length(arguments.target_length, row, 2_246_822_519))
+        let source = length(arguments.source_length, row, 2_654_435_761, arguments.ragged);
+        (source, length(arguments.target_length, row, 2_246_822_519, arguments.ragged))
     };
     BatchShape { lengths: (0..arguments.batch_size).map(lengths).collect() }
+}
+
+/// Of full length, or any length from a quarter of it on, spread evenly. The latter by a formula that
+/// benchmarks/step_torch.py has too.
+fn length(full: usize, row: usize, spread: u64, ragged: bool) -> usize {
+    let least = full.div_ceil(4);
+    let fraction = (row as u64 + 1) * spread % (1 << 32);
+    if ragged { least + ((fraction * (full - least + 1) as u64) >> 32) as usize } else { full }
+}
+
+/// Arbitrary tokens.
+fn ids(vocabulary: usize, count: usize, salt: u64) -> Vec<u32> {
+    (0..count as u64).map(|index| ((index * 2_654_435_761 + salt * 40_503) % vocabulary as u64) as u32).collect()
 }
 
 fn sum(shape: &BatchShape, length: impl Fn(&(usize, usize)) -> usize) -> usize {
@@ -206,10 +222,7 @@ fn sum(shape: &BatchShape, length: impl Fn(&(usize, usize)) -> usize) -> usize {
 
 /// Examples of arbitrary tokens.
 fn batch(model: &Model, shape: &BatchShape) -> Result<Batch> {
-    let vocab = model.config().vocab_size as u64;
-    let ids = |count: usize, salt: u64| -> Vec<u32> {
-        (0..count as u64).map(|index| ((index * 2_654_435_761 + salt * 40_503) % vocab) as u32).collect()
-    };
+    let vocabulary = model.config().vocab_size;
     let offsets = |length: fn(&(usize, usize)) -> usize| -> Vec<u32> {
         let ends = shape.lengths.iter().scan(0, |end, lengths| {
             *end += length(lengths) as u32;
@@ -219,9 +232,9 @@ fn batch(model: &Model, shape: &BatchShape) -> Result<Batch> {
     };
     Ok(Batch::new(
         model.device(),
-        &ids(sum(shape, |lengths| lengths.0), 1),
+        &ids(vocabulary, sum(shape, |lengths| lengths.0), 1),
         &offsets(|lengths| lengths.0),
-        &ids(sum(shape, |lengths| lengths.1), 2),
+        &ids(vocabulary, sum(shape, |lengths| lengths.1), 2),
         &offsets(|lengths| lengths.1),
         model.config().decoder_start_token_id,
     )?)

@@ -6,12 +6,14 @@
 
 mod microkernel;
 mod pack;
+mod prepared;
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
 use microkernel::{Microkernel, Tile};
 use pack::{pack, pack_parallel};
+pub(crate) use prepared::{Prepared, gemm_prepared};
 
 use crate::float::Float;
 use crate::parallel::{INLINE_WORK, Scratch, SharedScratch, for_each_task, with_scratch};

@@ -79,6 +79,12 @@ impl Hub {
         self.state.lock().unwrap().behaviour = behaviour;
     }
 
+    /// Another content of a small file.
+    fn put(&self, name: &str, bytes: &[u8]) {
+        let content = Content { bytes: bytes.to_vec(), etag: hash(bytes, false), is_large: false };
+        self.state.lock().unwrap().files.insert(name.to_string(), content);
+    }
+
     /// The requests since the last call.
     fn requests(&self) -> Vec<String> {
         std::mem::take(&mut self.state.lock().unwrap().requests)
@@ -183,8 +189,7 @@ fn hash(bytes: &[u8], is_large: bool) -> String {
 
 /// A small model, some files that nobody needs, and a cache to download into.
 fn hub() -> (Hub, TempDir) {
-    let model = references().join("byt5");
-    let read = |name: &str| fs::read(model.join(name)).unwrap();
+    let read = |name: &str| fs::read(references().join("byt5").join(name)).unwrap();
     let hub = Hub::start(&[
         ("README.md", b"# A model".to_vec()),
         ("config.json", read("config.json")),
@@ -377,5 +382,13 @@ fn an_adapter_names_its_model_of_the_hub() {
     let config = fs::read_to_string(workspace.path().join("run/adapter/adapter_config.json")).unwrap();
     let config: serde_json::Value = serde_json::from_str(&config).unwrap();
     assert_eq!(config["base_model_name_or_path"], REPOSITORY, "neither a folder of the cache nor a commit");
-    run_with(&hub, &workspace, "generate --model run/adapter --input a --max-new-tokens 2").expect(0);
+    // Its generation_config.json, too.
+    let generated = "generate --model run/adapter --input a --max-new-tokens 2 --json";
+    let outputs = |ended: Ended| -> usize {
+        serde_json::from_str::<serde_json::Value>(&ended.expect(0).stdout).unwrap()["outputs"].as_array().unwrap().len()
+    };
+    assert_eq!(outputs(run_with(&hub, &workspace, generated)), 1);
+    hub.put("generation_config.json", br#"{"num_beams": 3, "num_return_sequences": 3}"#);
+    fs::remove_dir_all(workspace.path().join("hub")).unwrap();
+    assert_eq!(outputs(run_with(&hub, &workspace, generated)), 3);
 }

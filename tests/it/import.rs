@@ -62,6 +62,39 @@ fn arguments_become_a_job_that_runs() {
 }
 
 #[test]
+fn an_adapter_and_a_generation_become_sections() {
+    let adapter = json!({
+        "peft_type": "LORA", "base_model_name_or_path": "google/flan-t5-base", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05,
+        "target_modules": ["q", "v"], "modules_to_save": null, "use_rslora": true, "use_dora": true, "bias": "none",
+    });
+    let generation = json!({
+        "max_length": 129, "min_new_tokens": 4, "min_length": 3, "num_beams": 4, "length_penalty": 2.0,
+        "early_stopping": "never", "no_repeat_ngram_size": 3, "repetition_penalty": 1.5, "do_sample": false,
+        "temperature": 0.7, "top_k": 20, "top_p": 0.9, "num_return_sequences": 2, "decoder_start_token_id": 0,
+    });
+    let training = json!({"per_device_train_batch_size": 2, "max_steps": 5, "generation_max_length": 65});
+    let (directory, ended) = import(&[training, adapter, generation], &[]);
+    let ended = ended.expect(0);
+    let unconverted: Vec<&str> = ended.stderr.lines().filter_map(|line| line.strip_prefix("not converted: ")).collect();
+    assert_eq!(unconverted, ["use_dora = true: has no counterpart", "num_return_sequences = 2: has no counterpart"]);
+    let job: toml::Table = ended.stdout.parse().unwrap();
+    assert_eq!(job["model"]["pretrained"].as_str(), Some("google/flan-t5-base"));
+    let lora =
+        json!({"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q", "v"], "use_rslora": true});
+    assert_eq!(serde_json::to_value(&job["lora"]).unwrap(), lora);
+    let evaluation = json!({
+        "max_new_tokens": 128, "min_new_tokens": 4, "num_beams": 4, "length_penalty": 2.0, "early_stopping": "never",
+        "no_repeat_ngram_size": 3, "repetition_penalty": 1.5, "do_sample": false, "temperature": 0.7, "top_k": 20,
+        "top_p": 0.9,
+    });
+    assert_eq!(serde_json::to_value(&job["evaluation"]).unwrap(), evaluation);
+    let data = "\n[data]\ntrain = \"x.jsonl\"\ninput = \"{a}\"\ntarget = \"{b}\"\n";
+    fs::write(directory.path().join("job.toml"), format!("output_dir = \"out\"\n{}{data}", ended.stdout)).unwrap();
+    let ended = run(directory.path(), ["train", "job.toml", "--set", "cluster.min_workers=0"]).expect(2);
+    assert!(ended.error().contains("cluster.min_workers"), "{}", ended.error());
+}
+
+#[test]
 fn what_is_as_by_default_is_not_worth_a_word() {
     let defaults: Value = serde_json::from_str(&read("cli/src/commands/import_args/defaults.json")).unwrap();
     let mut training = defaults["training"].clone();

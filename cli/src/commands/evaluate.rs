@@ -102,7 +102,7 @@ fn evaluate_model(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result
     )?;
     let limits =
         Limits { max_source_length: arguments.max_source_length, max_target_length: arguments.max_target_length };
-    let generation = config.resolve_generation(loaded.model.config(), Some(directory))?;
+    let generation = config.resolve_generation(loaded.model.config(), Some(&loaded.directory))?;
     let task = EvaluationTask::new(&dataset, &loaded.tokenizer, limits, &config, &generation);
     let evaluation = task.summarize(task.evaluate_share(&loaded.model, Weights::from(&loaded.weights), 0, 1)?);
     Ok(json!({

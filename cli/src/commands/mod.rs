@@ -16,7 +16,7 @@ pub(crate) mod tokens;
 pub(crate) mod train;
 pub(crate) mod worker;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use quintet_data::{Tokenizer, TokenizerSpec};
@@ -40,6 +40,8 @@ pub(crate) fn on_threads(threads: Option<usize>, compute: impl FnOnce() -> Resul
 }
 
 struct Loaded {
+    /// Of the model's files, also where an adapter or the hub was named.
+    directory: PathBuf,
     model: Model,
     weights: Parameters,
     tokenizer: Arc<Tokenizer>,
@@ -75,5 +77,5 @@ fn open_model(device: &Device, directory: &Path, adapter: Option<&Path>, tokeniz
     if let Some(adapter) = adapter {
         (model, weights) = with_adapter(model, weights, adapter)?;
     }
-    Ok(Loaded { model, weights, tokenizer: Arc::new(tokenizer) })
+    Ok(Loaded { directory, model, weights, tokenizer: Arc::new(tokenizer) })
 }

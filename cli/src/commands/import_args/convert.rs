@@ -11,7 +11,7 @@ static DEFAULTS: LazyLock<Value> =
     LazyLock::new(|| serde_json::from_str(include_str!("defaults.json")).unwrap_or_default());
 
 /// What means the same under another or the same name: theirs, our section, our key.
-const TRAINING: [(&str, &str, &str); 20] = [
+const TRAINING: [(&str, &str, &str); 19] = [
     ("learning_rate", "training", "learning_rate"),
     ("weight_decay", "training", "weight_decay"),
     ("adam_beta1", "training", "adam_beta1"),
@@ -30,12 +30,11 @@ const TRAINING: [(&str, &str, &str); 20] = [
     ("early_stopping_threshold", "training", "early_stopping_threshold"),
     ("per_device_train_batch_size", "training", "micro_batch_size"),
     ("per_device_eval_batch_size", "evaluation", "batch_size"),
-    ("generation_max_length", "evaluation", "max_new_tokens"),
     ("generation_num_beams", "evaluation", "num_beams"),
 ];
 
 /// Keys that others decide about, or that [`training`] looks at itself.
-const TRAINING_HANDLED: [&str; 23] = [
+const TRAINING_HANDLED: [&str; 24] = [
     "hub_token",
     "logging_dir",
     "run_name",
@@ -58,6 +57,7 @@ const TRAINING_HANDLED: [&str; 23] = [
     "save_steps",
     "use_cpu",
     "predict_with_generate",
+    "generation_max_length",
     "generation_config",
 ];
 
@@ -72,12 +72,30 @@ const LORA: [(&str, &str, &str); 6] = [
 
 const LORA_HANDLED: [&str; 5] = ["base_model_name_or_path", "peft_type", "peft_version", "task_type", "inference_mode"];
 
-const GENERATION: [(&str, &str, &str); 2] =
-    [("max_new_tokens", "evaluation", "max_new_tokens"), ("num_beams", "evaluation", "num_beams")];
+const GENERATION: [(&str, &str, &str); 11] = [
+    ("max_new_tokens", "evaluation", "max_new_tokens"),
+    ("min_new_tokens", "evaluation", "min_new_tokens"),
+    ("num_beams", "evaluation", "num_beams"),
+    ("length_penalty", "evaluation", "length_penalty"),
+    ("early_stopping", "evaluation", "early_stopping"),
+    ("no_repeat_ngram_size", "evaluation", "no_repeat_ngram_size"),
+    ("repetition_penalty", "evaluation", "repetition_penalty"),
+    ("do_sample", "evaluation", "do_sample"),
+    ("temperature", "evaluation", "temperature"),
+    ("top_k", "evaluation", "top_k"),
+    ("top_p", "evaluation", "top_p"),
+];
 
-/// What the model's own generation_config.json says.
-const GENERATION_HANDLED: [&str; 5] =
-    ["transformers_version", "pad_token_id", "eos_token_id", "bos_token_id", "decoder_start_token_id"];
+/// What [`length`] looks at, and what the model's own generation_config.json says.
+const GENERATION_HANDLED: [&str; 7] = [
+    "max_length",
+    "min_length",
+    "transformers_version",
+    "pad_token_id",
+    "eos_token_id",
+    "bos_token_id",
+    "decoder_start_token_id",
+];
 
 /// Takes over a file, whose keys tell what it is.
 ///
@@ -98,6 +116,12 @@ pub(super) fn file(draft: &mut Draft, keys: &Map<String, Value>) -> Result<(), S
         training(draft, keys);
     } else if has("num_beams") || has("max_new_tokens") || has("transformers_version") || has("do_sample") {
         table(draft, keys, "generation", &GENERATION, &GENERATION_HANDLED);
+        for (theirs, ours) in [("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")] {
+            let is_default = DEFAULTS["generation"].get(theirs) == keys.get(theirs);
+            if !is_default && keys.get(ours).is_none_or(Value::is_null) {
+                length(draft, keys, theirs, ours);
+            }
+        }
     } else {
         return Err(
             "holds neither TrainingArguments, nor a LoraConfig (adapter_config.json), nor a GenerationConfig".into()
@@ -135,6 +159,13 @@ fn is_neutral(key: &str, value: &Value) -> bool {
     }
 }
 
+/// Lengths there count the decoder's start token.
+fn length(draft: &mut Draft, keys: &Map<String, Value>, theirs: &str, ours: &str) {
+    if let Some(length) = integer(keys, theirs) {
+        draft.set("evaluation", ours, (length - 1).max(0));
+    }
+}
+
 fn training(draft: &mut Draft, keys: &Map<String, Value>) {
     if let Some(output_dir) = text(keys, "output_dir") {
         draft.sections.insert("output_dir".into(), output_dir.into());
@@ -146,6 +177,7 @@ fn training(draft: &mut Draft, keys: &Map<String, Value>) {
     if keys.get("use_cpu") == Some(&Value::Bool(true)) {
         draft.set("cluster", "device", "cpu");
     }
+    length(draft, keys, "generation_max_length", "max_new_tokens");
     if keys.get("predict_with_generate") == Some(&Value::Bool(true)) {
         draft.notes.push("predict_with_generate: evaluation.metrics says which scores texts are generated for".into());
     }

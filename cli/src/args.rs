@@ -391,8 +391,76 @@ pub(crate) enum BenchCommand {
     Step(BenchStepArguments),
     /// Generation of a fixed number of tokens.
     Generate(BenchGenerateArguments),
+    /// Sums over worker processes, beside a plain copy between them.
+    Allreduce(BenchAllreduceArguments),
+    /// Speed over the number of workers: measured here, modelled beyond.
+    Scaling(BenchScalingArguments),
+    /// A process of the two above, which start it.
+    #[command(hide = true)]
+    Rank,
     /// Loading and tokenizing a job's examples: its speed, and how long training at a given speed waits for it.
     Data(BenchDataArguments),
+}
+
+#[derive(Args)]
+pub(crate) struct BenchAllreduceArguments {
+    /// Worker processes.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) world_size: u32,
+    /// The smallest sum; each is four times as large as the one before.
+    #[arg(long, value_name = "BYTES", default_value_t = 1 << 10)]
+    pub(crate) min_bytes: usize,
+    #[arg(long, value_name = "BYTES", default_value_t = 256 << 20)]
+    pub(crate) max_bytes: usize,
+    /// Timed sums of each size, of which the median counts, after one that is not timed.
+    #[arg(long, default_value_t = 7)]
+    pub(crate) iterations: usize,
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) device: DeviceChoice,
+    /// Print the rows as one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct BenchScalingArguments {
+    /// A directory, or a preset such as t5-small.
+    #[arg(long, default_value = "t5-small")]
+    pub(crate) model: String,
+    /// Examples of a micro-batch. Weak scaling gives every worker one; strong scaling shares out as many as the most workers
+    /// can each have one of.
+    #[arg(long, default_value_t = 8)]
+    pub(crate) batch_size: usize,
+    #[arg(long, default_value_t = 128)]
+    pub(crate) source_length: usize,
+    #[arg(long, default_value_t = 32)]
+    pub(crate) target_length: usize,
+    /// Timed steps of each case, after two that are not.
+    #[arg(long, default_value_t = 5)]
+    pub(crate) steps: usize,
+    /// Numbers of workers to measure; by default 1, 2, 4 … up to the cores or GPUs.
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    pub(crate) workers: Vec<u32>,
+    /// Timed sums of each kind that the model of the exchange is fitted to or checked on.
+    #[arg(long, default_value_t = 5)]
+    pub(crate) sums: usize,
+    /// Model so many nodes at most, of one worker each.
+    #[arg(long, default_value_t = 512)]
+    pub(crate) nodes: u32,
+    /// Networks to model: what a node sends and takes at a time, in 10⁹ bits a second.
+    #[arg(long, value_name = "GBPS,…", value_delimiter = ',', default_value = "10,25,100")]
+    pub(crate) network_gbps: Vec<f64>,
+    /// Their latency, in microseconds.
+    #[arg(long, value_name = "US", default_value_t = 30.0)]
+    pub(crate) network_latency_us: f64,
+    /// Draw efficiency over workers.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) device: DeviceChoice,
+    /// Print the rows as one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Args)]

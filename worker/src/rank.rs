@@ -307,17 +307,8 @@ impl Rank {
             let packed = self.next_batch(lease.step, index)?;
             let batch = evaluation::upload(self.replica.model(), &packed)?;
             let is_last = index + 1 == lease.last_exclusive;
-            let mut reduce = |gradients: &mut Parameters, start| {
-                if is_last {
-                    // SAFETY: the memory is that of `self.gradient`, which outlives the collective, and which nobody looks
-                    // at before `reduce` below; after a failure, not before the collective is dropped.
-                    unsafe { place.collective.advance_sum(gradients.view_mut(), start) };
-                }
-            };
-            let gradient = self.gradient.lend()?;
-            let (sums, gradient) = self.replica.compute(lease.step, index, &batch, gradient, &mut reduce);
-            self.gradient.give_back(gradient);
-            let sums = sums?;
+            let sums =
+                self.gradient.compute(&self.replica, &mut place.collective, (lease.step, index), &batch, is_last)?;
             if !sums.loss_sum.is_finite() {
                 return Ok(Attempt::Poisoned(format!("the loss of micro-batch {index}")));
             }

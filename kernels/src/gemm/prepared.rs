@@ -49,19 +49,20 @@ pub(crate) fn gemm_prepared<A: Float, C: Float>(a: Matrix<A>, b: &Prepared, c: M
     let kernel = Microkernel::detect();
     // The product reads operands that are packed; of the matrix itself it only knows the shape.
     let shape = Matrix::<f32>::from_slice(b.panels(), b.depth, b.cols, 0);
-    let operand = Operand::packed(b.panels(), b.cols, b.depth, kernel.cols, kernel.lanes);
+    let operand = Operand::packed(b.panels(), 0..b.cols, 0..b.depth, kernel.cols, kernel.lanes);
     let product = Product::new(a, shape, c, false);
     for rows in ranges(0..product.c.rows, ROWS_PACKED) {
-        let a = product.a.block(rows.clone(), 0..product.a.cols);
         let multiply = |a: &Operand| multiply(&product, a, &operand, rows.clone());
-        if a.rows <= kernel.rows {
-            product.share_a(a, multiply);
+        if rows.len() <= kernel.rows {
+            // All of it at once, so there is an operand.
+            product.share_a(rows.clone(), false, |a| a.into_iter().for_each(multiply));
             continue;
         }
         // Rows that lie a power of two apart would push each other out of the cache.
-        SHARED_A.with(a.rows.next_multiple_of(kernel.rows) * a.cols, |panels| {
-            pack_parallel(a, kernel.rows, kernel.rows, panels);
-            multiply(&Operand::packed(panels, a.rows, a.cols, kernel.rows, kernel.rows));
+        let depths = 0..product.a.cols;
+        SHARED_A.with(rows.len().next_multiple_of(kernel.rows) * depths.len(), |panels| {
+            pack_parallel(product.a.block(rows.clone(), depths.clone()), kernel.rows, kernel.rows, panels);
+            multiply(&Operand::packed(panels, rows.clone(), depths, kernel.rows, kernel.rows));
         });
     }
 }
@@ -74,7 +75,7 @@ fn multiply<A: Float, C: Float>(product: &Product<A, f32, C>, a: &Operand, b: &O
     let task_cols = panels.clamp(1, PANELS_MAX) * width;
     for_each_task(all.div_ceil(task_cols), product.nanoseconds(), |task| {
         let cols = task * task_cols..all.min((task + 1) * task_cols);
-        product.sum(rows.clone(), cols.clone(), |depths, add| add(a, b, 0..rows.len(), cols.clone(), depths));
+        product.sum(rows.clone(), cols.clone(), |_, add| add(a, b));
     });
 }
 

@@ -7,7 +7,7 @@ use quintet_t5::{GenerationOptions, Generator, Parameters, Sources, Weights};
 use quintet_worker::memory::peak_bytes;
 use serde_json::json;
 
-use super::{ids, length, open, precision};
+use super::model::{ids, length, open, precision};
 use crate::args::BenchGenerateArguments;
 use crate::commands::generate::flag_error;
 use crate::commands::print_json;

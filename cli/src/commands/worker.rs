@@ -145,7 +145,7 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
         let (session, welcome) = Session::connect(&joining.coordinator, &access, &host_name())?;
         Ok((access, session, welcome))
     });
-    let (access, session, welcome) = match joined {
+    let (access, mut session, welcome) = match joined {
         Ok(joined) => joined,
         // Mostly the run was over before this worker came.
         Err(error) if arguments.supervised && !error.is_user_error() => return Ok(exit::FAILURE),
@@ -154,6 +154,7 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
     if !arguments.supervised {
         pass_on_signals(session.interrupter())?;
     }
+    let start = session::start_of(&welcome);
     let mut job: Job = serde_json::from_str(&welcome.job_json)
         .map_err(|error| Failure::failed(format!("the coordinator sent a job that is not understood: {error}")))?;
     let fingerprint = job.fingerprint();
@@ -188,11 +189,12 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
         collective_token,
         access,
         listen,
-        resume_step: welcome.resume_step,
+        start,
+        reconnect_timeout: Duration::from_secs_f64(job.cluster.reconnect_timeout_seconds),
     };
     // How the run ended, and what went wrong here, is for the coordinator to tell, which has heard of it; unless it is
     // the coordinator that is gone.
-    match rank::run(&session, job) {
+    match rank::run(&mut session, job) {
         Ok((exit_code, _)) => Ok(exit_code),
         Err(error @ quintet_worker::Error::Session(_)) if !arguments.supervised => Err(error.into()),
         Err(error) => Ok(Failure::from(error).exit_code),
@@ -244,8 +246,9 @@ fn supervise(arguments: &WorkerArguments, place: &Place, joining: &Joining, coun
             let variables = place.child(index, count);
             let variables = variables.each_ref().map(|(name, value)| (*name, value.as_str()));
             let name = if is_encrypted(&joining.coordinator) { JOIN_TOKEN_VARIABLE } else { RUN_TOKEN_VARIABLE };
-            let mut ticket = || Ok((name, token.clone()));
-            let worker = LocalWorkers::spawn(&executable, &[child], &variables, &mut ticket)?;
+            let token = token.clone();
+            let ticket = Box::new(move || Ok((name, token.clone())));
+            let worker = LocalWorkers::spawn(&executable, &[child], &variables, ticket)?;
             running.spawn(watch_over(worker, told.subscribe()));
         }
         let mut code = exit::DONE;

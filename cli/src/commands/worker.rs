@@ -23,6 +23,7 @@ use crate::args::WorkerArguments;
 use crate::commands::{on_threads, tokens};
 use crate::device::Decision;
 use crate::error::{Failure, Result, exit};
+use crate::hub;
 use crate::job::Job;
 use crate::prepare::working_directory;
 
@@ -154,8 +155,16 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
         pass_on_signals(session.interrupter())?;
     }
     let start = session::start_of(&welcome);
-    let job: Job = serde_json::from_str(&welcome.job_json)
+    let mut job: Job = serde_json::from_str(&welcome.job_json)
         .map_err(|error| Failure::failed(format!("the coordinator sent a job that is not understood: {error}")))?;
+    let fingerprint = job.fingerprint();
+    let base_dir = working_directory()?;
+    let base_name = job.model.pretrained.as_deref().map(hub::without_commit);
+    if let Some(name) = &job.model.pretrained {
+        // Of another machine's hub: at the commit that the coordinator chose.
+        let model = hub::model("model.pretrained", name, &base_dir)?;
+        job.model.pretrained = Some(model.directory.display().to_string());
+    }
     let collective_token = welcome.collective_token.as_slice().try_into();
     let collective_token = collective_token.map_err(|_| Failure::failed("the coordinator sent a bad token"))?;
     let wanted = arguments.device.map_or(job.cluster.device, Into::into);
@@ -166,15 +175,16 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
     let job = RankJob {
         device: device.choice,
         shares_gpu: std::env::var("NCCL_MULTI_RANK_GPU_ENABLE").is_ok_and(|value| value == "1"),
-        fingerprint: job.fingerprint(),
+        fingerprint,
         silence_limit: Duration::from_secs_f64(job.cluster.step_timeout_seconds),
         model: job.model,
+        base_name,
         lora: job.lora,
         data: job.data,
         training: job.training,
         evaluation: job.evaluation,
         output_dir: job.output_dir,
-        base_dir: working_directory()?,
+        base_dir,
         tokenizer_json: welcome.tokenizer_json,
         collective_token,
         access,

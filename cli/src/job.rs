@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 
 use quintet_coordinator::config::ClusterConfig;
 use quintet_data::DataConfig;
-use quintet_worker::{EvaluationConfig, ModelSection, Precision, TrainingConfig};
+use quintet_worker::{EvaluationConfig, LoraConfig, ModelSection, Precision, TrainingConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::args::JobArguments;
 use crate::device::Decision;
 use crate::error::{Failure, Result};
+use crate::hub;
 
 /// A job, as in INTERFACE: the file's sections, each defined by the crate that uses it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -22,6 +23,8 @@ pub(crate) struct Job {
     pub(crate) data: DataConfig,
     #[serde(default)]
     pub(crate) training: TrainingConfig,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) lora: Option<LoraConfig>,
     #[serde(default)]
     pub(crate) evaluation: EvaluationConfig,
     #[serde(default)]
@@ -71,6 +74,12 @@ impl Job {
         self.model.validate()?;
         self.data.validate()?;
         self.training.validate()?;
+        if let Some(lora) = &self.lora {
+            if self.model.pretrained.is_none() {
+                return Err(Failure::bad_input("lora: an adapter needs a model that exists; give model.pretrained"));
+            }
+            lora.validate()?;
+        }
         self.evaluation.validate()?;
         self.cluster.validate()?;
         Ok(())
@@ -95,6 +104,8 @@ fn numerics(job: &Job) -> Value {
     job.cluster = ClusterConfig::default();
     job.evaluation = EvaluationConfig::default();
     job.data.cache_dir = None;
+    // Weights of a run under way are its checkpoint's, wherever the hub's branch has moved.
+    job.model.pretrained = job.model.pretrained.map(|name| hub::without_commit(&name));
     let training = &mut job.training;
     training.gradient_checkpointing = false;
     // As jobs without one had it before there was another.

@@ -7,6 +7,7 @@ mod args;
 mod commands;
 mod device;
 mod error;
+mod hub;
 mod job;
 mod launch_args;
 mod prepare;
@@ -33,6 +34,8 @@ fn main() -> ExitCode {
         Command::Worker(arguments) => commands::worker::run(arguments),
         Command::Evaluate(arguments) => on_threads(None, || commands::evaluate::run(arguments)),
         Command::Generate(arguments) => on_threads(None, || commands::generate::run(arguments)),
+        Command::ImportArgs(arguments) => commands::import_args::run(arguments),
+        Command::Merge(arguments) => on_threads(None, || commands::merge::run(arguments)),
         Command::Data(arguments) => commands::data::run(arguments),
         Command::Bench(arguments) => commands::bench::run(arguments),
         Command::Selftest(arguments) => on_threads(None, || commands::selftest::run(arguments)),

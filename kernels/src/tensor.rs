@@ -319,6 +319,10 @@ impl<'a> ViewMut<'a> {
         ViewMut { view: self.view.reshape(offset, rows, cols), life: PhantomData }
     }
 
+    pub fn columns(self, range: Range<usize>) -> Self {
+        ViewMut { view: self.view.columns(range), life: PhantomData }
+    }
+
     /// Columns before `at`, and the rest: two rectangles that do not overlap.
     pub fn split_columns(self, at: usize) -> (Self, Self) {
         let left = self.view.columns(0..at);
@@ -402,6 +406,12 @@ impl Segments {
             offsets[..offsets.len() - 1].iter().map(|&offset| offset as usize).collect(),
             offsets.windows(2).map(|pair| (pair[1] - pair[0]) as usize).collect(),
         )
+    }
+
+    /// From the rows of each sequence, which may overlap where they are only read.
+    pub fn from_ranges(ranges: impl Iterator<Item = Range<usize>>) -> Self {
+        let (starts, lengths) = ranges.map(|range| (range.start, range.len())).unzip();
+        Segments::new(starts, lengths)
     }
 
     fn new(starts: Vec<usize>, lengths: Vec<usize>) -> Self {

@@ -24,7 +24,7 @@ fn documented_keys() -> BTreeMap<String, String> {
 }
 
 /// The keys of a section (`""` is the top), which the program lists where it is given one that is like none of them.
-fn known_keys(section: &str) -> Vec<String> {
+pub(crate) fn known_keys(section: &str) -> Vec<String> {
     let prefix = if section.is_empty() { String::new() } else { format!("{section}.") };
     let unknown = format!("{prefix}0=1");
     let ended = run(&root(), ["train", "examples/g2p.toml", "--set", &unknown]).expect(2);
@@ -39,7 +39,7 @@ fn every_key_is_in_the_table_and_every_row_is_a_key() {
     let nested = sections.iter().flat_map(|section| known_keys(section));
     let known: BTreeSet<String> = nested.chain(["output_dir".to_string()]).collect();
     let documented: BTreeSet<String> = documented_keys().into_keys().collect();
-    assert_eq!(sections, ["model", "data", "training", "evaluation", "cluster"]);
+    assert_eq!(sections, ["model", "data", "training", "lora", "evaluation", "cluster"]);
     assert_eq!(documented, known);
 }
 
@@ -96,11 +96,14 @@ fn every_flag_in_the_readme_exists() {
         "launch ssh",
         "launch slurm",
         "evaluate",
+        "import-args",
         "generate",
         "data inspect",
         "data prepare",
         "data export",
         "bench step",
+        "bench allreduce",
+        "bench scaling",
         "bench data",
         "selftest",
         "doctor",
@@ -138,7 +141,14 @@ fn every_exit_code_is_in_the_table() {
 
 #[test]
 fn links_lead_somewhere() {
-    for file in ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md"] {
+    for file in [
+        "README.md",
+        "ARCHITECTURE.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
+        "benchmarks/README.md",
+        "docs/from-hugging-face.md",
+    ] {
         let text = read(file);
         let folder = root().join(file).parent().unwrap().to_path_buf();
         for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {

@@ -2,13 +2,18 @@
 #![expect(clippy::unwrap_used, reason = "all of this is tests, the functions beside them too")]
 #![expect(clippy::print_stderr, reason = "a check that cannot be made here says so")]
 
+mod adapters;
 mod bad_input;
+mod bench;
 mod data;
 mod devices;
 mod diagnostics;
 mod docs;
+mod generation;
 mod gpu;
 mod harness;
+mod hub;
+mod import;
 mod invariance;
 mod jobs;
 mod json;

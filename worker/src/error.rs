@@ -10,7 +10,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub enum Error {
     /// A value of the job file is out of range or contradicts another.
     #[error("{key}: {problem}")]
-    Config { key: &'static str, problem: String },
+    Config { key: String, problem: String },
 
     /// A checkpoint is damaged, or belongs to something else.
     #[error("checkpoint file {}: {problem}", path.display())]
@@ -40,6 +40,10 @@ pub enum Error {
     /// A rank sent what the protocol does not allow here: a bug, or mixed versions.
     #[error("rank {rank} broke the collective protocol: {problem}")]
     Protocol { rank: u32, problem: String },
+
+    /// The state that another rank handed over is not what it should be.
+    #[error("rank {rank} could not hand over the state of the run: {problem}")]
+    Healing { rank: u32, problem: String },
 
     #[error(transparent)]
     Data(#[from] quintet_data::Error),
@@ -73,11 +77,16 @@ impl Error {
 
     /// Whether the work failed for want of another rank: this one is well, and can go on in a new generation.
     pub fn is_peer_failure(&self) -> bool {
-        use Error::{Device, Interrupted, PeerLost, PeerSilent, Rendezvous};
+        use Error::{Device, Healing, Interrupted, PeerLost, PeerSilent, Rendezvous};
         use quintet_kernels::Error::{PeersLost, Void};
         matches!(
             self,
-            Rendezvous { .. } | PeerLost { .. } | PeerSilent { .. } | Interrupted | Device(PeersLost { .. } | Void)
+            Rendezvous { .. }
+                | PeerLost { .. }
+                | PeerSilent { .. }
+                | Healing { .. }
+                | Interrupted
+                | Device(PeersLost { .. } | Void)
         )
     }
 
@@ -88,8 +97,8 @@ impl Error {
     }
 
     /// For `map_err` on a configuration check.
-    pub(crate) fn config(key: &'static str, problem: impl Into<String>) -> Self {
-        Self::Config { key, problem: problem.into() }
+    pub(crate) fn config(key: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Config { key: key.into(), problem: problem.into() }
     }
 }
 

@@ -4,6 +4,7 @@
 //! the environment.
 
 pub mod access;
+pub mod adapter;
 pub mod checkpoint;
 pub mod collective;
 pub mod config;
@@ -11,18 +12,20 @@ pub mod device;
 pub mod error;
 pub mod evaluation;
 pub mod gradient;
+pub mod healing;
 pub mod memory;
 pub mod metrics;
 pub mod optimizer;
 pub mod output;
 pub mod rank;
 pub mod replica;
+pub mod saver;
 pub mod scaler;
 pub mod schedule;
 mod selection;
 pub mod session;
 
-pub use config::{EvaluationConfig, ModelSection, Precision, TrainingConfig};
+pub use config::{EvaluationConfig, LoraConfig, ModelSection, Precision, TrainingConfig};
 pub use device::DeviceChoice;
 pub use error::{Error, Result};
 pub use metrics::Metric;

@@ -3,11 +3,12 @@
 use std::path::Path;
 
 use quintet_data::Tokenizer;
-use quintet_kernels::{DType, Device, Tensor, View, ops};
-use quintet_t5::{Batch, Config, LossSums, Model, OnFinished, Parameters, TrainOptions, Weights};
+use quintet_kernels::{DType, Device, Tensor, View, ViewMut, ops};
+use quintet_t5::{Batch, Config, LoraSpec, LossSums, Model, OnFinished, Parameters, TrainOptions, Weights};
 
+use crate::adapter::Adapter;
 use crate::config::{ModelSection, Precision, TrainingConfig};
-use crate::optimizer::{ClippedMean, NamedSlot, Optimizer};
+use crate::optimizer::{ClippedMean, NamedSlot, Optimizer, Piece};
 use crate::scaler::LossScaler;
 use crate::schedule::Schedule;
 use crate::{Error, Result};
@@ -88,16 +89,52 @@ fn check_vocabulary(config: &Config, tokenizer: &Tokenizer) -> Result<()> {
 /// The weights of a rank and all that updates them.
 pub struct Replica {
     model: Model,
-    /// f32: what the optimizer updates, digests cover and checkpoints keep.
+    /// f32: what the optimizer updates, digests cover and checkpoints keep. All of the model, or an adapter.
     master: Parameters,
     /// The weights in the type that the model computes in, where that is not f32.
     compute: Option<Parameters>,
+    /// The model below an adapter.
+    frozen: Option<Frozen>,
     optimizer: Optimizer,
     schedule: Schedule,
     training: TrainingConfig,
     scaling: Option<Scaling>,
     /// The last step whose update is in the weights.
     step: u64,
+}
+
+/// A base that stays as it is: no gradient, no moments, and no copy in f32 but where fp16 needs one.
+struct Frozen {
+    compute: Parameters,
+    master: Option<Parameters>,
+    about: AdapterAbout,
+}
+
+/// Of an adapter, all but its weights.
+#[derive(Clone, Debug)]
+pub struct AdapterAbout {
+    pub spec: LoraSpec,
+    /// What the job calls the base.
+    pub base_name: String,
+    pub base_fingerprint: String,
+}
+
+impl Frozen {
+    fn new(base: Parameters, about: AdapterAbout, dtype: DType) -> Result<Self> {
+        let (compute, master) = match dtype {
+            DType::F32 => (base, None),
+            DType::F16 => (base.to_dtype(dtype)?, Some(base)),
+            _ => (base.to_dtype(dtype)?, None),
+        };
+        Ok(Frozen { compute, master, about })
+    }
+
+    fn weights(&self) -> Weights<'_> {
+        match &self.master {
+            Some(master) => Weights::new(&self.compute, master),
+            None => Weights::from(&self.compute),
+        }
+    }
 }
 
 /// The loss scaling of fp16.
@@ -116,6 +153,14 @@ impl Scaling {
     }
 }
 
+/// The digest of a replica whose trained weights have the digest `trained`: of an adapter, with its base's.
+pub fn digest_over(trained: blake3::Hash, base_fingerprint: Option<&str>) -> blake3::Hash {
+    match base_fingerprint {
+        Some(base) => blake3::hash(format!("{} over {base}", trained.to_hex()).as_bytes()),
+        None => trained,
+    }
+}
+
 /// What a step does to the weights when it is committed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Update {
@@ -126,13 +171,14 @@ pub enum Update {
 }
 
 impl Replica {
-    /// `target_tokens_max` is the most that a step can have.
+    /// Trains all of `weights`, or an adapter over them. `target_tokens_max` is the most that a step can have.
     ///
     /// # Errors
     /// Memory.
     pub fn new(
         model: Model,
-        master: Parameters,
+        weights: Parameters,
+        adapter: Option<Adapter>,
         training: &TrainingConfig,
         precision: Precision,
         total_steps: u64,
@@ -141,36 +187,48 @@ impl Replica {
         if let Device::Gpu(gpu) = model.device() {
             gpu.set_tf32(precision == Precision::Tf32);
         }
-        let compute = match precision.dtype() {
+        let dtype = precision.dtype();
+        let (master, frozen) = match adapter {
+            None => (weights, None),
+            Some(Adapter { weights: trained, spec, base_name, base_fingerprint }) => {
+                let about = AdapterAbout { spec, base_name, base_fingerprint };
+                (trained, Some(Frozen::new(weights, about, dtype)?))
+            }
+        };
+        let compute = match dtype {
             DType::F32 => None,
-            dtype => Some(model.zero_parameters(dtype)?),
+            dtype => Some(master.to_dtype(dtype)?),
         };
         let scaling = (precision == Precision::Fp16)
             .then(|| Scaling { scaler: LossScaler::default(), tokens: target_tokens_max.next_power_of_two() as f64 });
-        let slots = model.layout().tensors().iter().map(NamedSlot::from).collect();
+        let slots = master.layout().tensors().iter().map(NamedSlot::from).collect();
         let optimizer = Optimizer::new(model.device(), training.optimizer, training.hyperparameters(), slots)?;
         let schedule = training.schedule(total_steps);
         let training = training.clone();
-        let mut replica = Replica { model, master, compute, optimizer, schedule, training, scaling, step: 0 };
-        replica.refresh_compute()?;
-        Ok(replica)
+        Ok(Replica { model, master, compute, frozen, optimizer, schedule, training, scaling, step: 0 })
     }
 
     pub fn model(&self) -> &Model {
         &self.model
     }
 
-    /// The f32 weights.
+    /// The f32 weights that are trained.
     pub fn master(&self) -> &Parameters {
         &self.master
     }
 
     /// The weights to compute with.
     pub fn weights(&self) -> Weights<'_> {
-        match &self.compute {
+        let trained = match &self.compute {
             Some(compute) => Weights::new(compute, &self.master),
             None => Weights::from(&self.master),
-        }
+        };
+        self.frozen.as_ref().map_or(trained, |frozen| trained.over(frozen.weights()))
+    }
+
+    /// Of a LoRA run.
+    pub fn adapter(&self) -> Option<&AdapterAbout> {
+        self.frozen.as_ref().map(|frozen| &frozen.about)
     }
 
     /// Of fp16.
@@ -208,7 +266,7 @@ impl Replica {
             gradient_checkpointing: self.training.gradient_checkpointing,
             gradient_scale: self.scaling.map_or(1.0, |scaling| scaling.gradient_scale() as f32),
         };
-        let mut gradients = Parameters::new(self.model.layout().clone(), gradient);
+        let mut gradients = Parameters::new(self.master.layout().clone(), gradient);
         let sums = self.model.train_observed(self.weights(), batch, options, &mut gradients, on_finished);
         (sums.map_err(Error::from), gradients.into_values())
     }
@@ -239,14 +297,47 @@ impl Replica {
         Ok(())
     }
 
-    /// BLAKE3 of the weights' bytes: equal on all replicas, or something is broken.
+    /// All that updates change, but for what [`Replica::resume_at`] sets: the master weights, then the optimizer's arenas.
+    pub fn arenas(&self) -> Vec<View<'_>> {
+        let mut arenas = vec![self.master.view()];
+        arenas.extend(self.optimizer.arenas());
+        arenas
+    }
+
+    /// [`Replica::arenas`], to be overwritten with another replica's.
+    pub fn arenas_mut(&mut self) -> Vec<ViewMut<'_>> {
+        let mut arenas = vec![self.master.view_mut()];
+        arenas.extend(self.optimizer.arenas_mut());
+        arenas
+    }
+
+    /// Where the model's tensors lie in the first of [`Replica::arenas`].
+    pub fn pieces(&self) -> Vec<Piece> {
+        let tensors = self.master.layout().tensors().iter();
+        tensors
+            .map(|tensor| Piece {
+                name: tensor.name.clone(),
+                arena: 0,
+                shape: tensor.shape.clone(),
+                range: tensor.range.clone(),
+            })
+            .collect()
+    }
+
+    /// Goes on from arenas that were overwritten with those of a replica at `step`, after so many updates.
+    pub fn resume_at(&mut self, step: u64, updates: u64, loss_scaler: Option<LossScaler>) -> Result<()> {
+        self.optimizer.set_steps(updates);
+        if let Some((scaling, scaler)) = self.scaling.as_mut().zip(loss_scaler) {
+            scaling.scaler = scaler;
+        }
+        self.step = step;
+        self.refresh_compute()
+    }
+
+    /// BLAKE3 of the weights' bytes, an adapter's with its base's: equal on all replicas, or something is broken.
     pub fn digest(&self) -> Result<blake3::Hash> {
-        let mut hasher = blake3::Hasher::new();
-        self.master.view().read_in_pieces(|values: &[f32]| -> Result<()> {
-            hasher.update(bytemuck::cast_slice(values));
-            Ok(())
-        })?;
-        Ok(hasher.finalize())
+        let base_fingerprint = self.adapter().map(|about| about.base_fingerprint.as_str());
+        Ok(digest_over(self.master.digest()?, base_fingerprint))
     }
 
     /// Takes over the weights and optimizer state that `read` fills in, by name and shape.
@@ -258,13 +349,9 @@ impl Replica {
         read_state: impl FnMut(&str, &[usize], &mut [f32]) -> Result<()>,
     ) -> Result<()> {
         read_into(&mut self.master, &mut read_weight)?;
-        if let Some((scaling, scaler)) = self.scaling.as_mut().zip(loss_scaler) {
-            scaling.scaler = scaler;
-        }
         let skipped = loss_scaler.map_or(0, |scaler| scaler.skipped_steps());
         self.optimizer.load_state(step - skipped, read_state)?;
-        self.step = step;
-        self.refresh_compute()
+        self.resume_at(step, step - skipped, loss_scaler)
     }
 
     /// Other weights of this model, beside those at hand.
@@ -291,7 +378,6 @@ impl From<&quintet_t5::NamedTensor> for NamedSlot {
     }
 }
 
-/// One seed a step for dropout: the finaliser of SplitMix64.
 /// Fills an arena tensor by tensor.
 fn read_into(
     parameters: &mut Parameters,
@@ -306,6 +392,7 @@ fn read_into(
     Ok(())
 }
 
+/// One seed a step for dropout: the finaliser of SplitMix64.
 fn step_seed(seed: u64, step: u64) -> u64 {
     let mut state = seed.wrapping_add(step.wrapping_mul(0x9E37_79B9_7F4A_7C15));
     state = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -325,7 +412,7 @@ mod tests {
         let model = Model::new(&Device::cpu(), config).unwrap();
         let mut master = model.zero_parameters(DType::F32).unwrap();
         quintet_t5::initialize(model.config(), 1, &mut master).unwrap();
-        Replica::new(model, master, &TrainingConfig::default(), precision, 10, TOKENS).unwrap()
+        Replica::new(model, master, None, &TrainingConfig::default(), precision, 10, TOKENS).unwrap()
     }
 
     /// The gradient of a batch of twelve target tokens.

@@ -12,16 +12,24 @@ use quintet_worker::{EvaluationConfig, Metric};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::args::EvaluateArguments;
-use crate::commands::{open_model, print_json};
+use crate::args::{EvaluateArguments, GenerationFlags};
+use crate::commands::{compare, open_model, print_json};
 use crate::device;
 use crate::error::{Failure, Result, exit};
 use crate::job::with_nearest_name;
 use crate::prepare::working_directory;
 
 pub(crate) fn run(arguments: EvaluateArguments) -> Result<u8> {
+    if !arguments.compare.is_empty() {
+        let table = compare::compare(&arguments.compare, &text_metrics(&arguments.metrics, &COMPARED)?)?;
+        match arguments.json {
+            true => print_json(&table),
+            false => compare::print_table(&table),
+        }
+        return Ok(exit::DONE);
+    }
     let result = match &arguments.predictions {
-        Some(path) => score_predictions(path, &text_metrics(&arguments.metrics)?)?,
+        Some(path) => score_predictions(path, &text_metrics(&arguments.metrics, &[Metric::ExactMatch])?)?,
         None => evaluate_model(&arguments, parse_metrics(&arguments.metrics)?)?,
     };
     if arguments.json {
@@ -49,10 +57,13 @@ fn parse_metrics(names: &[String]) -> Result<Vec<Metric>> {
     names.iter().map(parse).collect()
 }
 
-/// Those that texts alone can tell.
-fn text_metrics(names: &[String]) -> Result<Vec<Metric>> {
+/// What a comparison shows by default.
+const COMPARED: [Metric; 5] = [Metric::ExactMatch, Metric::F1, Metric::Rouge1, Metric::RougeL, Metric::Bleu];
+
+/// Those that texts alone can tell; `usual` ones without any.
+fn text_metrics(names: &[String], usual: &[Metric]) -> Result<Vec<Metric>> {
     if names.is_empty() {
-        return Ok(vec![Metric::ExactMatch]);
+        return Ok(usual.to_vec());
     }
     let metrics = parse_metrics(names)?;
     match metrics.iter().find(|metric| !metric.needs_predictions()) {
@@ -78,16 +89,21 @@ fn evaluate_model(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result
     let dataset = Arc::new(Dataset::load(&sources, &input, &target, &working_directory()?)?);
     let config = EvaluationConfig {
         metrics,
-        max_new_tokens: arguments.max_new_tokens,
         max_examples: arguments.max_examples,
         batch_size: arguments.batch_size,
-        ..EvaluationConfig::default()
+        ..evaluation_of(&arguments.generation)
     };
     config.validate()?;
-    let loaded = open_model(&device::open(arguments.device)?, directory, arguments.tokenizer.as_deref())?;
+    let loaded = open_model(
+        &device::open(arguments.device)?,
+        directory,
+        arguments.adapter.as_deref(),
+        arguments.tokenizer.as_deref(),
+    )?;
     let limits =
         Limits { max_source_length: arguments.max_source_length, max_target_length: arguments.max_target_length };
-    let task = EvaluationTask::new(&dataset, &loaded.tokenizer, limits, &config);
+    let generation = config.resolve_generation(loaded.model.config(), Some(&loaded.directory))?;
+    let task = EvaluationTask::new(&dataset, &loaded.tokenizer, limits, &config, &generation);
     let evaluation = task.summarize(task.evaluate_share(&loaded.model, Weights::from(&loaded.weights), 0, 1)?);
     Ok(json!({
         "loss": evaluation.loss,
@@ -97,19 +113,38 @@ fn evaluate_model(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result
     }))
 }
 
+/// What the flags say about generation, as a job does.
+fn evaluation_of(flags: &GenerationFlags) -> EvaluationConfig {
+    EvaluationConfig {
+        num_beams: flags.num_beams,
+        max_new_tokens: flags.max_new_tokens,
+        min_new_tokens: flags.min_new_tokens,
+        length_penalty: flags.length_penalty,
+        early_stopping: flags.early_stopping,
+        no_repeat_ngram_size: flags.no_repeat_ngram_size,
+        repetition_penalty: flags.repetition_penalty,
+        do_sample: flags.do_sample,
+        temperature: flags.temperature,
+        top_k: flags.top_k,
+        top_p: flags.top_p,
+        seed: flags.seed,
+        ..EvaluationConfig::default()
+    }
+}
+
 fn to_map(scores: Vec<(&'static str, f64)>) -> Map<String, Value> {
     scores.into_iter().map(|(name, value)| (name.to_string(), value.into())).collect()
 }
 
 /// What scoring needs of a line of `predictions.jsonl`.
 #[derive(Deserialize)]
-struct Line {
-    prediction: String,
-    target: String,
+pub(crate) struct Line {
+    pub(crate) prediction: String,
+    pub(crate) target: String,
 }
 
 /// The lines of a file of predictions.
-fn read_predictions(path: &Path) -> Result<Vec<Line>> {
+pub(crate) fn read_predictions(path: &Path) -> Result<Vec<Line>> {
     let text = fs::read_to_string(path)
         .map_err(|error| Failure::bad_input(format!("{}: cannot read: {error}", path.display())))?;
     let parse = |(index, line): (usize, &str)| {

@@ -2,26 +2,30 @@
 
 pub(crate) mod bench;
 mod bench_data;
+pub(crate) mod compare;
 pub(crate) mod coordinator;
 pub(crate) mod data;
 pub(crate) mod doctor;
 pub(crate) mod evaluate;
 pub(crate) mod generate;
+pub(crate) mod import_args;
 pub(crate) mod launch;
+pub(crate) mod merge;
 pub(crate) mod selftest;
 pub(crate) mod tokens;
 pub(crate) mod train;
 pub(crate) mod worker;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use quintet_data::{Tokenizer, TokenizerSpec};
 use quintet_kernels::Device;
-use quintet_t5::{Model, Parameters};
+use quintet_t5::{Model, Parameters, with_adapter};
 use quintet_worker::ModelSection;
 
 use crate::error::{Failure, Result};
+use crate::hub;
 
 /// Prints a document as the result of a command.
 fn print_json(value: &serde_json::Value) {
@@ -36,29 +40,42 @@ pub(crate) fn on_threads(threads: Option<usize>, compute: impl FnOnce() -> Resul
 }
 
 struct Loaded {
+    /// Of the model's files, also where an adapter or the hub was named.
+    directory: PathBuf,
     model: Model,
     weights: Parameters,
     tokenizer: Arc<Tokenizer>,
 }
 
-/// A model directory with its tokenizer.
-fn open_model(device: &Device, directory: &Path, tokenizer: Option<&str>) -> Result<Loaded> {
-    if !directory.join("config.json").is_file() {
-        let name = directory.display();
-        return Err(Failure::bad_input(format!(
-            "--model {name}: no directory with a config.json; name that of a model"
-        )));
+/// The model of a directory or a hub's repository with its tokenizer, and an adapter folded into it. A directory that is an
+/// adapter names its model.
+fn open_model(device: &Device, directory: &Path, adapter: Option<&Path>, tokenizer: Option<&str>) -> Result<Loaded> {
+    if quintet_t5::is_adapter(directory) {
+        if adapter.is_some() {
+            let name = directory.display();
+            return Err(Failure::bad_input(format!("--model {name}: is an adapter itself; give one of the two")));
+        }
+        let base = quintet_t5::adapter_base(directory)?;
+        return open_model(device, Path::new(&base), Some(directory), tokenizer);
     }
     let base = crate::prepare::working_directory()?;
+    let directory = hub::model("--model", &directory.to_string_lossy(), &base)?.directory;
     let spec = match tokenizer {
         Some(text) => TokenizerSpec::parse(text, &base),
-        None => TokenizerSpec::Path(directory.to_path_buf()),
+        // A run's adapter has the run's tokenizer beside it; PEFT saves none.
+        None => match adapter.filter(|adapter| adapter.join("tokenizer_config.json").is_file()) {
+            Some(adapter) => TokenizerSpec::Path(adapter.to_path_buf()),
+            None => TokenizerSpec::Path(directory.clone()),
+        },
     };
     if spec.is_trained() {
         return Err(Failure::bad_input("--tokenizer: names a tokenizer that is trained on data; give its directory"));
     }
     let section = ModelSection { pretrained: Some(directory.display().to_string()), ..ModelSection::default() };
     let tokenizer = Tokenizer::from_spec(&spec, std::iter::empty(), None)?;
-    let (model, weights) = quintet_worker::replica::load_model(device, &section, &tokenizer, 0)?;
-    Ok(Loaded { model, weights, tokenizer: Arc::new(tokenizer) })
+    let (mut model, mut weights) = quintet_worker::replica::load_model(device, &section, &tokenizer, 0)?;
+    if let Some(adapter) = adapter {
+        (model, weights) = with_adapter(model, weights, adapter)?;
+    }
+    Ok(Loaded { directory, model, weights, tokenizer: Arc::new(tokenizer) })
 }

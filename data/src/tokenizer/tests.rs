@@ -167,6 +167,17 @@ fn travels_as_one_text() {
 }
 
 #[test]
+fn a_file_whose_parts_do_not_fit_is_refused() {
+    let wordlevel = from_spec(TokenizerSpec::WordLevel, &TEXTS, None).unwrap();
+    let mut json: Value = serde_json::from_str(&wordlevel.to_json()).unwrap();
+    // The template names a token that is not there; the library finds that out by a panic.
+    json["tokenizer"]["post_processor"]["special_tokens"] =
+        json!({"</y>": {"id": "</s>", "ids": [0], "tokens": ["</s>"]}});
+    let message = Tokenizer::from_json(&json.to_string()).unwrap_err().to_string();
+    assert_eq!(message, "tokenizer (stored): not a tokenizer.json: its parts do not fit each other");
+}
+
+#[test]
 fn opens_what_it_saved() {
     for tokenizer in [
         from_spec(TokenizerSpec::ByT5, &[], None).unwrap(),
@@ -228,9 +239,9 @@ fn unusable_files_say_what_to_do() {
         error.to_string().replace(&path.display().to_string(), "PATH")
     };
     assert!(message(&directory.path().join("x")).starts_with("tokenizer PATH: no such file or folder; give \"byt5\""));
-    assert!(message(directory.path()).starts_with("tokenizer PATH: holds no tokenizer.json; "));
+    assert!(message(directory.path()).starts_with("tokenizer PATH: holds neither tokenizer.json nor spiece.model; "));
     fs::write(directory.path().join("spiece.model"), "").unwrap();
-    assert!(message(directory.path()).starts_with("tokenizer PATH: holds spiece.model but no tokenizer.json; convert"));
+    assert!(message(directory.path()).starts_with("tokenizer PATH/spiece.model: a SentencePiece model without pieces"));
     let file = directory.path().join(TOKENIZER_FILE);
     for content in ["{", "[]", "{\"model\": 1}"] {
         fs::write(&file, content).unwrap();

@@ -15,7 +15,7 @@ use crate::commands::train;
 use crate::error::{Failure, Result, exit};
 use crate::job::Job;
 use crate::launch_args::{ClusterArguments, Engine, LaunchArguments, LocalArguments};
-use crate::prepare::{Door, Prepared, prepare};
+use crate::prepare::{Door, Prepared, Serving, prepare};
 
 pub(crate) fn run(arguments: LaunchArguments) -> Result<u8> {
     match arguments.engine {
@@ -70,7 +70,8 @@ fn worker_words(cluster: &ClusterArguments) -> Vec<String> {
 fn prepare_run(cluster: &ClusterArguments, workers: u32, resume: bool, ip: IpAddr) -> Result<Prepared> {
     let address = run_options(cluster, ip).address;
     let door = Door { address, insecure_plaintext: cluster.insecure_plaintext, authority: None };
-    prepare(load_job(cluster, workers)?, resume, door)
+    let serving = Serving { resume, ..Serving::default() };
+    prepare(load_job(cluster, workers)?, serving, &door)
 }
 
 fn load_job(cluster: &ClusterArguments, workers: u32) -> Result<Job> {

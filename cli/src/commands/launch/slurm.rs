@@ -114,8 +114,9 @@ fn task(cluster: &ClusterArguments, allocation: &Allocation, place: &Place) -> R
         let written = InvitationFile::write(file, &invitation(address, admission, workers)?)?;
         let arguments: Vec<OsString> = own.arguments.iter().map(OsString::from).collect();
         let executable = PathBuf::from(own.program);
-        let mut ticket = || admission.ticket();
-        Ok((Workers::Local(LocalWorkers::spawn(&executable, &[arguments], &[], &mut ticket)?), written))
+        let admission = admission.clone();
+        let ticket = Box::new(move || admission.ticket());
+        Ok((Workers::Local(LocalWorkers::spawn(&executable, &[arguments], &[], ticket)?), written))
     })
 }
 
@@ -137,12 +138,13 @@ fn run_to_requeue(
     let prepared = prepare_run(cluster, workers, cluster.job.resume || allocation.restarts > 0, ip)?;
     // Until the run has ended.
     let mut written = None;
-    let code = serve(prepared, run_options(cluster, ip), |address, admission| {
+    let served = serve(prepared, &run_options(cluster, ip), |address, admission| {
         let (workers, file) = launch(address, admission)?;
         written = Some(file);
         Ok(workers)
     })?;
     drop(written);
+    let code = served.exit_code()?;
     if u32::from(code) == PREEMPTED {
         block_on(requeue(allocation))?;
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-pub(crate) use crate::launch_args::LaunchArguments;
+pub(crate) use crate::launch_args::{HostArguments, LaunchArguments};
 
 /// Trains T5 models, on one core or a cluster.
 #[derive(Parser)]
@@ -25,6 +25,8 @@ pub(crate) enum Command {
     Coordinator(CoordinatorArguments),
     /// The half of a run that computes.
     Worker(WorkerArguments),
+    /// Join tokens for a run that listens beyond this machine, one a line.
+    Tokens(TokensArguments),
     /// Loss and metrics of a model on a file, or of predictions.
     Evaluate(EvaluateArguments),
     /// Text out of a model.
@@ -61,7 +63,7 @@ impl DeviceChoice {
 }
 
 /// A job file, and what the command line changes in it.
-#[derive(Args, Clone)]
+#[derive(Args, Clone, Default)]
 pub(crate) struct JobArguments {
     /// The job file.
     pub(crate) job: PathBuf,
@@ -109,6 +111,10 @@ pub(crate) struct CoordinatorArguments {
     /// Where workers reach this coordinator.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) listen: Option<SocketAddr>,
+    /// Directory of the run's certificate authority; by default "security" in the output directory. Made where there is
+    /// none.
+    #[arg(long, value_name = "DIR", conflicts_with = "insecure_plaintext")]
+    pub(crate) authority: Option<PathBuf>,
     /// Allow plain text beyond this machine: anyone on the network can then read and join the run.
     #[arg(long)]
     pub(crate) insecure_plaintext: bool,
@@ -119,16 +125,23 @@ pub(crate) struct CoordinatorArguments {
 
 #[derive(Args, Default)]
 pub(crate) struct WorkerArguments {
-    /// The URL that the coordinator printed; else QUINTET_COORDINATOR, or MASTER_ADDR and MASTER_PORT. The run's token is
-    /// read from QUINTET_RUN_TOKEN.
+    /// The URL that the coordinator printed; else QUINTET_COORDINATOR, or MASTER_ADDR and MASTER_PORT. For https, a join
+    /// token is read from QUINTET_JOIN_TOKEN or from the file that QUINTET_JOIN_TOKEN_FILE names, one a line; for http, the
+    /// run's token from QUINTET_RUN_TOKEN.
     #[arg(long, value_name = "URL")]
     pub(crate) coordinator: Option<String>,
     /// Join by the file that a launcher wrote; "-" reads it from standard input, and ends when that does.
     #[arg(long, value_name = "FILE", conflicts_with = "coordinator")]
     pub(crate) join: Option<PathBuf>,
-    /// Where other workers reach this one; by default the address by which it reaches the coordinator.
+    /// Where other workers reach this one; by default on the address from which it reaches the coordinator.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) listen: Option<SocketAddr>,
+    /// The line of the file of join tokens to begin with, from 0; RANK by default. Lines that were used are passed over.
+    #[arg(long, value_name = "N")]
+    pub(crate) token_index: Option<usize>,
+    /// Wait so long for a coordinator that is not there yet.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) wait_seconds: u32,
     /// Start so many workers here, which share the cores and take a GPU each.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) nproc_per_node: Option<u32>,
@@ -147,6 +160,17 @@ pub(crate) struct WorkerArguments {
     /// Started by `quintet train`, which tells how the run ended.
     #[arg(long, hide = true)]
     pub(crate) supervised: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct TokensArguments {
+    /// Directory of the run's certificate authority: "security" in its output directory. Made where there is none.
+    pub(crate) authority: PathBuf,
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub(crate) count: u32,
+    /// How long they are good.
+    #[arg(long, value_name = "HOURS", default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=87_600))]
+    pub(crate) hours: u32,
 }
 
 #[derive(Args)]
@@ -296,6 +320,14 @@ pub(crate) struct SelftestArguments {
 
 #[derive(Args)]
 pub(crate) struct DoctorArguments {
+    /// Check every link between the hosts of a job: those that are named, or of Slurm's allocation.
+    #[arg(long, value_name = "JOB")]
+    pub(crate) cluster: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) hosts: HostArguments,
+    /// Answer the doctor of another host.
+    #[arg(long, hide = true, requires = "cluster")]
+    pub(crate) probe: bool,
     /// Print the findings as one JSON document.
     #[arg(long)]
     pub(crate) json: bool,

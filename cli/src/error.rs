@@ -45,5 +45,6 @@ from_library_error!(
     quintet_data::Error,
     quintet_t5::Error,
     quintet_worker::Error,
-    quintet_coordinator::Error
+    quintet_coordinator::Error,
+    quintet_identity::Error
 );

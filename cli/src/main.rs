@@ -30,6 +30,7 @@ fn main() -> ExitCode {
         Command::Coordinator(arguments) => commands::coordinator::run(arguments),
         Command::Launch(arguments) => commands::launch::run(arguments),
         Command::Worker(arguments) => commands::worker::run(arguments),
+        Command::Tokens(arguments) => commands::tokens::run(arguments),
         Command::Evaluate(arguments) => on_threads(None, || commands::evaluate::run(arguments)),
         Command::Generate(arguments) => on_threads(None, || commands::generate::run(arguments)),
         Command::Data(arguments) => commands::data::run(arguments),

@@ -2,13 +2,17 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use quintet_coordinator::admission::Admission;
 use quintet_coordinator::files::RunFiles;
 use quintet_coordinator::secret::Secret;
 use quintet_coordinator::server::Run;
 use quintet_coordinator::state::{Selection, Settings};
 use quintet_data::{Splits, Tokenizer, TokenizerSpec};
+use quintet_identity::Authority;
 use quintet_worker::{Metric, checkpoint, replica};
 
 use crate::error::{Failure, Result};
@@ -28,10 +32,35 @@ pub(crate) struct Prepared {
     pub(crate) lock: File,
 }
 
+/// Where a run listens, and whom it lets in.
+pub(crate) struct Door {
+    pub(crate) address: SocketAddr,
+    pub(crate) insecure_plaintext: bool,
+    /// The directory of the run's authority, where it is not in the run's.
+    pub(crate) authority: Option<PathBuf>,
+}
+
+impl Door {
+    /// In plain text on this machine, or where somebody takes the risk; by certificates elsewhere.
+    fn admission(&self, output_dir: &Path) -> Result<Admission> {
+        if quintet_identity::is_private(self.address.ip()) || self.insecure_plaintext {
+            return Ok(Admission::Secret(Secret::generate()?));
+        }
+        let own = security_directory(output_dir);
+        let authority = Authority::open(self.authority.as_deref().unwrap_or(&own), &own)?;
+        Ok(Admission::Authority(Arc::new(authority)))
+    }
+}
+
+/// Where a run keeps its authority's key, the tokens that were made and those that were used.
+pub(crate) fn security_directory(output_dir: &Path) -> PathBuf {
+    output_dir.join("security")
+}
+
 /// Every how many steps the replicas' weights are compared, where several could differ.
 const DIGEST_STEPS: u64 = 100;
 
-pub(crate) fn prepare(job: Job, resume: bool, insecure: bool) -> Result<Prepared> {
+pub(crate) fn prepare(job: Job, resume: bool, door: Door) -> Result<Prepared> {
     let base = working_directory()?;
     let splits = Splits::load(&job.data, &base, job.training.seed)?;
     let lock = lock(&job.output_dir)?;
@@ -72,9 +101,9 @@ pub(crate) fn prepare(job: Job, resume: bool, insecure: bool) -> Result<Prepared
         settings,
         job_json: serde_json::to_string(&job).map_err(|error| Failure::failed(error.to_string()))?,
         tokenizer_json: tokenizer.to_json(),
-        run_token: Secret::generate()?,
+        admission: door.admission(&job.output_dir)?,
         collective_token: Secret::generate()?,
-        insecure,
+        insecure: door.insecure_plaintext,
     };
     let RunDirectory { start_step, warnings } = directory;
     Ok(Prepared { job, run, files, total_steps: schedule.total_steps, start_step, warnings, lock })

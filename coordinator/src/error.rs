@@ -99,6 +99,9 @@ pub enum Error {
          listen on 127.0.0.1, or accept the risk with --insecure-plaintext"
     )]
     NotLoopback(SocketAddr),
+    /// The run's identities cannot be made or kept.
+    #[error(transparent)]
+    Identity(#[from] quintet_identity::Error),
     /// The listener is unusable.
     #[error("the coordinator's listener failed: {0}")]
     Listener(io::Error),
@@ -113,15 +116,16 @@ pub enum Error {
 impl Error {
     /// Whether input or configuration is at fault: never worth a retry.
     pub fn is_user_error(&self) -> bool {
-        matches!(
-            self,
+        match self {
             Self::Config { .. }
-                | Self::RunExists { .. }
-                | Self::Damaged { .. }
-                | Self::NotLoopback(_)
-                | Self::Hosts { .. }
-                | Self::Variable { .. }
-        )
+            | Self::RunExists { .. }
+            | Self::Damaged { .. }
+            | Self::NotLoopback(_)
+            | Self::Hosts { .. }
+            | Self::Variable { .. } => true,
+            Self::Identity(error) => error.is_user_error(),
+            _ => false,
+        }
     }
 
     /// For `map_err` on operations with a file.

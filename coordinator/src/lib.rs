@@ -5,14 +5,16 @@
 //! - [`server`]: its shell, the gRPC server that workers connect to.
 //! - [`files`]: the ledger and the metrics file.
 //! - [`launch`]: worker processes, here and elsewhere.
-//! - [`secret`]: what tells a run's workers from strangers.
+//! - [`admission`], [`secret`]: what tells a run's workers from strangers; `gate` is the door.
 //! - [`config`]: the `[cluster]` table of a job.
 //!
 //! Deliberately absent: tensors, devices, the model, the terminal, the environment.
 
+pub mod admission;
 pub mod config;
 mod error;
 pub mod files;
+mod gate;
 pub mod launch;
 pub mod secret;
 pub mod server;

@@ -6,21 +6,25 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
+use quintet_identity::Role;
 use quintet_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
-use quintet_proto::v1::{self, FromWorker, Hello, ToWorker, from_worker::Report, to_worker::Command};
+use quintet_proto::v1::{
+    self, FromWorker, Hello, JoinReply, JoinRequest, ToWorker, from_worker::Report, to_worker::Command,
+};
 use quintet_proto::{FROM_WORKER_BYTES_MAX, PROTOCOL_VERSION, TO_WORKER_BYTES_MAX};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::admission::{Admission, peer};
 use crate::exit_code;
 use crate::files::RunFiles;
+use crate::gate;
 use crate::launch::Death;
 use crate::secret::Secret;
 use crate::state::{Effect, Event, Input, Machine, Settings, WorkerId};
@@ -37,6 +41,13 @@ const COMMANDS_WAITING_MAX: usize = 64;
 /// Reports of all workers that may wait for the machine.
 const REPORTS_WAITING_MAX: usize = 1024;
 
+/// Bytes that a connection may have under way to here.
+const WINDOW_BYTES: u32 = 256 << 10;
+const HEADER_BYTES_MAX: u32 = 8 << 10;
+/// A peer whose machine is gone ends its connection, but says nothing.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(15);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// A run to serve.
 #[derive(Clone, Debug)]
 pub struct Run {
@@ -47,7 +58,7 @@ pub struct Run {
     /// The run's tokenizer, for workers; empty for a built-in one.
     pub tokenizer_json: String,
     /// What workers must present.
-    pub run_token: Secret,
+    pub admission: Admission,
     /// By which ranks know each other in the collective.
     pub collective_token: Secret,
     /// Listen on other than loopback addresses, though everything is sent in plain text.
@@ -88,12 +99,14 @@ pub async fn serve(
     controls: mpsc::Receiver<Control>,
 ) -> Result<Outcome> {
     let address = listener.local_addr().map_err(Error::Listener)?;
-    if !address.ip().is_loopback() && !run.insecure {
-        return Err(Error::NotLoopback(address));
-    }
+    let tls = match &run.admission {
+        Admission::Authority(authority) => Some(authority.coordinator_server(address.ip(), SystemTime::now())?),
+        Admission::Secret(_) if quintet_identity::is_private(address.ip()) || run.insecure => None,
+        Admission::Secret(_) => return Err(Error::NotLoopback(address)),
+    };
     let (inbox, messages) = mpsc::channel(REPORTS_WAITING_MAX);
     let service = Service {
-        run_token: run.run_token.clone(),
+        admission: run.admission.clone(),
         inbox,
         workers: AtomicU64::new(0),
         hellos: Arc::new(Semaphore::new(HELLOS_MAX)),
@@ -102,8 +115,8 @@ pub async fn serve(
         .max_decoding_message_size(FROM_WORKER_BYTES_MAX)
         .max_encoding_message_size(TO_WORKER_BYTES_MAX);
     let (end, ended) = oneshot::channel::<()>();
-    let server = Server::builder().max_concurrent_streams(4).add_service(service).serve_with_incoming_shutdown(
-        TcpIncoming::from(listener).with_nodelay(Some(true)),
+    let server = limited().add_service(service).serve_with_incoming_shutdown(
+        gate::incoming(listener, tls, gate::LIMITS),
         async {
             let _ = ended.await;
         },
@@ -131,6 +144,18 @@ pub async fn serve(
         server.abort();
     }
     outcome
+}
+
+/// What a connection may take of this process. Reports are small, so that narrow windows cost nothing.
+fn limited() -> Server {
+    Server::builder()
+        .max_concurrent_streams(4)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .http2_max_header_list_size(HEADER_BYTES_MAX)
+        .http2_max_pending_accept_reset_streams(Some(8))
+        .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
 }
 
 /// From a stream to the machine's task.
@@ -284,7 +309,7 @@ impl From<Control> for Input {
 
 /// Admits streams and reads them.
 struct Service {
-    run_token: Secret,
+    admission: Admission,
     inbox: mpsc::Sender<Message>,
     /// Workers so far: the number of the next.
     workers: AtomicU64,
@@ -295,10 +320,16 @@ struct Service {
 impl Coordinator for Service {
     type WorkStream = ReceiverStream<std::result::Result<ToWorker, Status>>;
 
+    async fn join(&self, request: Request<JoinRequest>) -> std::result::Result<Response<JoinReply>, Status> {
+        self.admission.join(request, SystemTime::now()).map(Response::new)
+    }
+
     async fn work(
         &self,
         request: Request<Streaming<FromWorker>>,
     ) -> std::result::Result<Response<Self::WorkStream>, Status> {
+        self.admission.check_certificate(&request, Role::Worker)?;
+        let peer = peer(&request)?;
         let permit = self.hellos.try_acquire();
         let permit = permit.map_err(|_| Status::resource_exhausted("too many workers join at once; try again"))?;
         let mut reports = request.into_inner();
@@ -306,6 +337,7 @@ impl Coordinator for Service {
             .await
             .map_err(|_| Status::deadline_exceeded("no hello in time"))??;
         let hello = self.admit(hello)?;
+        peer.admit();
         drop(permit);
         let worker = self.workers.fetch_add(1, Ordering::Relaxed);
         let (commands, receiver) = mpsc::channel(COMMANDS_WAITING_MAX);
@@ -321,9 +353,7 @@ impl Service {
         let Some(FromWorker { report: Some(Report::Hello(hello)) }) = message else {
             return Err(Status::invalid_argument("the first message must be hello"));
         };
-        if !self.run_token.matches(&hello.run_token) {
-            return Err(Status::unauthenticated("wrong run token: this worker belongs to another run"));
-        }
+        self.admission.check_secret(&hello.run_token)?;
         if hello.protocol_version != PROTOCOL_VERSION {
             return Err(Status::failed_precondition(format!(
                 "the worker speaks protocol version {}, the coordinator {PROTOCOL_VERSION}: \

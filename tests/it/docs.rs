@@ -87,6 +87,8 @@ fn every_flag_in_the_readme_exists() {
         "worker",
         "launch ssh",
         "launch slurm",
+        "launch kubernetes",
+        "tokens",
         "evaluate",
         "generate",
         "data inspect",

@@ -16,5 +16,6 @@ mod model_files;
 mod nccl;
 mod parity;
 mod recovery;
+mod security;
 mod selection;
 mod structure;

@@ -13,14 +13,15 @@ use crate::harness::run;
 const LINES_MAX: usize = 900;
 
 /// Each crate, and those of ours that it may use.
-const MAY_DEPEND_ON: [(&str, &[&str]); 7] = [
-    ("cli", &["worker", "coordinator", "t5", "data", "kernels"]),
-    ("worker", &["t5", "data", "proto", "kernels"]),
-    ("coordinator", &["data", "proto"]),
+const MAY_DEPEND_ON: [(&str, &[&str]); 8] = [
+    ("cli", &["worker", "coordinator", "t5", "data", "kernels", "identity"]),
+    ("worker", &["t5", "data", "proto", "identity", "kernels"]),
+    ("coordinator", &["data", "proto", "identity"]),
     ("t5", &["kernels"]),
     ("kernels", &[]),
     ("data", &[]),
     ("proto", &[]),
+    ("identity", &[]),
 ];
 
 /// The repository.

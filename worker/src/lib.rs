@@ -3,6 +3,7 @@
 //! Deliberately absent: any decision about who computes what or when a step counts (the coordinator's), anything printed,
 //! the environment.
 
+pub mod access;
 pub mod checkpoint;
 pub mod collective;
 pub mod config;

@@ -18,6 +18,7 @@ use quintet_proto::v1::{Actions, Evaluated, Failed, Finished, Lease, Linked, Mic
 use quintet_proto::v1::{Ready, Saved, StepDone, StepFailed, Stop};
 use quintet_t5::Parameters;
 
+use crate::access::Access;
 use crate::checkpoint::{self, Progress, Snapshot};
 use crate::collective::{Collective, Interrupter, Listener, Membership, Mesh};
 use crate::config::{EvaluationConfig, ModelSection, Precision, TrainingConfig};
@@ -41,6 +42,8 @@ pub struct RankJob {
     /// The run's tokenizer, as the coordinator sent it.
     pub tokenizer_json: String,
     pub collective_token: [u8; 32],
+    /// By which this rank joined, and proves itself to others.
+    pub access: Access,
     pub device: DeviceChoice,
     /// Whether NCCL was told that ranks may share a GPU (`NCCL_MULTI_RANK_GPU_ENABLE=1`).
     pub shares_gpu: bool,
@@ -206,10 +209,12 @@ impl Rank {
         } else {
             let members = plan.members.iter().map(|member| Ok((member.rank, address(&member.address)?)));
             let members = members.collect::<Result<Vec<(u32, SocketAddr)>>>()?;
+            let identity = self.job.access.mesh_identity()?;
             let membership = Membership {
                 rank: plan.rank,
                 members: &members,
                 token: &self.job.collective_token,
+                identity: identity.as_ref(),
                 generation: plan.generation,
             };
             let interrupter = Interrupter::new();

@@ -9,30 +9,32 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use quintet_proto::v1::coordinator_client::CoordinatorClient;
-use quintet_proto::v1::{Commit, FromWorker, Heartbeat, Hello, Interrupted, Plan, Stop, ToWorker, Welcome, to_worker};
-use quintet_proto::{FROM_WORKER_BYTES_MAX, PROTOCOL_VERSION, TO_WORKER_BYTES_MAX, TOKEN_BYTES};
+use quintet_proto::PROTOCOL_VERSION;
+use quintet_proto::v1::{Commit, FromWorker, Heartbeat, Hello, Interrupted, Plan, Stop, ToWorker, to_worker};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::transport::{Channel, Endpoint, Uri};
-use tonic::{Code, Status, Streaming};
+use tonic::transport::Uri;
+use tonic::{Status, Streaming};
 
+use crate::access::{Access, refusal};
+
+pub use quintet_proto::v1::Welcome;
 pub use quintet_proto::v1::from_worker::Report;
 
 /// Well below any heartbeat timeout that the configuration allows.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// For connecting, and again for the coordinator's answer.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long the coordinator may take to read the last reports of a session that ends.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A coordinator whose machine does not answer for longer is gone.
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(60);
+pub(crate) const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Why there is no session, or no more.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SessionError {
     /// The coordinator's address makes no sense.
-    #[error("{url:?} is no coordinator's address: {problem}; expected http://ADDRESS:PORT")]
+    #[error("{url:?} is no coordinator's address: {problem}; expected https://ADDRESS:PORT, or http:// on one machine")]
     Url {
         /// As given.
         url: String,
@@ -53,6 +55,17 @@ pub enum SessionError {
         /// What was seen.
         problem: String,
     },
+    /// Somebody else answers.
+    #[error("who answers at {address} is not the coordinator that the join token is for: {problem}")]
+    Untrusted {
+        /// Where the coordinator should be.
+        address: SocketAddr,
+        /// What TLS found.
+        problem: String,
+    },
+    /// This worker's own key or certificate cannot be used.
+    #[error("{0}")]
+    Identity(String),
     /// The coordinator does not want this worker.
     #[error("the coordinator refuses this worker: {0}")]
     Refused(String),
@@ -70,7 +83,7 @@ pub enum SessionError {
 impl SessionError {
     /// Whether the way the worker was started is at fault: never worth a retry.
     pub fn is_user_error(&self) -> bool {
-        matches!(self, Self::Url { .. } | Self::NotLoopback(_) | Self::Refused(_))
+        matches!(self, Self::Url { .. } | Self::NotLoopback(_) | Self::Refused(_) | Self::Untrusted { .. })
     }
 }
 
@@ -99,20 +112,17 @@ pub struct Session {
 impl Session {
     /// Joins a run: says hello and waits to be admitted.
     ///
-    /// `url` is `http://ADDRESS:PORT`, of a loopback address unless `insecure`; `host` names this
+    /// `url` is `https://ADDRESS:PORT` for an access by certificate, else `http://ADDRESS:PORT`; `host` names this
     /// machine to people.
     ///
     /// # Errors
     /// See [`SessionError`].
-    pub fn connect(url: &str, run_token: &[u8; TOKEN_BYTES], host: &str, insecure: bool) -> Result<(Self, Welcome)> {
-        let address = resolve(url)?;
-        if !address.ip().is_loopback() && !insecure {
-            return Err(SessionError::NotLoopback(address));
-        }
+    pub fn connect(url: &str, access: &Access, host: &str) -> Result<(Self, Welcome)> {
+        let address = access.address(url)?;
         let (reports, outgoing) = async_mpsc::unbounded_channel();
         let hello = Hello {
             protocol_version: PROTOCOL_VERSION,
-            run_token: run_token.to_vec(),
+            run_token: access.run_token(),
             host: host.to_owned(),
             pid: std::process::id(),
         };
@@ -123,9 +133,10 @@ impl Session {
         let (goodbye, leaving) = oneshot::channel();
         let interrupt = Arc::new(Mutex::new(Interrupt::default()));
         let line = Line { incoming, interrupt: Arc::clone(&interrupt), heartbeats: reports.downgrade() };
+        let access = access.clone();
         let thread = thread::Builder::new()
             .name("session".to_owned())
-            .spawn(move || line.run(address, outgoing, &admit, leaving))
+            .spawn(move || line.run(address, &access, outgoing, &admit, leaving))
             .map_err(|error| SessionError::Thread(error.to_string()))?;
         let session =
             Self { reports: Some(reports), commands, interrupt, goodbye: Some(goodbye), thread: Some(thread) };
@@ -232,6 +243,7 @@ impl Line {
     fn run(
         self,
         address: SocketAddr,
+        access: &Access,
         outgoing: async_mpsc::UnboundedReceiver<FromWorker>,
         admit: &mpsc::Sender<Result<Welcome>>,
         leaving: oneshot::Receiver<()>,
@@ -244,7 +256,7 @@ impl Line {
             }
         };
         runtime.block_on(async {
-            match join(address, outgoing).await {
+            match join(address, access, outgoing).await {
                 Ok((welcome, commands)) => {
                     let _ = admit.send(Ok(welcome));
                     self.carry(commands, leaving).await;
@@ -306,11 +318,12 @@ impl Line {
 /// Connects and waits to be admitted.
 async fn join(
     address: SocketAddr,
+    access: &Access,
     outgoing: async_mpsc::UnboundedReceiver<FromWorker>,
 ) -> Result<(Welcome, Streaming<ToWorker>)> {
     let unreachable = |problem: String| SessionError::Unreachable { address, problem };
     let admission = async {
-        let mut client = client(address).await?;
+        let mut client = access.open(address).await?;
         let response = client.work(UnboundedReceiverStream::new(outgoing)).await;
         let mut commands = response.map_err(|status| refusal(address, &status))?.into_inner();
         let first = commands.message().await.map_err(|status| refusal(address, &status))?;
@@ -326,47 +339,12 @@ async fn join(
         .map_err(|_| unreachable(format!("no answer within {} seconds", CONNECT_TIMEOUT.as_secs())))?
 }
 
-async fn client(address: SocketAddr) -> Result<CoordinatorClient<Channel>> {
-    let unreachable = |problem: String| SessionError::Unreachable { address, problem };
-    let endpoint = Endpoint::from_shared(format!("http://{address}"))
-        .map_err(|error| unreachable(error.to_string()))?
-        .tcp_nodelay(true)
-        .connect_timeout(CONNECT_TIMEOUT)
-        .http2_keep_alive_interval(KEEP_ALIVE_TIMEOUT / 4)
-        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
-    let channel = endpoint.connect().await.map_err(|error| unreachable(root_cause(&error)))?;
-    Ok(CoordinatorClient::new(channel)
-        .max_decoding_message_size(TO_WORKER_BYTES_MAX)
-        .max_encoding_message_size(FROM_WORKER_BYTES_MAX))
-}
-
-/// Tonic says "transport error"; what happened is at the bottom.
-fn root_cause(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
-}
-
-/// What the coordinator's answer to hello means.
-fn refusal(address: SocketAddr, status: &Status) -> SessionError {
-    let message = status.message().to_owned();
-    match status.code() {
-        Code::Unauthenticated | Code::FailedPrecondition | Code::InvalidArgument => SessionError::Refused(message),
-        _ => SessionError::Unreachable { address, problem: message },
-    }
-}
-
-/// The address that a coordinator's URL means.
-///
-/// # Errors
-/// [`SessionError::Url`].
-pub fn resolve(url: &str) -> Result<SocketAddr> {
+/// The address that a URL of this scheme names.
+pub(crate) fn resolve(url: &str, scheme: &str) -> Result<SocketAddr> {
     let wrong = |problem: &str| SessionError::Url { url: url.to_owned(), problem: problem.to_owned() };
     let uri: Uri = url.parse().map_err(|_| wrong("it is not a URL"))?;
-    if uri.scheme_str() != Some("http") {
-        return Err(wrong("it does not begin with http://"));
+    if uri.scheme_str() != Some(scheme) {
+        return Err(wrong(&format!("it does not begin with {scheme}://")));
     }
     let host = uri.host().ok_or_else(|| wrong("it has no host"))?;
     let port = uri.port_u16().ok_or_else(|| wrong("it has no port"))?;
@@ -379,8 +357,9 @@ pub fn resolve(url: &str) -> Result<SocketAddr> {
 mod tests {
     use std::pin::Pin;
 
-    use quintet_proto::v1::Finished;
+    use quintet_proto::TOKEN_BYTES;
     use quintet_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
+    use quintet_proto::v1::{Finished, JoinReply, JoinRequest};
     use tokio_stream::{Stream, StreamExt};
     use tonic::{Request, Response};
 
@@ -397,6 +376,10 @@ mod tests {
     #[tonic::async_trait]
     impl Coordinator for Scripted {
         type WorkStream = Pin<Box<dyn Stream<Item = std::result::Result<ToWorker, Status>> + Send>>;
+
+        async fn join(&self, _: Request<JoinRequest>) -> std::result::Result<Response<JoinReply>, Status> {
+            Err(Status::unimplemented("plain text"))
+        }
 
         async fn work(
             &self,
@@ -454,7 +437,7 @@ mod tests {
     #[test]
     fn commands_come_in_order_and_the_last_report_is_delivered() {
         let server = serve();
-        let (session, welcome) = Session::connect(&server.url, &[1; 32], "here", false).unwrap();
+        let (session, welcome) = Session::connect(&server.url, &plain([1; 32]), "here").unwrap();
         assert_eq!(welcome, Welcome::default());
         let (commands, reports) = server.streams.recv().unwrap();
         commands.send(plan(1)).unwrap();
@@ -481,7 +464,7 @@ mod tests {
     #[test]
     fn a_newer_plan_and_a_broken_stream_interrupt() {
         let server = serve();
-        let (session, _) = Session::connect(&server.url, &[1; 32], "here", false).unwrap();
+        let (session, _) = Session::connect(&server.url, &plain([1; 32]), "here").unwrap();
         let (commands, reports) = server.streams.recv().unwrap();
         let (called, calls) = mpsc::channel();
         let callback = |name: &'static str| {
@@ -507,8 +490,12 @@ mod tests {
         drop((session, commands, reports));
     }
 
+    fn plain(run_token: [u8; TOKEN_BYTES]) -> Access {
+        Access::Plain { run_token, insecure: false }
+    }
+
     fn refused(url: &str, token: [u8; 32]) -> SessionError {
-        Session::connect(url, &token, "here", false).map(|_| ()).unwrap_err()
+        Session::connect(url, &plain(token), "here").map(|_| ()).unwrap_err()
     }
 
     #[test]

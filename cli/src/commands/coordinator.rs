@@ -3,29 +3,32 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use quintet_coordinator::admission::{Admission, TOKEN_LIFETIME};
 use quintet_coordinator::launch::remote::{RemoteEnd, RemoteEvent, Remotes};
 use quintet_coordinator::launch::{Death, LocalWorkers};
-use quintet_coordinator::secret::Secret;
 use quintet_coordinator::server::{self, Control, Outcome};
 use quintet_coordinator::state::Event;
+use quintet_identity::Role;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::args::CoordinatorArguments;
+use crate::commands::tokens;
 use crate::error::{Failure, Result, exit};
 use crate::job::Job;
-use crate::prepare::{Prepared, prepare};
+use crate::prepare::{Door, Prepared, prepare, security_directory};
 use crate::report::{self, Reporter};
 
 pub(crate) fn run(arguments: CoordinatorArguments) -> Result<u8> {
     let job = Job::load(&arguments.job)?;
-    let prepared = prepare(job, arguments.job.resume, arguments.insecure_plaintext)?;
     let address = match arguments.listen {
         Some(address) => address,
-        None => prepared.job.cluster.listen_address()?,
+        None => job.cluster.listen_address()?,
     };
+    let (insecure_plaintext, authority) = (arguments.insecure_plaintext, arguments.authority);
+    let prepared = prepare(job, arguments.job.resume, Door { address, insecure_plaintext, authority })?;
     let options = RunOptions { address, json: arguments.json, announce: true, device: None, by_hand: true };
     serve(prepared, options, |_, _| Ok(Workers::Elsewhere))
 }
@@ -113,7 +116,7 @@ pub(crate) struct RunOptions {
 pub(crate) fn serve(
     prepared: Prepared,
     options: RunOptions,
-    launch: impl FnOnce(SocketAddr, &Secret) -> Result<Workers>,
+    launch: impl FnOnce(SocketAddr, &Admission) -> Result<Workers>,
 ) -> Result<u8> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -154,29 +157,26 @@ const CONTROLS_WAITING_MAX: usize = 64;
 async fn drive(
     prepared: Prepared,
     options: &RunOptions,
-    launch: impl FnOnce(SocketAddr, &Secret) -> Result<Workers>,
+    launch: impl FnOnce(SocketAddr, &Admission) -> Result<Workers>,
     reporter: &mut Reporter,
 ) -> Result<Outcome> {
     // Before anybody is told where to join: whoever sees a run may want to stop it.
     let mut stop = StopSignals::new()?;
     // Until the last worker is gone.
     let _lock = prepared.lock;
-    if !options.address.ip().is_loopback() && !prepared.run.insecure {
-        // Before anybody is told where to join.
-        return Err(quintet_coordinator::Error::NotLoopback(options.address).into());
-    }
     let listener = TcpListener::bind(options.address)
         .await
         .map_err(|error| Failure::bad_input(format!("cannot listen on {}: {error}", options.address)))?;
     let address = listener.local_addr().map_err(|error| Failure::failed(format!("no local address: {error}")))?;
     if options.by_hand {
+        let workers = prepared.run.settings.workers_expected;
+        let how = invitation(&prepared.run.admission, &prepared.job, workers)?;
+        let scheme = prepared.run.admission.scheme();
         reporter.line(&format!(
-            "waiting for {} worker(s); start each with\n  QUINTET_RUN_TOKEN={} quintet worker --coordinator http://{address}",
-            prepared.run.settings.workers_expected,
-            prepared.run.run_token.to_hex()
+            "waiting for {workers} worker(s); start each with\n  {how} quintet worker --coordinator {scheme}://{address}"
         ));
     }
-    let mut workers = launch(address, &prepared.run.run_token)?;
+    let mut workers = launch(address, &prepared.run.admission)?;
     let (events, mut shown) = mpsc::channel::<Event>(EVENTS_WAITING_MAX);
     let (control, controls) = mpsc::channel(CONTROLS_WAITING_MAX);
     let serving = server::serve(listener, prepared.run, prepared.files, events, controls);
@@ -201,6 +201,19 @@ async fn drive(
     }
     workers.end(reporter).await;
     Ok(outcome?)
+}
+
+/// The variable that lets workers in, for a shell. Join tokens are in a file, so that no log has them.
+fn invitation(admission: &Admission, job: &Job, workers: u32) -> Result<String> {
+    match admission {
+        Admission::Secret(_) => admission.ticket().map(|(name, value)| format!("{name}={value}")).map_err(Into::into),
+        Admission::Authority(authority) => {
+            let tokens = tokens::issue(authority, Role::Worker, workers, TOKEN_LIFETIME)?;
+            let path = security_directory(&job.output_dir).join("tokens");
+            tokens::write(&path, &tokens)?;
+            Ok(format!("{}={}", tokens::FILE_VARIABLE, path.display()))
+        }
+    }
 }
 
 /// Ctrl-C, or the SIGTERM or SIGUSR1 of a scheduler; the second one ends the process at once.

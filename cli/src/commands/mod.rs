@@ -8,6 +8,7 @@ pub(crate) mod evaluate;
 pub(crate) mod generate;
 pub(crate) mod launch;
 pub(crate) mod selftest;
+pub(crate) mod tokens;
 pub(crate) mod train;
 pub(crate) mod worker;
 

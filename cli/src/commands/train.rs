@@ -9,24 +9,25 @@ use crate::commands::coordinator::{RunOptions, Workers, serve};
 use crate::device::Decision;
 use crate::error::{Failure, Result};
 use crate::job::Job;
-use crate::prepare::prepare;
+use crate::prepare::{Door, prepare};
 
 pub(crate) fn run(arguments: TrainArguments) -> Result<u8> {
     let mut job = Job::load(&arguments.job)?;
     let device = Decision::new(job.cluster.device, 0)?;
     job.settle(&device);
-    let prepared = prepare(job, arguments.job.resume, false)?;
+    let address = job.cluster.listen_address()?;
+    let door = Door { address, insecure_plaintext: false, authority: None };
+    let prepared = prepare(job, arguments.job.resume, door)?;
     let workers = prepared.run.settings.workers_expected;
-    let address = prepared.job.cluster.listen_address()?;
     let options =
         RunOptions { address, json: arguments.json, announce: false, by_hand: false, device: Some(device.line()) };
-    serve(prepared, options, |address, token| {
+    serve(prepared, options, |address, admission| {
         let executable = std::env::current_exe()
             .map_err(|error| Failure::failed(format!("cannot find this program's own file: {error}")))?;
         // Workers on one machine share its cores.
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = (cores / workers as usize).max(1).to_string();
-        let coordinator = format!("http://{address}");
+        let coordinator = format!("{}://{address}", admission.scheme());
         let worker = |index: u32| -> Vec<OsString> {
             // Where there are more workers than GPUs, they share.
             let gpu = (index as usize % device.gpus.max(1)).to_string();
@@ -37,6 +38,6 @@ pub(crate) fn run(arguments: TrainArguments) -> Result<u8> {
         let interface = ("NCCL_SOCKET_IFNAME", "lo");
         let variables: Vec<_> = [interface].into_iter().filter(|(name, _)| std::env::var_os(name).is_none()).collect();
         let arguments: Vec<_> = (0..workers).map(worker).collect();
-        Ok(Workers::Local(LocalWorkers::spawn(&executable, &arguments, &variables, token)?))
+        Ok(Workers::Local(LocalWorkers::spawn(&executable, &arguments, &variables, || admission.ticket())?))
     })
 }

@@ -8,12 +8,7 @@ use std::time::Duration;
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, watch};
 
-use crate::secret::Secret;
 use crate::{Error, Result};
-
-/// The environment variable by which a worker gets the run token: argument vectors are public to
-/// everybody on a machine, environments are not.
-pub const RUN_TOKEN_VARIABLE: &str = "QUINTET_RUN_TOKEN";
 
 /// A worker process ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,7 +32,8 @@ pub struct LocalWorkers {
 }
 
 impl LocalWorkers {
-    /// Starts a process of `executable` for each list of `arguments`. Their standard error is
+    /// Starts a process of `executable` for each list of `arguments`, with the environment variable that `ticket` gives it
+    /// to join by. Their standard error is
     /// ours, and so is their environment but for `variables`; their standard output and input are closed. Each is a process group of its own, so
     /// that Ctrl-C in a terminal reaches the coordinator alone, which then ends the run in order.
     ///
@@ -50,13 +46,13 @@ impl LocalWorkers {
         executable: &Path,
         arguments: &[Vec<OsString>],
         variables: &[(&str, &str)],
-        run_token: &Secret,
+        ticket: impl Fn() -> Result<(&'static str, String)>,
     ) -> Result<Self> {
         let (report, deaths) = mpsc::unbounded_channel();
         let (alive, _) = watch::channel(());
         let (terminate, _) = watch::channel(());
         for arguments in arguments {
-            let child = spawn(executable, arguments, variables, run_token)
+            let child = spawn(executable, arguments, variables, ticket()?)
                 .map_err(|source| Error::Spawn { executable: executable.to_owned(), source })?;
             tokio::spawn(supervise(child, alive.subscribe(), terminate.subscribe(), report.clone()));
         }
@@ -89,13 +85,13 @@ fn spawn(
     executable: &Path,
     arguments: &[OsString],
     variables: &[(&str, &str)],
-    run_token: &Secret,
+    ticket: (&str, String),
 ) -> std::io::Result<Child> {
     let mut command = Command::new(executable);
     command
         .args(arguments)
         .envs(variables.iter().copied())
-        .env(RUN_TOKEN_VARIABLE, run_token.to_hex())
+        .env(ticket.0, ticket.1)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .kill_on_drop(true);
@@ -172,11 +168,16 @@ fn exit_code(status: ExitStatus) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admission::{Admission, RUN_TOKEN_VARIABLE};
+    use crate::secret::Secret;
+
+    fn ticket() -> Result<(&'static str, String)> {
+        Admission::Secret(Secret::from_bytes([1; 32])).ticket()
+    }
 
     fn shell(script: &str, count: usize) -> LocalWorkers {
         let arguments = vec![["-c", script].map(OsString::from).to_vec(); count];
-        let token = Secret::from_bytes([1; 32]);
-        LocalWorkers::spawn(Path::new("/bin/sh"), &arguments, &[("GREETING", "hello")], &token).unwrap()
+        LocalWorkers::spawn(Path::new("/bin/sh"), &arguments, &[("GREETING", "hello")], ticket).unwrap()
     }
 
     #[tokio::test]
@@ -231,8 +232,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_absent_executable_is_named() {
-        let token = Secret::from_bytes([1; 32]);
-        let error = LocalWorkers::spawn(Path::new("/absent/quintet"), &[vec![]], &[], &token).unwrap_err();
+        let error = LocalWorkers::spawn(Path::new("/absent/quintet"), &[vec![]], &[], ticket).unwrap_err();
         assert!(error.to_string().starts_with("cannot start /absent/quintet: "), "{error}");
     }
 }

@@ -4,16 +4,17 @@
 //! - [`environment`]: where a process stands, from the variables of schedulers and of `torchrun`.
 //! - [`hosts`]: host files and lists.
 //! - [`invitation`]: what a worker needs to join.
-//! - [`ssh`], [`slurm`]: renderings.
+//! - [`ssh`], [`slurm`], [`kubernetes`]: renderings.
 
 pub mod address;
 pub mod command;
 pub mod environment;
 pub mod hosts;
 pub mod invitation;
+pub mod kubernetes;
 mod local;
 pub mod remote;
 pub mod slurm;
 pub mod ssh;
 
-pub use local::{Death, LocalWorkers, RUN_TOKEN_VARIABLE};
+pub use local::{Death, LocalWorkers};

@@ -7,8 +7,11 @@ use quintet_proto::v1::coordinator_client::CoordinatorClient;
 use quintet_proto::v1::{Actions, Finished, Lease, MicroBatch, Ready, Saved, StepDone};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::transport::Channel;
 
 use super::*;
+
+mod certificates;
 
 const TOKEN: [u8; 32] = [5; 32];
 
@@ -40,13 +43,17 @@ struct Served {
 }
 
 async fn start(settings: Settings, directory: &Path) -> Served {
+    start_with(settings, directory, Admission::Secret(Secret::from_bytes(TOKEN))).await
+}
+
+async fn start_with(settings: Settings, directory: &Path, admission: Admission) -> Served {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let run = Run {
         settings,
         job_json: "{}".to_owned(),
         tokenizer_json: "t".repeat(10 << 20),
-        run_token: Secret::from_bytes(TOKEN),
+        admission,
         collective_token: Secret::from_bytes([6; 32]),
         insecure: false,
     };
@@ -66,7 +73,10 @@ struct Worker {
 
 impl Worker {
     async fn join(url: &str, hello: Hello) -> std::result::Result<Self, Status> {
-        let client = CoordinatorClient::connect(url.to_owned()).await.unwrap();
+        Self::join_by(CoordinatorClient::connect(url.to_owned()).await.unwrap(), hello).await
+    }
+
+    async fn join_by(client: CoordinatorClient<Channel>, hello: Hello) -> std::result::Result<Self, Status> {
         let (reports, outgoing) = mpsc::unbounded_channel();
         reports.send(FromWorker { report: Some(Report::Hello(hello)) }).unwrap();
         let mut client = client.max_decoding_message_size(TO_WORKER_BYTES_MAX);
@@ -254,7 +264,7 @@ async fn plain_text_stays_on_the_machine() {
         settings: settings(1, 1),
         job_json: String::new(),
         tokenizer_json: String::new(),
-        run_token: secret.clone(),
+        admission: Admission::Secret(secret.clone()),
         collective_token: secret,
         insecure: false,
     };

@@ -5,17 +5,20 @@
 //! sequence of operations, with the same `step`, as every other. Between GPUs, NCCL
 //! sums gradients instead ([`NcclMesh`]), and their bits depend on who computed what.
 
+mod handshake;
 mod nccl;
 mod rendezvous;
 mod tcp;
 #[cfg(test)]
 mod tests;
 mod tree;
+mod wire;
 
 use std::ops::Range;
 
 use quintet_kernels::{Gpu, Tensor, ViewMut, WaitLimits};
 
+pub use handshake::MeshIdentity;
 pub use nccl::NcclMesh;
 pub use rendezvous::{Interrupter, Listener, Membership};
 pub use tcp::{GATHER_BYTES_MAX, Mesh};

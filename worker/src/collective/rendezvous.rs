@@ -1,6 +1,7 @@
 //! How the ranks of a generation find each other: between each pair the higher rank dials
 //! and the lower accepts, both prove that they know the job's token, and whatever else
-//! connects is dropped.
+//! connects is dropped. Where ranks have certificates, all of that, and all that follows,
+//! is encrypted for a peer with a certificate of the same authority.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -9,7 +10,9 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::handshake::MeshIdentity;
 use super::tcp::{Link, Mesh};
+use super::wire::Ciphers;
 use crate::{Error, Result};
 
 const MAGIC: [u8; 8] = *b"QUINTET\0";
@@ -57,6 +60,8 @@ pub struct Membership<'a> {
     pub members: &'a [(u32, SocketAddr)],
     /// The job's secret; never sent, only hashed with.
     pub token: &'a [u8; 32],
+    /// For ranks that do not share a machine; all of a generation have one or none has.
+    pub identity: Option<&'a MeshIdentity>,
     pub generation: u64,
 }
 
@@ -124,18 +129,18 @@ pub(super) fn connect(
     assert!((rank as usize) < world, "rank {rank} of {world}");
 
     let began = Instant::now();
-    let streams = meet(listener, membership, deadline, &interrupter);
+    let lines = meet(listener, membership, deadline, &interrupter);
     if interrupter.is_interrupted() {
         return Err(Error::Interrupted);
     }
     let mut links = Vec::with_capacity(world);
     let mut watched = Vec::with_capacity(world);
-    for (peer, stream) in (0u32..).zip(streams) {
+    for (peer, line) in (0u32..).zip(lines) {
         let lost = |source| Error::PeerLost { rank: peer, source };
-        match stream {
-            Some(stream) => {
+        match line {
+            Some(Line { stream, ciphers }) => {
                 watched.push(stream.try_clone().map_err(lost)?);
-                links.push(Some(Link::new(peer, stream, silence_limit).map_err(lost)?));
+                links.push(Some(Link::new(peer, stream, ciphers, silence_limit).map_err(lost)?));
             }
             None if peer == rank => links.push(None),
             None => {
@@ -153,27 +158,57 @@ fn address_of(rank: u32, members: &[(u32, SocketAddr)]) -> SocketAddr {
     members.iter().find(|m| m.0 == rank).expect("checked on entry: every rank is a member").1
 }
 
+/// A connection to a peer that has proved itself.
+struct Line {
+    stream: TcpStream,
+    ciphers: Option<Ciphers>,
+}
+
+impl Line {
+    fn send(&mut self, hello: &[u8; HELLO_BYTES]) -> io::Result<()> {
+        match &mut self.ciphers {
+            None => self.stream.write_all(hello),
+            Some(ciphers) => ciphers.sealer.write(&mut self.stream, hello).map(|_| ()),
+        }
+    }
+
+    fn receive(&mut self, patience: Patience) -> io::Result<[u8; HELLO_BYTES]> {
+        let mut hello = [0; HELLO_BYTES];
+        let mut patient = Patient { stream: &self.stream, patience };
+        match &mut self.ciphers {
+            None => patient.read_exact(&mut hello)?,
+            Some(ciphers) => {
+                let mut filled = 0;
+                while filled < HELLO_BYTES {
+                    filled += ciphers.opener.read(&mut patient, &mut hello[filled..])?;
+                }
+            }
+        }
+        Ok(hello)
+    }
+}
+
 /// Dials the lower ranks and accepts the higher ones until all are there, the deadline
-/// passes or an interrupt comes; one stream a rank, `None` for oneself and the missing.
+/// passes or an interrupt comes; one line a rank, `None` for oneself and the missing.
 fn meet(
     listener: &Listener,
     membership: Membership,
     deadline: Instant,
     interrupter: &Interrupter,
-) -> Vec<Option<TcpStream>> {
+) -> Vec<Option<Line>> {
     let Membership { rank, members, .. } = membership;
-    let mut streams: Vec<Option<TcpStream>> = members.iter().map(|_| None).collect();
+    let mut lines: Vec<Option<Line>> = members.iter().map(|_| None).collect();
     let over = AtomicBool::new(false);
     let keep_going = || !over.load(Ordering::SeqCst) && !interrupter.is_interrupted();
     let handshakes = AtomicUsize::new(0);
-    let (arrived, arrivals) = mpsc::channel::<(u32, TcpStream)>();
+    let (arrived, arrivals) = mpsc::channel::<(u32, Line)>();
 
     std::thread::scope(|scope| {
         for peer in 0..rank {
             let (arrived, keep_going) = (arrived.clone(), &keep_going);
             scope.spawn(move || dial(membership, peer, deadline, keep_going, &arrived));
         }
-        while streams.iter().filter(|s| s.is_some()).count() + 1 < members.len()
+        while lines.iter().filter(|s| s.is_some()).count() + 1 < members.len()
             && Instant::now() < deadline
             && keep_going()
         {
@@ -185,22 +220,22 @@ fn meet(
                 let (arrived, keep_going, handshakes) = (arrived.clone(), &keep_going, &handshakes);
                 let limit = deadline.min(Instant::now() + HANDSHAKE_LIMIT);
                 scope.spawn(move || {
-                    if let Ok(peer) = welcome(&stream, membership, limit, keep_going) {
+                    if let Ok(met) = welcome(stream, membership, limit, keep_going) {
                         // The receiver outlives the scope, so this cannot fail.
-                        let _ = arrived.send((peer, stream));
+                        let _ = arrived.send(met);
                     }
                     handshakes.fetch_sub(1, Ordering::SeqCst);
                 });
             }
             match arrivals.recv_timeout(ACCEPT_PAUSE) {
                 // A rank that dials twice has given its first connection up.
-                Ok((peer, stream)) => streams[peer as usize] = Some(stream),
+                Ok((peer, line)) => lines[peer as usize] = Some(line),
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
             }
         }
         over.store(true, Ordering::SeqCst);
     });
-    streams
+    lines
 }
 
 /// Dials `peer` until it welcomes us: it may not listen yet, or still serve an older generation.
@@ -209,27 +244,28 @@ fn dial(
     peer: u32,
     deadline: Instant,
     keep_going: &dyn Fn() -> bool,
-    arrived: &Sender<(u32, TcpStream)>,
+    arrived: &Sender<(u32, Line)>,
 ) {
     let address = address_of(peer, membership.members);
-    let attempt = || -> io::Result<TcpStream> {
+    let patience = Patience { deadline, keep_going };
+    let attempt = || -> io::Result<Line> {
         let left = deadline.saturating_duration_since(Instant::now());
         let limit = left.clamp(Duration::from_millis(1), Duration::from_secs(1));
         let stream = TcpStream::connect_timeout(&address, limit)?;
         stream.set_nodelay(true)?;
-        (&stream).write_all(&hello(membership, membership.rank, peer))?;
-        let mut answer = [0; HELLO_BYTES];
-        read_before(&stream, &mut answer, deadline, keep_going)?;
-        if !same_hello(&answer, &hello(membership, peer, membership.rank)) {
+        let ciphers = membership.identity.map(|identity| identity.dial(&stream, &|s, b| patience.fill(s, b)));
+        let mut line = Line { ciphers: ciphers.transpose()?, stream };
+        line.send(&hello(membership, membership.rank, peer))?;
+        if !same_hello(&line.receive(patience)?, &hello(membership, peer, membership.rank)) {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        Ok(stream)
+        Ok(line)
     };
     while keep_going() && Instant::now() < deadline {
         match attempt() {
-            Ok(stream) => {
+            Ok(line) => {
                 // The receiver outlives this thread, so this cannot fail.
-                let _ = arrived.send((peer, stream));
+                let _ = arrived.send((peer, line));
                 return;
             }
             Err(_) => std::thread::sleep(DIAL_PAUSE),
@@ -239,21 +275,22 @@ fn dial(
 
 /// Reads a hello, and answers it if it is from a higher rank of this job and generation.
 fn welcome(
-    stream: &TcpStream,
+    stream: TcpStream,
     membership: Membership,
     deadline: Instant,
     keep_going: &dyn Fn() -> bool,
-) -> io::Result<u32> {
+) -> io::Result<(u32, Line)> {
     let rank = membership.rank;
     stream.set_nonblocking(false)?;
     stream.set_nodelay(true)?;
-    let mut received = [0; HELLO_BYTES];
-    read_before(stream, &mut received, deadline, keep_going)?;
+    let patience = Patience { deadline, keep_going };
+    let ciphers = membership.identity.map(|identity| identity.answer(&stream, &|s, b| patience.fill(s, b)));
+    let mut line = Line { ciphers: ciphers.transpose()?, stream };
+    let received = line.receive(patience)?;
     for peer in rank + 1..membership.members.len() as u32 {
         if same_hello(&received, &hello(membership, peer, rank)) {
-            let mut writer = stream;
-            writer.write_all(&hello(membership, rank, peer))?;
-            return Ok(peer);
+            line.send(&hello(membership, rank, peer))?;
+            return Ok((peer, line));
         }
     }
     Err(io::ErrorKind::InvalidData.into())
@@ -281,29 +318,41 @@ fn same_hello(a: &[u8; HELLO_BYTES], b: &[u8; HELLO_BYTES]) -> bool {
     a[..28] == b[..28] && proof(a) == proof(b)
 }
 
-/// `read_exact` that gives up at `deadline` or when `keep_going` says so.
-fn read_before(
-    mut stream: &TcpStream,
-    mut buffer: &mut [u8],
+/// How long to wait: until `deadline`, or until `keep_going` says no.
+#[derive(Clone, Copy)]
+struct Patience<'a> {
     deadline: Instant,
-    keep_going: &dyn Fn() -> bool,
-) -> io::Result<()> {
-    while !buffer.is_empty() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() || !keep_going() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        stream.set_read_timeout(Some(left.min(LOOK_UP)))?;
-        match stream.read(buffer) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(n) => buffer = &mut buffer[n..],
-            Err(e)
-                if matches!(
-                    e.kind(),
-                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted
-                ) => {}
-            Err(e) => return Err(e),
+    keep_going: &'a dyn Fn() -> bool,
+}
+
+impl Patience<'_> {
+    fn fill(self, stream: &TcpStream, buffer: &mut [u8]) -> io::Result<()> {
+        Patient { stream, patience: self }.read_exact(buffer)
+    }
+}
+
+/// A stream that gives up.
+struct Patient<'a> {
+    stream: &'a TcpStream,
+    patience: Patience<'a>,
+}
+
+impl Read for Patient<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let left = self.patience.deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || !(self.patience.keep_going)() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.stream.set_read_timeout(Some(left.min(LOOK_UP)))?;
+            match self.stream.read(buffer) {
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted
+                    ) => {}
+                outcome => return outcome,
+            }
         }
     }
-    Ok(())
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::rendezvous::{self, Interrupter, Listener, Membership};
 use super::tree::{Node, TreeSum, add, merge_plan, nodes_of};
+use super::wire::{Ciphers, Wire};
 use crate::{Error, Result};
 
 /// Elements summed at a time: a few nodes' chunks fit the second-level cache, and a read is
@@ -34,19 +35,25 @@ enum Tag {
     AllGather = 4,
 }
 
-/// One peer's connection. The two halves are what an encrypted stream would replace.
+/// One peer's connection.
 pub(super) struct Link {
     peer: u32,
-    reader: TcpStream,
-    writer: TcpStream,
+    reader: Wire,
+    writer: Wire,
     silence_limit: Duration,
 }
 
 impl Link {
-    pub(super) fn new(peer: u32, stream: TcpStream, silence_limit: Duration) -> io::Result<Self> {
+    pub(super) fn new(
+        peer: u32,
+        stream: TcpStream,
+        ciphers: Option<Ciphers>,
+        silence_limit: Duration,
+    ) -> io::Result<Self> {
         stream.set_read_timeout(Some(silence_limit))?;
         stream.set_write_timeout(Some(silence_limit))?;
-        Ok(Self { peer, reader: stream.try_clone()?, writer: stream, silence_limit })
+        let (reader, writer) = Wire::pair(stream, ciphers)?;
+        Ok(Self { peer, reader, writer, silence_limit })
     }
 
     fn halves(&mut self) -> (Half<'_>, Half<'_>) {
@@ -59,7 +66,7 @@ impl Link {
 struct Half<'a> {
     peer: u32,
     silence_limit: Duration,
-    stream: &'a mut TcpStream,
+    stream: &'a mut Wire,
 }
 
 impl Half<'_> {

@@ -1,3 +1,5 @@
+mod secure;
+
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::Barrier;
@@ -16,7 +18,17 @@ fn loopback() -> Listener {
 }
 
 fn connect(listener: &Listener, rank: u32, members: &[(u32, SocketAddr)], generation: u64) -> Result<Mesh> {
-    let membership = Membership { rank, members, token: &TOKEN, generation };
+    connect_as(None, listener, rank, members, generation)
+}
+
+fn connect_as(
+    identity: Option<&MeshIdentity>,
+    listener: &Listener,
+    rank: u32,
+    members: &[(u32, SocketAddr)],
+    generation: u64,
+) -> Result<Mesh> {
+    let membership = Membership { rank, members, token: &TOKEN, identity, generation };
     Mesh::connect(listener, membership, Instant::now() + PATIENCE, PATIENCE, Interrupter::new())
 }
 
@@ -135,7 +147,7 @@ fn an_interrupt_ends_a_rendezvous() {
     let interrupter = Interrupter::new();
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| {
-            let membership = Membership { rank: 0, members: &members, token: &TOKEN, generation: 1 };
+            let membership = Membership { rank: 0, members: &members, token: &TOKEN, identity: None, generation: 1 };
             let deadline = Instant::now() + PATIENCE;
             Mesh::connect(&listener, membership, deadline, PATIENCE, interrupter.clone())
         });
@@ -189,7 +201,7 @@ fn a_silent_rank_is_named() {
     let members = [(0, listeners[0].local_addr()), (1, listeners[1].local_addr())];
     let barrier = Barrier::new(2);
     let rank = |rank: u32, silence_limit| {
-        let membership = Membership { rank, members: &members, token: &TOKEN, generation: 1 };
+        let membership = Membership { rank, members: &members, token: &TOKEN, identity: None, generation: 1 };
         let deadline = Instant::now() + PATIENCE;
         let listener = &listeners[rank as usize];
         Mesh::connect(listener, membership, deadline, silence_limit, Interrupter::new()).unwrap()
@@ -218,7 +230,7 @@ fn strangers_do_not_keep_the_mesh_from_forming() {
     drop(dial());
     let other_token = [8; 32];
     let hello = |token, generation| {
-        let membership = Membership { rank: 1, members: &members, token, generation };
+        let membership = Membership { rank: 1, members: &members, token, identity: None, generation };
         let mut stream = dial();
         stream.write_all(&super::rendezvous::hello(membership, 1, 0)).unwrap();
         stream
@@ -269,7 +281,7 @@ fn the_listener_serves_one_generation_after_another() {
 fn a_missing_rank_is_named_at_the_deadline() {
     let (listener, absent) = (loopback(), loopback());
     let members = [(0, listener.local_addr()), (1, absent.local_addr())];
-    let membership = Membership { rank: 0, members: &members, token: &TOKEN, generation: 9 };
+    let membership = Membership { rank: 0, members: &members, token: &TOKEN, identity: None, generation: 9 };
     let deadline = Instant::now() + Duration::from_millis(30);
     let error = Mesh::connect(&listener, membership, deadline, PATIENCE, Interrupter::new()).err();
     assert!(matches!(error, Some(Error::Rendezvous { rank: 1, generation: 9, .. })), "{error:?}");

@@ -1,28 +1,50 @@
 //! `quintet launch`: the same run, on the machines of an engine.
 
+mod kubernetes;
 mod slurm;
 mod ssh;
 
 use std::net::{IpAddr, SocketAddr};
 
+use quintet_coordinator::admission::Admission;
 use quintet_coordinator::launch::command::CommandLine;
 use quintet_coordinator::launch::invitation::Invitation;
-use quintet_coordinator::secret::Secret;
+use quintet_coordinator::launch::slurm::Allocation;
 
 use crate::args::TrainArguments;
 use crate::commands::coordinator::RunOptions;
 use crate::commands::train;
 use crate::error::{Failure, Result, exit};
 use crate::job::Job;
-use crate::launch_args::{ClusterArguments, Engine, LaunchArguments, LocalArguments};
-use crate::prepare::{Prepared, prepare};
+use crate::launch_args::{ClusterArguments, Engine, HostArguments, LaunchArguments, LocalArguments};
+use crate::prepare::{Door, Prepared, prepare};
 
 pub(crate) fn run(arguments: LaunchArguments) -> Result<u8> {
     match arguments.engine {
         Engine::Local(arguments) => local(arguments),
         Engine::Ssh(arguments) => ssh::run(arguments),
         Engine::Slurm(arguments) => slurm::run(arguments),
+        Engine::Kubernetes(arguments) => kubernetes::run(arguments),
     }
+}
+
+/// Commands of this program on the hosts of a cluster, and on this one.
+pub(crate) struct ClusterHosts {
+    pub(crate) here: CommandLine,
+    pub(crate) there: Vec<(String, CommandLine)>,
+    /// The address by which the hosts reach this one.
+    pub(crate) own: IpAddr,
+}
+
+/// For programs that are asked and answer: `words` on the hosts that are named, else on those of Slurm's allocation.
+pub(crate) fn cluster_hosts(hosts: &HostArguments, words: Vec<String>) -> Result<ClusterHosts> {
+    let here = CommandLine { program: own_file()?, arguments: words.clone() };
+    let allocation = Allocation::from_variables(|name| std::env::var(name).ok());
+    let (there, own) = match allocation.filter(|_| hosts.hosts.is_none() && hosts.hostfile.is_none()) {
+        Some(allocation) => slurm::hosts(&allocation, &here)?,
+        None => ssh::hosts(hosts, words)?,
+    };
+    Ok(ClusterHosts { here, there, own })
 }
 
 fn local(arguments: LocalArguments) -> Result<u8> {
@@ -66,9 +88,13 @@ fn worker_words(cluster: &ClusterArguments) -> Vec<String> {
     words
 }
 
-/// A run of so many workers, ready to be served at an address.
-fn prepare_run(cluster: &ClusterArguments, workers: u32, resume: bool) -> Result<Prepared> {
-    prepare(load_job(cluster, workers)?, resume, cluster.insecure_plaintext)
+/// A run of so many workers, ready to be served: where it was asked for, else on `ip` with a free port.
+fn prepare_run(cluster: &ClusterArguments, workers: u32, resume: bool, ip: IpAddr) -> Result<(Prepared, RunOptions)> {
+    let address = cluster.listen.unwrap_or(SocketAddr::new(ip, 0));
+    let door = Door { address, insecure_plaintext: cluster.insecure_plaintext, authority: None };
+    let prepared = prepare(load_job(cluster, workers)?, resume, door)?;
+    let options = RunOptions { address, json: cluster.json, announce: true, by_hand: false, device: None };
+    Ok((prepared, options))
 }
 
 fn load_job(cluster: &ClusterArguments, workers: u32) -> Result<Job> {
@@ -77,15 +103,10 @@ fn load_job(cluster: &ClusterArguments, workers: u32) -> Result<Job> {
     Job::load(&arguments)
 }
 
-/// What serving takes: the address that was asked for, else `ip` with a free port.
-fn run_options(cluster: &ClusterArguments, ip: IpAddr) -> RunOptions {
-    let address = cluster.listen.unwrap_or(SocketAddr::new(ip, 0));
-    RunOptions { address, json: cluster.json, announce: true, device: None, by_hand: false }
-}
-
 /// For so many workers of a coordinator at `address`.
-fn invitation(address: SocketAddr, token: &Secret, workers: u32) -> Invitation {
-    Invitation { coordinator: format!("http://{address}"), tokens: vec![token.to_hex(); workers as usize] }
+fn invitation(address: SocketAddr, admission: &Admission, workers: u32) -> Result<Invitation> {
+    let tokens = (0..workers).map(|_| Ok(admission.ticket()?.1)).collect::<Result<_>>()?;
+    Ok(Invitation { coordinator: format!("{}://{address}", admission.scheme()), tokens })
 }
 
 /// Runs a launcher's commands one after the other.

@@ -5,6 +5,7 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+use quintet_coordinator::admission::Admission;
 use quintet_coordinator::exit_code::PREEMPTED;
 use quintet_coordinator::launch::command::CommandLine;
 use quintet_coordinator::launch::environment::Place;
@@ -12,9 +13,8 @@ use quintet_coordinator::launch::invitation::InvitationFile;
 use quintet_coordinator::launch::remote::{Remote, Remotes};
 use quintet_coordinator::launch::slurm::{Allocation, Submission, node_address, show_node};
 use quintet_coordinator::launch::{LocalWorkers, address};
-use quintet_coordinator::secret::Secret;
 
-use super::{block_on, device_words, invitation, load_job, own_file, prepare_run, run_options, worker_words};
+use super::{block_on, device_words, invitation, load_job, own_file, prepare_run, worker_words};
 use crate::args::WorkerArguments;
 use crate::commands::coordinator::{Workers, serve};
 use crate::commands::worker;
@@ -85,8 +85,8 @@ fn coordinate(cluster: &ClusterArguments, allocation: &Allocation) -> Result<u8>
         return Ok(exit::DONE);
     }
     let ip = block_on(own_address(allocation))?;
-    run_to_requeue(cluster, allocation, workers, ip, |address, token| {
-        let written = InvitationFile::write(file, &invitation(address, token, workers))?;
+    run_to_requeue(cluster, allocation, workers, ip, |address, admission| {
+        let written = InvitationFile::write(file, &invitation(address, admission, workers)?)?;
         let remote = Remote { name: "srun".to_string(), command: step, input: String::new() };
         Ok((Workers::Remote(Remotes::spawn(vec![remote])?), written))
     })
@@ -110,11 +110,11 @@ fn task(cluster: &ClusterArguments, allocation: &Allocation, place: &Place) -> R
     }
     let ip = block_on(own_address(allocation))?;
     let own = own_worker(cluster, &file)?;
-    run_to_requeue(cluster, allocation, workers, ip, |address, token| {
-        let written = InvitationFile::write(file, &invitation(address, token, workers))?;
+    run_to_requeue(cluster, allocation, workers, ip, |address, admission| {
+        let written = InvitationFile::write(file, &invitation(address, admission, workers)?)?;
         let arguments: Vec<OsString> = own.arguments.iter().map(OsString::from).collect();
         let executable = PathBuf::from(own.program);
-        Ok((Workers::Local(LocalWorkers::spawn(&executable, &[arguments], &[], token)?), written))
+        Ok((Workers::Local(LocalWorkers::spawn(&executable, &[arguments], &[], || admission.ticket())?), written))
     })
 }
 
@@ -131,19 +131,23 @@ fn run_to_requeue(
     allocation: &Allocation,
     workers: u32,
     ip: IpAddr,
-    launch: impl FnOnce(SocketAddr, &Secret) -> Result<(Workers, InvitationFile)>,
+    launch: impl FnOnce(SocketAddr, &Admission) -> Result<(Workers, InvitationFile)>,
 ) -> Result<u8> {
-    let prepared = prepare_run(cluster, workers, cluster.job.resume || allocation.restarts > 0)?;
+    let resume = cluster.job.resume || allocation.restarts > 0;
+    let (prepared, options) = prepare_run(cluster, workers, resume, ip)?;
     // Until the run has ended.
     let mut written = None;
-    let code = serve(prepared, run_options(cluster, ip), |address, token| {
-        let (workers, file) = launch(address, token)?;
+    let code = serve(prepared, options, |address, admission| {
+        let (workers, file) = launch(address, admission)?;
         written = Some(file);
         Ok(workers)
     })?;
     drop(written);
-    if u32::from(code) == PREEMPTED {
-        block_on(requeue(allocation))?;
+    if u32::from(code) == PREEMPTED
+        && allocation.is_batch
+        && let Err(failure) = block_on(requeue(allocation))
+    {
+        eprintln!("warning: the job does not go back into the queue: {}", failure.message);
     }
     Ok(code)
 }
@@ -156,6 +160,15 @@ async fn requeue(allocation: &Allocation) -> Result<()> {
         allocation.requeue().output("").await?;
     }
     Ok(())
+}
+
+/// A command on each host of the allocation, and the address of this one.
+pub(super) fn hosts(allocation: &Allocation, command: &CommandLine) -> Result<(Vec<(String, CommandLine)>, IpAddr)> {
+    block_on(async {
+        let names = allocation.host_names().output("").await?;
+        let there = names.lines().map(|host| (host.to_string(), allocation.on_host(host, command))).collect();
+        Ok((there, own_address(allocation).await?))
+    })
 }
 
 /// By which the other hosts of the allocation reach this one: that on the way to where Slurm reaches them.

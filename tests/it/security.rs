@@ -83,9 +83,10 @@ fn a_run_over_tls_ends_with_the_bits_of_a_local_one_whoever_comes_by() {
     let coordinator = Coordinator::start(&workspace);
     let tokens = std::fs::read_to_string(workspace.path().join("run/security/tokens")).unwrap();
     let over = AtomicBool::new(false);
+    let address = coordinator.address();
     let run = workspace.output("run");
     let ended = std::thread::scope(|scope| {
-        let strangers = scope.spawn(|| disturb(coordinator.address(), &over));
+        let strangers = scope.spawn(|| disturb(address, &over));
         let workers = [0, 1].map(|index| {
             let mut command = quintet(workspace.path());
             command.args(["worker", "--coordinator", &coordinator.url, "--threads", "1", "--listen", WORKERS[index]]);

@@ -151,3 +151,16 @@ fn tokens_admit_once_in_time_and_to_their_run() {
     second.wait().expect(0);
     workspace.output("run").check_ledger(STEPS);
 }
+
+#[test]
+fn plain_text_leaves_the_machine_only_where_it_is_asked_for() {
+    let workspace = Workspace::new();
+    let refused = |arguments: &[&str], problem: &str| {
+        let mut command = quintet(workspace.path());
+        command.arg("worker").args(arguments).env("QUINTET_RUN_TOKEN", "5a".repeat(32));
+        let ended = Process::start(&mut command).wait().expect(2);
+        assert!(ended.error().contains(problem) && ended.error().contains("--insecure-plaintext"), "{}", ended.error());
+    };
+    refused(&["--coordinator", "http://127.0.0.1:1", "--listen", "0.0.0.0:0"], "--listen 0.0.0.0:0");
+    refused(&["--coordinator", "http://127.0.0.2:1", "--listen", "127.0.0.1:0"], "127.0.0.2:1");
+}

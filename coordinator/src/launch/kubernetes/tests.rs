@@ -14,7 +14,7 @@ fn cluster() -> Cluster {
         coordinator_arguments: words(&["--set", "training.seed=1"]),
         worker_arguments: words(&["--device", "cuda"]),
         authority: BTreeMap::from([("authority.key".to_owned(), b"key".to_vec())]),
-        tokens: words(&["first", "second"]),
+        tokens: words(&["quintet1.a", "quintet1.b"]),
     }
 }
 
@@ -105,7 +105,7 @@ fn secrets_go_to_those_who_need_them() {
     assert_eq!(mounted(&cluster().workers()), ["g2p-tokens"]);
     // No token is where a description of a pod shows it.
     for job in [cluster().coordinator(), cluster().workers()] {
-        assert!(!json(&job).to_string().contains("second"));
+        assert!(!json(&job).to_string().contains("quintet1"));
     }
     for job in [cluster().coordinator(), cluster().workers()] {
         let pod = &json(&job)["spec"]["template"]["spec"];

@@ -249,20 +249,49 @@ pub(crate) struct DataArguments {
 
 #[derive(Subcommand)]
 pub(crate) enum DataCommand {
-    /// The first records of a source, and its number of records.
+    /// The first records of a source and their number; or the first examples of a job, what its filters left out, the
+    /// shares of its mixture, and lengths in tokens.
     Inspect {
-        /// A file, a glob, or "builtin:cmudict".
-        source: String,
+        #[command(flatten)]
+        job: DataJobArguments,
         #[arg(long, default_value_t = 3)]
         records: usize,
     },
+    /// Tokenize a job's examples ahead; training on the same data then reads the tokens.
+    Prepare {
+        #[command(flatten)]
+        job: DataJobArguments,
+        /// Print the result as one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
     /// Write a source as JSON lines.
     Export {
-        /// A file, a glob, or "builtin:cmudict".
+        /// A file, a glob, a folder of a data set, or "builtin:cmudict".
         source: String,
         #[arg(long, value_name = "FILE")]
         output: PathBuf,
     },
+}
+
+/// A job file of which only the data matters.
+#[derive(Args)]
+pub(crate) struct DataJobArguments {
+    /// The job file; to inspect also a file, a glob, a folder of a data set, or "builtin:cmudict".
+    pub(crate) job: PathBuf,
+    /// The run's folder, instead of the job's output_dir.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) output: Option<PathBuf>,
+    /// Override a value of the job file; may be given several times.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub(crate) overrides: Vec<String>,
+}
+
+impl DataJobArguments {
+    pub(crate) fn as_job(&self) -> JobArguments {
+        let (job, output, overrides) = (self.job.clone(), self.output.clone(), self.overrides.clone());
+        JobArguments { job, output, resume: false, overrides, workers: None, device: None }
+    }
 }
 
 #[derive(Args)]
@@ -275,6 +304,26 @@ pub(crate) struct BenchArguments {
 pub(crate) enum BenchCommand {
     /// A training step: forward, backward, clipping and AdamW.
     Step(BenchStepArguments),
+    /// Loading and tokenizing a job's examples: its speed, and how long training at a given speed waits for it.
+    Data(BenchDataArguments),
+}
+
+#[derive(Args)]
+pub(crate) struct BenchDataArguments {
+    #[command(flatten)]
+    pub(crate) job: DataJobArguments,
+    /// Threads that tokenize; a worker has one.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) threads: usize,
+    /// How fast training consumes tokens.
+    #[arg(long, default_value_t = 100_000)]
+    pub(crate) tokens_per_second: u64,
+    /// How long to measure each.
+    #[arg(long, default_value_t = 3.0)]
+    pub(crate) seconds: f64,
+    /// Print one JSON object a row.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Args)]

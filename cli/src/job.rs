@@ -45,6 +45,7 @@ impl Job {
         if let Some(output) = &arguments.output {
             job.output_dir.clone_from(output);
         }
+        job.data.cache_dir.get_or_insert_with(|| job.output_dir.join("cache"));
         if let Some(workers) = arguments.workers {
             job.cluster.workers = Some(workers);
         }
@@ -93,6 +94,7 @@ fn numerics(job: &Job) -> Value {
     job.output_dir = PathBuf::new();
     job.cluster = ClusterConfig::default();
     job.evaluation = EvaluationConfig::default();
+    job.data.cache_dir = None;
     let training = &mut job.training;
     training.gradient_checkpointing = false;
     // As jobs without one had it before there was another.

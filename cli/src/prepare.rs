@@ -66,9 +66,10 @@ pub(crate) fn prepare(job: Job, resume: bool, door: Door) -> Result<Prepared> {
     let lock = lock(&job.output_dir)?;
     // A run that has committed nothing is none: what stopped it can be put right and the job started again.
     let resume = resume && holds_work(&job.output_dir);
-    let tokenizer = run_tokenizer(&job, &base, &splits, resume)?;
+    let tokenizer = Arc::new(run_tokenizer(&job, &base, &splits, resume)?);
     check_model(&job, &tokenizer)?;
-    let schedule = job.training.steps(splits.train.len())?;
+    let splits = splits.tokenized(&tokenizer)?;
+    let schedule = job.training.steps(splits.order().positions())?;
     let eval_steps = eval_steps(&job, &splits, schedule.total_steps)?;
     let directory = RunDirectory::open(&job, resume)?;
     directory.write(&job, &tokenizer)?;
@@ -153,7 +154,7 @@ pub(crate) fn working_directory() -> Result<PathBuf> {
 }
 
 /// The tokenizer of a run: on resuming the one it began with, else the job's, trained on the data if it says so.
-fn run_tokenizer(job: &Job, base: &Path, splits: &Splits, resume: bool) -> Result<Tokenizer> {
+pub(crate) fn run_tokenizer(job: &Job, base: &Path, splits: &Splits, resume: bool) -> Result<Tokenizer> {
     let kept = tokenizer_file(job);
     if resume && kept.is_file() {
         let text = fs::read_to_string(&kept)

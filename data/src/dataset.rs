@@ -1,72 +1,332 @@
-//! Rendered examples, and how training and validation are told apart.
+//! Examples, as text and as tokens.
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::borrow::Cow;
+use std::sync::Arc;
 
-use crate::config::{DataConfig, SourceList};
-use crate::error::{Error, Result};
-use crate::order::mix;
-use crate::source::resolve_sources;
-use crate::template::{Template, text_of};
+use rayon::prelude::*;
 
-/// Keeps the split's choices apart from the order's, which mix the same seed.
-const SPLIT_SALT: u64 = 0x7370_6c69_745f_6b65;
+use crate::config::DataConfig;
+use crate::error::Result;
+use crate::loader::Limits;
+use crate::objective::Corruption;
+use crate::prompt::Prompt;
+use crate::store::{Key, MEMORY_BYTES, Place, Store, StoreWriter};
+use crate::tokenizer::Tokenizer;
 
 /// An example as text.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Example<'a> {
     /// What the encoder reads.
-    pub input: &'a str,
+    pub input: Cow<'a, str>,
     /// What the decoder is to write.
-    pub target: &'a str,
+    pub target: Cow<'a, str>,
 }
 
-/// Rendered examples in file order, in one buffer.
-#[derive(Clone, Debug, Default, PartialEq)]
+/// Where an example lies: what masks are chosen by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct At {
+    pub(crate) epoch: u64,
+    pub(crate) position: u64,
+    /// The example's number in file order.
+    pub(crate) index: u64,
+}
+
+/// Rendered texts in file order: all of a store, or some.
+#[derive(Clone, Debug)]
+pub(crate) struct Texts {
+    store: Arc<Store>,
+    /// Items of the store an example: its input, its target, and its class if it has one.
+    stride: u64,
+    selection: Option<Arc<[u32]>>,
+}
+
+impl Texts {
+    pub(crate) fn new(store: Store, stride: u64) -> Self {
+        Self { store: Arc::new(store), stride, selection: None }
+    }
+
+    /// Some of these, by number.
+    pub(crate) fn select(&self, chosen: impl Iterator<Item = u32>) -> Self {
+        let of_store = |index: u32| self.selection.as_ref().map_or(index, |selection| selection[index as usize]);
+        Self { selection: Some(chosen.map(of_store).collect()), ..self.clone() }
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        self.selection.as_ref().map_or(self.store.len() / self.stride, |selection| selection.len() as u64)
+    }
+
+    fn text(&self, index: u64, which: u64) -> Cow<'_, str> {
+        let index = self.selection.as_ref().map_or(index, |selection| u64::from(selection[index as usize]));
+        // It was text when it was stored; of a file that was damaged since, what is none is replaced.
+        String::from_utf8_lossy(self.store.item(self.stride * index + which))
+    }
+
+    pub(crate) fn input(&self, index: u64) -> Cow<'_, str> {
+        self.text(index, 0)
+    }
+
+    pub(crate) fn target(&self, index: u64) -> Cow<'_, str> {
+        self.text(index, 1)
+    }
+
+    /// # Panics
+    /// When examples have no class.
+    pub(crate) fn class(&self, index: u64) -> Cow<'_, str> {
+        assert!(self.stride > 2, "examples without a class");
+        self.text(index, 2)
+    }
+
+    /// Equal if the texts are.
+    pub(crate) fn digest(&self) -> blake3::Hash {
+        let Some(selection) = &self.selection else { return self.store.digest() };
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(self.store.digest().as_bytes());
+        for index in selection.iter() {
+            hasher.update(&index.to_le_bytes());
+        }
+        hasher.finalize()
+    }
+}
+
+/// The examples of one source.
+#[derive(Clone, Debug)]
+pub(crate) struct Part {
+    pub(crate) texts: Texts,
+    pub(crate) prompt: Option<Prompt>,
+    tokens: Tokens,
+}
+
+/// What is tokenized ahead.
+#[derive(Clone, Debug)]
+enum Tokens {
+    /// Nothing.
+    None,
+    /// Every input and every target.
+    Examples(Arc<Store>),
+    /// All texts, to be cut to pieces.
+    Documents { store: Arc<Store>, corruption: Arc<Corruption>, tokenizer: Arc<Tokenizer> },
+}
+
+/// What tokens are made with.
+pub(crate) struct Tokenization<'a> {
+    pub(crate) tokenizer: &'a Arc<Tokenizer>,
+    pub(crate) corruption: Option<&'a Arc<Corruption>>,
+    pub(crate) limits: Limits,
+    pub(crate) place: Place,
+    /// Whether to make, and to keep, what could be made as it is needed.
+    pub(crate) keep: bool,
+}
+
+/// Texts are tokenized so many at a time, on all threads.
+const CHUNK: u64 = 4096;
+
+impl Part {
+    pub(crate) fn new(texts: Texts, prompt: Option<Prompt>) -> Self {
+        Self { texts, prompt, tokens: Tokens::None }
+    }
+
+    fn len(&self) -> u64 {
+        match &self.tokens {
+            Tokens::Documents { store, corruption, .. } => corruption.pieces(store.bytes().len() as u64 / TOKEN_BYTES),
+            _ => self.texts.len(),
+        }
+    }
+
+    fn example(&self, index: u64) -> Example<'_> {
+        if let Tokens::Documents { tokenizer, .. } = &self.tokens {
+            let (mut source, mut target) = (Vec::new(), Vec::new());
+            self.corrupt(At { epoch: 0, position: index, index }, &mut source, &mut target);
+            let text = |ids: &[u32]| Cow::Owned(tokenizer.decode_all(ids));
+            return Example { input: text(&source), target: text(&target) };
+        }
+        let (input, target) = (self.texts.input(index), self.texts.target(index));
+        match &self.prompt {
+            Some(prompt) => Example { input: prompt.render(index, &input).into(), target },
+            None => Example { input, target },
+        }
+    }
+
+    fn digest(&self) -> blake3::Hash {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(self.texts.digest().as_bytes());
+        if let Some(prompt) = &self.prompt {
+            hasher.update(prompt.digest().as_bytes());
+        }
+        hasher.finalize()
+    }
+
+    /// Appends the tokens of an example.
+    fn encode(
+        &self,
+        at: At,
+        tokenizer: &Tokenizer,
+        limits: Limits,
+        source: &mut Vec<u32>,
+        target: &mut Vec<u32>,
+    ) -> Result<()> {
+        match &self.tokens {
+            Tokens::None => {
+                source.extend(self.encode_input(at.index, tokenizer, limits)?);
+                target.extend(tokenizer.encode(&self.texts.target(at.index), limits.max_target_length)?);
+            }
+            Tokens::Examples(store) => {
+                source.extend(to_tokens(store.item(2 * at.index)));
+                target.extend(to_tokens(store.item(2 * at.index + 1)));
+            }
+            Tokens::Documents { .. } => self.corrupt(at, source, target),
+        }
+        Ok(())
+    }
+
+    /// The tokens of an input. Of a prompt that is too long, shots are left out, so that the question stays.
+    fn encode_input(&self, index: u64, tokenizer: &Tokenizer, limits: Limits) -> Result<Vec<u32>> {
+        let (input, max) = (self.texts.input(index), limits.max_source_length);
+        let Some(prompt) = &self.prompt else { return tokenizer.encode(&input, max) };
+        let mut pieces = prompt.pieces(index, &input);
+        loop {
+            let ids = tokenizer.encode(&pieces.concat(), max + 1)?;
+            // The prefix and the input stay.
+            if ids.len() <= max || pieces.len() == 2 {
+                return if ids.len() <= max { Ok(ids) } else { tokenizer.encode(&pieces.concat(), max) };
+            }
+            pieces.remove(1);
+        }
+    }
+
+    fn corrupt(&self, at: At, source: &mut Vec<u32>, target: &mut Vec<u32>) {
+        let Tokens::Documents { store, corruption, .. } = &self.tokens else { return };
+        let bytes = store.bytes();
+        let length = corruption.raw_length() * TOKEN_BYTES as usize;
+        let start = at.index as usize * length;
+        let piece: Vec<u32> = to_tokens(&bytes[start..bytes.len().min(start + length)]).collect();
+        corruption.apply(&piece, (at.epoch, at.position), source, target);
+    }
+
+    /// Whether what is tokenized ahead is there already: opened, or made.
+    fn tokenize(&mut self, with: &Tokenization<'_>) -> Result<bool> {
+        let place = Place { key: self.tokens_key(with), ..with.place.clone() };
+        let found = place.open();
+        let was_there = found.is_some();
+        let store = match (found, with.corruption) {
+            (Some(store), _) => store,
+            (None, Some(_)) => {
+                let bare = |index| Ok([with.tokenizer.encode_bare(&self.texts.input(index))?]);
+                self.write_tokens(place, with.keep, bare)?
+            }
+            (None, None) if with.keep => self.write_tokens(place, true, |index| {
+                let target = with.tokenizer.encode(&self.texts.target(index), with.limits.max_target_length)?;
+                Ok([self.encode_input(index, with.tokenizer, with.limits)?, target])
+            })?,
+            (None, None) => return Ok(false),
+        };
+        let store = Arc::new(store);
+        self.tokens = match with.corruption {
+            Some(corruption) => {
+                Tokens::Documents { store, corruption: corruption.clone(), tokenizer: with.tokenizer.clone() }
+            }
+            None => Tokens::Examples(store),
+        };
+        Ok(was_there)
+    }
+
+    /// Of all that decides the tokens.
+    fn tokens_key(&self, with: &Tokenization<'_>) -> Key {
+        let mut hasher = blake3::Hasher::new();
+        let limits = match with.corruption {
+            Some(_) => String::new(),
+            None => format!("{:?}", with.limits),
+        };
+        hasher.update(limits.as_bytes());
+        hasher.update(self.digest().as_bytes());
+        hasher.update(with.tokenizer.to_json().as_bytes());
+        hasher.finalize()
+    }
+
+    fn write_tokens<const N: usize>(
+        &self,
+        place: Place,
+        keep: bool,
+        encode: impl Fn(u64) -> Result<[Vec<u32>; N]> + Sync,
+    ) -> Result<Store> {
+        let mut writer = StoreWriter::new(place);
+        let count = self.texts.len();
+        for first in (0..count).step_by(CHUNK as usize) {
+            let chunk: Vec<_> =
+                (first..count.min(first + CHUNK)).into_par_iter().map(&encode).collect::<Result<_>>()?;
+            for ids in chunk.iter().flatten() {
+                let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+                writer.push(&bytes)?;
+            }
+        }
+        writer.finish(keep, [0; 4])
+    }
+}
+
+const TOKEN_BYTES: u64 = size_of::<u32>() as u64;
+
+fn to_tokens(bytes: &[u8]) -> impl Iterator<Item = u32> {
+    bytes.chunks_exact(TOKEN_BYTES as usize).map(|id| id.try_into().map_or(0, u32::from_le_bytes))
+}
+
+/// Examples of one source or several, in file order.
+#[derive(Clone, Debug)]
 pub struct Dataset {
-    text: String,
-    /// Where every input and every target ends in `text`: two bounds an example.
-    ends: Vec<usize>,
+    parts: Vec<Part>,
+    /// Where every part ends in the numbers of examples.
+    ends: Vec<u64>,
+    /// Text that the objective adds to inputs.
+    literals: Vec<String>,
 }
 
 impl Dataset {
-    /// Reads and renders the examples of `sources`; relative paths are relative to `base`.
-    ///
-    /// # Errors
-    /// A source that cannot be read or a record that lacks a template's field, by file and line.
-    pub fn load(sources: &SourceList, input: &Template, target: &Template, base: &Path) -> Result<Self> {
-        let mut dataset = Self::default();
-        let renderer = Renderer { input, target, filter: LengthFilter::default(), class_field: None };
-        renderer.render(sources, base, |example, _| dataset.push(example))?;
-        Ok(dataset)
+    pub(crate) fn new(parts: Vec<Part>) -> Self {
+        let mut dataset = Self { parts, ends: Vec::new(), literals: Vec::new() };
+        dataset.number();
+        dataset
     }
 
-    fn push(&mut self, example: Example<'_>) {
-        for text in [example.input, example.target] {
-            self.text.push_str(text);
-            self.ends.push(self.text.len());
-        }
+    pub(crate) fn with_literals(self, literals: Vec<String>) -> Self {
+        Self { literals, ..self }
+    }
+
+    fn number(&mut self) {
+        let mut end = 0;
+        let ends = self.parts.iter().map(|part| {
+            end += part.len();
+            end
+        });
+        self.ends = ends.collect();
     }
 
     /// The number of examples.
     pub fn len(&self) -> u64 {
-        self.ends.len() as u64 / 2
+        self.ends.last().copied().unwrap_or_default()
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.ends.is_empty()
+        self.len() == 0
     }
 
-    /// The example `index`, from 0, in file order.
+    /// The number of examples of each source.
+    pub fn part_lens(&self) -> Vec<u64> {
+        self.parts.iter().map(Part::len).collect()
+    }
+
+    fn part(&self, index: u64) -> (&Part, u64) {
+        assert!(index < self.len(), "example {index} of {}", self.len());
+        let number = self.ends.partition_point(|&end| end <= index);
+        let first = if number == 0 { 0 } else { self.ends[number - 1] };
+        (&self.parts[number], index - first)
+    }
+
+    /// The example `index`, from 0, in file order; of span corruption as it is at position `index` of its source's epoch 0.
     ///
     /// # Panics
     /// When there is no such example.
     pub fn example(&self, index: u64) -> Example<'_> {
-        assert!(index < self.len(), "example {index} of {}", self.len());
-        let i = 2 * index as usize;
-        let start = if i == 0 { 0 } else { self.ends[i - 1] };
-        Example { input: &self.text[start..self.ends[i]], target: &self.text[self.ends[i]..self.ends[i + 1]] }
+        let (part, index) = self.part(index);
+        part.example(index)
     }
 
     /// All examples in file order.
@@ -74,328 +334,59 @@ impl Dataset {
         (0..self.len()).map(|index| self.example(index))
     }
 
-    /// Every input and every target: what a tokenizer is trained on.
-    pub fn texts(&self) -> impl Iterator<Item = &str> {
-        self.examples().flat_map(|example| [example.input, example.target])
+    /// Every input, every target, and what prompts and objectives add to them: what a tokenizer is trained on.
+    pub fn texts(&self) -> impl Iterator<Item = Cow<'_, str>> {
+        let literals = self.literals.iter().map(|text| Cow::Borrowed(text.as_str()));
+        let of_parts = self.parts.iter().flat_map(|part| {
+            let literals = part.prompt.iter().flat_map(Prompt::literals).map(Cow::Owned);
+            let texts = &part.texts;
+            literals.chain((0..texts.len()).flat_map(move |index| [texts.input(index), texts.target(index)]))
+        });
+        literals.chain(of_parts)
     }
 
     /// A digest (BLAKE3, hexadecimal) of all examples in order: equal digests, equal training data.
     pub fn fingerprint(&self) -> String {
         let mut hasher = blake3::Hasher::new();
-        for text in self.texts() {
-            // Length first, so that text cannot move between fields unnoticed.
-            hasher.update(&(text.len() as u64).to_le_bytes());
-            hasher.update(text.as_bytes());
-        }
-        hasher.finalize().to_hex().to_string()
-    }
-}
-
-/// The examples of a job.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Splits {
-    /// To train on; never empty.
-    pub train: Dataset,
-    /// To evaluate on, if the job names any; never empty.
-    pub validation: Option<Dataset>,
-}
-
-impl Splits {
-    /// Of both parts together: equal on two machines exactly if their examples are.
-    pub fn fingerprint(&self) -> String {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(self.train.fingerprint().as_bytes());
-        if let Some(validation) = &self.validation {
-            hasher.update(validation.fingerprint().as_bytes());
+        for part in &self.parts {
+            hasher.update(part.digest().as_bytes());
         }
         hasher.finalize().to_hex().to_string()
     }
 
-    /// Reads and renders a job's examples, drops those that the length filters exclude, and holds a part out for
-    /// validation if the job says so. Relative paths are relative to `base`.
-    ///
-    /// Of n examples, `round(fraction · n)` are held out (with `stratify_by`, of every class on its own), but at least
-    /// one, and at least one stays. Which ones depends on the seed and n alone; both parts keep file order.
-    ///
-    /// # Errors
-    /// A wrong setting, a source that cannot be read, a record that lacks a field, no example left.
-    pub fn load(config: &DataConfig, base: &Path, seed: u64) -> Result<Self> {
-        config.validate()?;
-        let (input, target) = (config.input_template()?, config.target_template()?);
-        let filter = LengthFilter {
-            input: [config.min_source_characters, config.max_source_characters],
-            target: [config.min_target_characters, config.max_target_characters],
-        };
-        let renderer = Renderer { input: &input, target: &target, filter, class_field: config.stratify_by.as_deref() };
-        let (all, classes) = renderer.dataset("data.train", &config.train, base)?;
-        if let Some(validation) = &config.validation {
-            let (validation, _) = renderer.dataset("data.validation", validation, base)?;
-            return Ok(Self { train: all, validation: Some(validation) });
+    /// Appends the tokens of an example.
+    pub(crate) fn encode(
+        &self,
+        at: At,
+        tokenizer: &Tokenizer,
+        limits: Limits,
+        source: &mut Vec<u32>,
+        target: &mut Vec<u32>,
+    ) -> Result<()> {
+        let (part, index) = self.part(at.index);
+        part.encode(At { index, ..at }, tokenizer, limits, source, target)
+    }
+
+    /// Opens or makes what is tokenized ahead; how many sources' tokens were there already.
+    pub(crate) fn tokenize(&mut self, with: &Tokenization<'_>) -> Result<usize> {
+        let mut opened = 0;
+        for part in &mut self.parts {
+            opened += usize::from(part.tokenize(with)?);
         }
-        let Some(fraction) = config.validation_split else {
-            return Ok(Self { train: all, validation: None });
-        };
-        if all.len() < 2 {
-            return Err(Error::setting("data.validation_split", "there is only one example; add data to split"));
-        }
-        let held_out = held_out(&classes, fraction, seed);
-        let (mut train, mut validation) = (Dataset::default(), Dataset::default());
-        for (example, held_out) in all.examples().zip(held_out) {
-            if held_out { &mut validation } else { &mut train }.push(example);
-        }
-        Ok(Self { train, validation: Some(validation) })
+        self.number();
+        Ok(opened)
     }
 }
 
-/// Which examples are held out, given every example's class (numbered from 0 without gaps): in every class those that
-/// come first when ordered by a hash of seed and index.
-fn held_out(classes: &[usize], fraction: f64, seed: u64) -> Vec<bool> {
-    let key = mix(seed ^ SPLIT_SALT);
-    let mut members: Vec<Vec<usize>> = vec![Vec::new(); classes.iter().max().map_or(0, |&last| last + 1)];
-    for (index, &class) in classes.iter().enumerate() {
-        members[class].push(index);
-    }
-    for indices in &mut members {
-        indices.sort_by_cached_key(|&index| (mix(key.wrapping_add(index as u64)), index));
-    }
-    let mut counts: Vec<usize> =
-        members.iter().map(|indices| (fraction * indices.len() as f64).round() as usize).collect();
-    // Rounding may leave one side empty; then the largest class gives or keeps one.
-    let largest = (0..members.len()).max_by_key(|&class| members[class].len()).expect("there are examples to split");
-    let total: usize = counts.iter().sum();
-    if total == 0 {
-        counts[largest] += 1;
-    } else if total == classes.len() {
-        counts[largest] -= 1;
-    }
-    let mut held_out = vec![false; classes.len()];
-    for (indices, count) in members.iter().zip(counts) {
-        for &index in &indices[..count] {
-            held_out[index] = true;
-        }
-    }
-    held_out
-}
-
-/// Bounds on rendered text in characters: `[min, max]`.
-#[derive(Clone, Copy, Debug, Default)]
-struct LengthFilter {
-    input: [Option<usize>; 2],
-    target: [Option<usize>; 2],
-}
-
-impl LengthFilter {
-    fn keeps(&self, example: Example<'_>) -> bool {
-        let within = |text: &str, [min, max]: [Option<usize>; 2]| {
-            if min.is_none() && max.is_none() {
-                return true;
-            }
-            let characters = text.chars().count();
-            min.is_none_or(|min| characters >= min) && max.is_none_or(|max| characters <= max)
-        };
-        within(example.input, self.input) && within(example.target, self.target)
-    }
-}
-
-/// Records to examples.
-struct Renderer<'a> {
-    input: &'a Template,
-    target: &'a Template,
-    filter: LengthFilter,
-    /// The field to stratify by.
-    class_field: Option<&'a str>,
-}
-
-impl Renderer<'_> {
-    /// The examples that the filter keeps, and the class of each as a number.
-    fn dataset(&self, key: &'static str, sources: &SourceList, base: &Path) -> Result<(Dataset, Vec<usize>)> {
-        let (mut dataset, mut classes) = (Dataset::default(), Vec::new());
-        let mut numbers = BTreeMap::<String, usize>::new();
-        let mut dropped = 0_u64;
-        self.render(sources, base, |example, class| {
-            if !self.filter.keeps(example) {
-                dropped += 1;
-                return;
-            }
-            dataset.push(example);
-            let next = numbers.len();
-            classes.push(match numbers.get(class) {
-                Some(&number) => number,
-                None => *numbers.entry(class.to_owned()).or_insert(next),
-            });
-        })?;
-        if dataset.is_empty() {
-            let message = format!("the length filters (data.min/max_…_characters) drop all {dropped} examples");
-            return Err(Error::setting(key, message));
-        }
-        Ok((dataset, classes))
+impl DataConfig {
+    /// The longest texts in tokens.
+    pub fn limits(&self) -> Limits {
+        Limits { max_source_length: self.max_source_length, max_target_length: self.max_target_length }
     }
 
-    /// Calls `visit` with every example and its class.
-    fn render(&self, sources: &SourceList, base: &Path, mut visit: impl FnMut(Example<'_>, &str)) -> Result<()> {
-        let (mut input, mut target) = (String::new(), String::new());
-        for source in resolve_sources(sources.entries(), base)? {
-            source.for_each(|_, record| {
-                input.clear();
-                target.clear();
-                self.input.render(&record, &mut input)?;
-                self.target.render(&record, &mut target)?;
-                let class = self.class_field.map_or(Ok(""), |field| text_of(&record, field))?;
-                visit(Example { input: &input, target: &target }, class);
-                Ok(())
-            })?;
-        }
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-    use std::fmt::Write as _;
-    use std::fs;
-
-    use super::*;
-
-    fn config(settings: &str) -> DataConfig {
-        toml::from_str(&format!("train = \"t.jsonl\"\ninput = \"in {{x}}\"\ntarget = \"{{y}}\"\n{settings}")).unwrap()
-    }
-
-    /// A folder with t.jsonl: x counts up, y = `class(x)`.
-    fn numbered(count: usize, class: impl Fn(usize) -> usize) -> tempfile::TempDir {
-        let mut lines = String::new();
-        for x in 0..count {
-            writeln!(lines, "{{\"x\": {x}, \"y\": \"c{}\"}}", class(x)).unwrap();
-        }
-        let directory = tempfile::tempdir().unwrap();
-        fs::write(directory.path().join("t.jsonl"), lines).unwrap();
-        directory
-    }
-
-    fn inputs(dataset: &Dataset) -> Vec<usize> {
-        dataset.examples().map(|example| example.input.strip_prefix("in ").unwrap().parse().unwrap()).collect()
-    }
-
-    #[test]
-    fn renders_in_file_order() {
-        let directory = numbered(3, |x| x);
-        let splits = Splits::load(&config(""), directory.path(), 0).unwrap();
-        assert_eq!(splits.validation, None);
-        assert_eq!(splits.train.len(), 3);
-        assert_eq!(splits.train.example(0), Example { input: "in 0", target: "c0" });
-        assert_eq!(splits.train.example(2), Example { input: "in 2", target: "c2" });
-        assert_eq!(splits.train.texts().collect::<Vec<_>>(), ["in 0", "c0", "in 1", "c1", "in 2", "c2"]);
-    }
-
-    #[test]
-    fn the_fingerprint_tells_examples_apart() {
-        let dataset = |examples: &[(&str, &str)]| {
-            let mut dataset = Dataset::default();
-            for &(input, target) in examples {
-                dataset.push(Example { input, target });
-            }
-            dataset.fingerprint()
-        };
-        let fingerprints: BTreeSet<_> = [
-            dataset(&[("ab", "c"), ("d", "e")]),
-            dataset(&[("a", "bc"), ("d", "e")]),
-            dataset(&[("d", "e"), ("ab", "c")]),
-            dataset(&[("ab", "c")]),
-        ]
-        .into();
-        assert_eq!(fingerprints.len(), 4);
-        assert_eq!(dataset(&[("ab", "c")]), dataset(&[("ab", "c")]));
-        assert_eq!(dataset(&[]).len(), 64);
-    }
-
-    #[test]
-    fn a_split_has_the_exact_size_and_keeps_order() {
-        for (count, fraction, expected) in [(100, 0.05, 5), (7, 0.5, 4), (2, 0.01, 1), (2, 0.99, 1), (50, 0.99, 49)] {
-            let directory = numbered(count, |x| x % 3);
-            let config = config(&format!("validation_split = {fraction}"));
-            let splits = Splits::load(&config, directory.path(), 1).unwrap();
-            let (train, validation) = (inputs(&splits.train), inputs(&splits.validation.unwrap()));
-            assert_eq!(validation.len(), expected, "{fraction} of {count}");
-            assert!(train.is_sorted() && validation.is_sorted());
-            let all: BTreeSet<_> = train.into_iter().chain(validation).collect();
-            assert!(all.into_iter().eq(0..count));
-        }
-    }
-
-    #[test]
-    fn a_split_depends_on_the_seed_alone() {
-        let directory = numbered(100, |x| x);
-        let validation = |seed| {
-            let splits = Splits::load(&config("validation_split = 0.3"), directory.path(), seed).unwrap();
-            inputs(&splits.validation.unwrap())
-        };
-        assert_eq!(validation(1), validation(1));
-        assert_ne!(validation(1), validation(2));
-        // Neither the first nor the last 30, nor every third.
-        let mean = validation(1).iter().sum::<usize>() as f64 / 30.0;
-        assert!((35.0..65.0).contains(&mean), "{mean}");
-    }
-
-    #[test]
-    fn a_stratified_split_takes_the_same_share_of_every_class() {
-        let directory = numbered(100, |x| if x < 80 { 0 } else { 1 });
-        let config = config("validation_split = 0.1\nstratify_by = \"y\"");
-        let splits = Splits::load(&config, directory.path(), 3).unwrap();
-        let validation = inputs(&splits.validation.unwrap());
-        assert_eq!(validation.iter().filter(|&&x| x < 80).count(), 8);
-        assert_eq!(validation.len(), 10);
-    }
-
-    #[test]
-    fn classes_too_small_to_round_leave_neither_side_empty() {
-        for (fraction, expected) in [(0.1, 1), (0.9, 5)] {
-            let directory = numbered(6, |x| x);
-            let config = config(&format!("validation_split = {fraction}\nstratify_by = \"y\""));
-            let splits = Splits::load(&config, directory.path(), 0).unwrap();
-            assert_eq!(splits.validation.unwrap().len(), expected);
-        }
-    }
-
-    #[test]
-    fn a_validation_source_is_read_with_the_same_templates() {
-        let directory = numbered(2, |x| x);
-        fs::write(directory.path().join("v.csv"), "y,x\nb,a\n").unwrap();
-        let splits = Splits::load(&config("validation = \"v.csv\""), directory.path(), 0).unwrap();
-        assert_eq!(splits.validation.unwrap().example(0), Example { input: "in a", target: "b" });
-        assert_eq!(splits.train.len(), 2);
-    }
-
-    #[test]
-    fn length_filters_count_characters_of_rendered_text() {
-        let directory = tempfile::tempdir().unwrap();
-        let lines = "{\"x\":\"é\",\"y\":\"\"}\n{\"x\":\"éé\",\"y\":\"b\"}\n{\"x\":\"ééé\",\"y\":\"bb\"}\n";
-        fs::write(directory.path().join("t.jsonl"), lines).unwrap();
-        let targets = |settings: &str| {
-            let splits = Splits::load(&config(settings), directory.path(), 0)?;
-            Ok::<_, Error>(splits.train.examples().map(|example| example.target.to_owned()).collect::<Vec<_>>())
-        };
-        assert_eq!(targets("max_source_characters = 5").unwrap(), ["", "b"]);
-        assert_eq!(targets("min_source_characters = 5").unwrap(), ["b", "bb"]);
-        assert_eq!(targets("min_target_characters = 1\nmax_target_characters = 1").unwrap(), ["b"]);
-        let error = targets("min_source_characters = 50").unwrap_err();
-        assert_eq!(error.to_string(), "data.train: the length filters (data.min/max_…_characters) drop all 3 examples");
-        assert!(error.is_user_error());
-    }
-
-    #[test]
-    fn a_missing_field_is_located() {
-        let directory = tempfile::tempdir().unwrap();
-        fs::write(directory.path().join("t.jsonl"), "{\"x\": 1, \"y\": 2}\n{\"x\": 1, \"z\": 2}\n").unwrap();
-        let message = |settings: &str| Splits::load(&config(settings), directory.path(), 0).unwrap_err().to_string();
-        assert_eq!(message(""), "t.jsonl:2: no field \"y\"; the record has: x, z");
-        fs::write(directory.path().join("t.jsonl"), "{\"x\": 1, \"y\": 2}\n").unwrap();
-        assert_eq!(
-            message("validation_split = 0.5\nstratify_by = \"class\""),
-            "t.jsonl:1: no field \"class\"; the record has: x, y"
-        );
-        assert_eq!(
-            message("validation_split = 0.5"),
-            "data.validation_split: there is only one example; add data to split"
-        );
+    /// Where stores of a kind are kept.
+    pub(crate) fn place(&self, base: &std::path::Path, kind: &'static str, key: Key) -> Place {
+        let folder = self.cache_dir.as_ref().map(|folder| base.join(folder));
+        Place { folder, kind, key, memory_bytes: MEMORY_BYTES }
     }
 }

@@ -1,5 +1,6 @@
 use std::path::Path;
 
+use crate::filter::FilterError;
 use crate::template::TemplateError;
 
 /// What can go wrong with data. Every message is one line that says where and what to do.
@@ -21,6 +22,9 @@ pub enum Error {
         /// What is wrong with it.
         source: TemplateError,
     },
+    /// A condition of the job file does not parse.
+    #[error("data.where: {0}")]
+    Filter(#[from] FilterError),
     /// A source as a whole cannot be used: missing, empty, of an unknown kind.
     #[error("{origin}: {message}")]
     Source {
@@ -75,6 +79,7 @@ impl Error {
         match self {
             Self::Setting { .. }
             | Self::Template { .. }
+            | Self::Filter(_)
             | Self::Source { .. }
             | Self::Record { .. }
             | Self::Tokenizer { .. } => true,

@@ -8,21 +8,33 @@
 //! [`Dataset`]s; a [`Schedule`] cuts epochs into steps of positions; an [`Order`] says which example lies at a
 //! position; a [`Packer`] turns positions into the tokens of a micro-batch, and a [`Loader`] does so ahead of time.
 
+mod classes;
 mod config;
 mod dataset;
 mod error;
+mod filter;
+mod load;
 mod loader;
+mod mixture;
+mod objective;
 mod order;
+mod prompt;
 mod schedule;
 mod source;
+mod store;
 mod template;
 mod tokenizer;
 
-pub use config::{DataConfig, SourceList};
-pub use dataset::{Dataset, Example, Splits};
+pub use classes::Classes;
+pub use config::{DataConfig, LabelNames, Sample, SourceList};
+pub use dataset::{Dataset, Example};
 pub use error::{Error, Result};
+pub use filter::{Filter, FilterError};
+pub use load::{SourceCounts, Splits};
 pub use loader::{Limits, Loader, PackedBatch, Packer};
-pub use order::Order;
+pub use mixture::MixtureSource;
+pub use objective::{DenoiserConfig, Objective};
+pub use order::{Order, PartOrder};
 pub use schedule::{Schedule, StepPlan, TrainingLength, share};
 pub use source::{Record, Source, Value, resolve_sources};
 pub use template::{Template, TemplateError};

@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use crate::dataset::Dataset;
+use crate::dataset::{At, Dataset};
 use crate::error::Result;
 use crate::order::Order;
 use crate::tokenizer::Tokenizer;
@@ -73,10 +73,10 @@ impl Packer {
             ..PackedBatch::default()
         };
         for position in positions {
-            let example = self.dataset.example(self.order.example(epoch, position));
-            batch.source_ids.extend(self.tokenizer.encode(example.input, self.limits.max_source_length)?);
+            let at = At { epoch, position, index: self.order.example(epoch, position) };
+            let PackedBatch { source_ids, target_ids, .. } = &mut batch;
+            self.dataset.encode(at, &self.tokenizer, self.limits, source_ids, target_ids)?;
             batch.source_offsets.push(offset(batch.source_ids.len()));
-            batch.target_ids.extend(self.tokenizer.encode(example.target, self.limits.max_target_length)?);
             batch.target_offsets.push(offset(batch.target_ids.len()));
         }
         Ok(batch)

@@ -6,11 +6,27 @@
 /// The permutation is a Feistel network over the smallest even number of bits that holds all examples, keyed by seed and
 /// epoch; values beyond the last example walk on along their cycle until they fall inside (Black & Rogaway, "Ciphers
 /// with arbitrary finite domains", 2002), which takes fewer than four walks on average, small sets apart.
+///
+/// Of a mixture, a part with c of an epoch's positions gives its draws number e·c to (e + 1)·c − 1 in epoch e, in
+/// places that the epoch's permutation says; draw t of a part of n examples is position t mod n of the t / n-th
+/// permutation of its own. So every example of a part is taken once before any is taken for a second time, over the
+/// whole run, and a part whose number of examples is its number of positions is taken exactly once an epoch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Order {
-    examples: u64,
+    positions: u64,
     seed: u64,
     shuffle: bool,
+    /// Of a mixture.
+    parts: Vec<PartOrder>,
+}
+
+/// A part of a mixture.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PartOrder {
+    /// Its examples, numbered behind those of the parts before it; at least 1.
+    pub examples: u64,
+    /// Its share of the positions of an epoch; at least 1.
+    pub slots: u64,
 }
 
 /// Enough for the output to look random; four is Luby and Rackoff's proof, the rest is for the short halves.
@@ -22,30 +38,68 @@ const HALF_BITS_MIN: u32 = 4;
 impl Order {
     /// The order of `examples` examples; without `shuffle` every epoch is in file order.
     pub fn new(examples: u64, seed: u64, shuffle: bool) -> Self {
-        Self { examples, seed, shuffle }
+        Self { positions: examples, seed, shuffle, parts: Vec::new() }
     }
 
-    /// The number of examples of an epoch.
+    /// The order of a mixture; without `shuffle` one part comes after the other, each in file order.
+    pub fn mixture(parts: Vec<PartOrder>, seed: u64, shuffle: bool) -> Self {
+        Self { positions: parts.iter().map(|part| part.slots).sum(), seed, shuffle, parts }
+    }
+
+    /// The number of positions of an epoch.
+    pub fn positions(&self) -> u64 {
+        self.positions
+    }
+
+    /// The positions of each part of a mixture.
+    pub fn slots(&self) -> Vec<u64> {
+        self.parts.iter().map(|part| part.slots).collect()
+    }
+
+    /// The number of examples there are to take.
     pub fn examples(&self) -> u64 {
-        self.examples
+        match self.parts.is_empty() {
+            true => self.positions,
+            false => self.parts.iter().map(|part| part.examples).sum(),
+        }
     }
 
-    /// The example at `position` (from 0) of `epoch` (from 0). Over all positions of an epoch it is a bijection.
+    /// The example at `position` (from 0) of `epoch` (from 0). Without parts it is a bijection over the positions of an
+    /// epoch.
     ///
     /// # Panics
-    /// When `position` is not below the number of examples.
+    /// When `position` is not below the number of positions.
     pub fn example(&self, epoch: u64, position: u64) -> u64 {
-        assert!(position < self.examples, "position {position} of {} examples", self.examples);
+        assert!(position < self.positions, "position {position} of {} examples", self.positions);
+        let mut slot = self.permuted(self.positions, mix(self.seed), epoch, position);
+        let mut first_example = 0;
+        for (number, part) in (1..).zip(&self.parts) {
+            if slot < part.slots {
+                let draw = u128::from(epoch) * u128::from(part.slots) + u128::from(slot);
+                let examples = u128::from(part.examples);
+                // Neither is more than the draw's epoch or the part's examples.
+                let (pass, place) = ((draw / examples) as u64, (draw % examples) as u64);
+                let key = mix(mix(self.seed) ^ mix(number));
+                return first_example + self.permuted(part.examples, key, pass, place);
+            }
+            slot -= part.slots;
+            first_example += part.examples;
+        }
+        slot
+    }
+
+    /// A permutation of `count` numbers, one for each epoch.
+    fn permuted(&self, count: u64, key: u64, epoch: u64, position: u64) -> u64 {
         if !self.shuffle {
             return position;
         }
-        let bits = u64::BITS - (self.examples - 1).leading_zeros();
+        let bits = u64::BITS - (count - 1).leading_zeros();
         let half_bits = bits.div_ceil(2).max(HALF_BITS_MIN);
-        let key = mix(mix(self.seed).wrapping_add(epoch));
+        let key = mix(key.wrapping_add(epoch));
         let mut value = position;
         loop {
             value = feistel(value, half_bits, key);
-            if value < self.examples {
+            if value < count {
                 return value;
             }
         }
@@ -146,6 +200,52 @@ mod tests {
             let bound = 5.0 * (2.0 * mean).sqrt() + 5.0;
             assert!((chi_squared - mean).abs() < bound, "{examples} examples: chi-squared {chi_squared}, mean {mean}");
         }
+    }
+
+    fn mixture(shuffle: bool) -> Order {
+        let part = |examples, slots| PartOrder { examples, slots };
+        Order::mixture(vec![part(10, 10), part(7, 3), part(2, 9)], 5, shuffle)
+    }
+
+    #[test]
+    fn a_mixture_takes_every_example_once_before_any_twice() {
+        let order = mixture(true);
+        assert_eq!((order.positions(), order.examples()), (22, 19));
+        let mut taken = [0_u64; 19];
+        for e in 0..40 {
+            let before = taken;
+            for position in 0..order.positions() {
+                taken[order.example(e, position) as usize] += 1;
+            }
+            for (range, slots) in [(0..10, 10), (10..17, 3), (17..19, 9)] {
+                let counts = &taken[range.clone()];
+                let of_epoch: u64 = counts.iter().sum::<u64>() - before[range].iter().sum::<u64>();
+                assert_eq!(of_epoch, slots, "each part has its share of every epoch");
+                assert!(counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 1, "{counts:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_mixture_is_mixed() {
+        let part = |examples, slots| PartOrder { examples, slots };
+        let order = Order::mixture(vec![part(5000, 500), part(300, 1500)], 5, true);
+        let of_first = |positions: std::ops::Range<u64>| positions.filter(|&p| order.example(3, p) < 5000).count();
+        // A quarter of 200 each: 50 with a standard deviation of 6.
+        for start in (0..2000).step_by(200) {
+            assert!((20..80).contains(&of_first(start..start + 200)), "from {start}");
+        }
+        let (one, other) = (mixture(true), Order::mixture(vec![part(10, 10), part(7, 3), part(2, 9)], 6, true));
+        assert!((0..22).any(|p| one.example(0, p) != other.example(0, p)));
+        assert!((0..22).any(|p| one.example(0, p) != one.example(1, p)));
+    }
+
+    #[test]
+    fn a_mixture_without_shuffle_is_in_file_order() {
+        let order = mixture(false);
+        let epoch = |e| (0..22).map(|p| order.example(e, p)).collect::<Vec<_>>();
+        assert_eq!(epoch(0), (0..13).chain([17, 18, 17, 18, 17, 18, 17, 18, 17]).collect::<Vec<_>>());
+        assert_eq!(epoch(1)[10..14], [13, 14, 15, 18]);
     }
 
     /// Neighbours do not stay neighbours.

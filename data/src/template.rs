@@ -1,6 +1,8 @@
 //! Templates over a record's fields: `review: {title}, {stars} Stars!`.
 
-use crate::source::{Record, Value};
+use std::borrow::Cow;
+
+use crate::source::Record;
 
 /// Text with holes named after a record's fields. `{name}` is a hole, `{{` and `}}` are literal braces.
 #[derive(Clone, Debug, PartialEq)]
@@ -84,7 +86,7 @@ impl Template {
         for piece in &self.pieces {
             match piece {
                 Piece::Text(text) => output.push_str(text),
-                Piece::Field(name) => output.push_str(text_of(record, name)?),
+                Piece::Field(name) => output.push_str(&text_of(record, name)?),
             }
         }
         Ok(())
@@ -92,18 +94,16 @@ impl Template {
 }
 
 /// The text of the field `name`, or a message that says why it has none.
-pub(crate) fn text_of<'r>(record: &'r Record, name: &str) -> Result<&'r str, String> {
-    match record.get(name) {
-        Some(Value::Text(text)) => Ok(text),
-        Some(Value::Null) => Err(format!("the field {name:?} is null; fill it in or drop the record")),
-        Some(Value::Nested(kind)) => {
-            Err(format!("the field {name:?} is {kind}; only text, numbers and booleans render"))
-        }
-        None => {
-            let names: Vec<_> = record.fields().map(|(name, _)| name).collect();
-            Err(format!("no field {name:?}; the record has: {}", names.join(", ")))
-        }
-    }
+pub(crate) fn text_of<'r>(record: &'r Record, name: &str) -> Result<Cow<'r, str>, String> {
+    let what = match record.lookup(name) {
+        Some(Cow::Borrowed(value)) => value.text().map(Cow::Borrowed),
+        Some(Cow::Owned(value)) => value.text().map(|text| Cow::Owned(text.to_owned())),
+        None => return Err(record.lacks(name)),
+    };
+    what.map_err(|what| match what {
+        "null" => format!("the field {name:?} is null; fill it in, or leave it out with data.where"),
+        kind => format!("the field {name:?} is {kind}; only text, numbers and booleans render, such as {{{name}.0}}"),
+    })
 }
 
 #[cfg(test)]
@@ -121,10 +121,11 @@ mod tests {
 
     #[test]
     fn renders_fields_and_escapes() {
-        let json = r#"{"title": "Pens", "stars": 5, "price": 4.0, "big": 1e3, "new": true, "odd name": "x{y}"}"#;
+        let json = r#"{"title": "Pens", "stars": 5, "price": 4.0, "big": 1e3, "new": true, "odd name": "x{y}", "answers": {"text": ["Rome", 1.0]}}"#;
         assert_eq!(render("review: {title}, {stars} Stars!", json).unwrap(), "review: Pens, 5 Stars!");
         assert_eq!(render("{price} {big} {new}", json).unwrap(), "4.0 1e3 true");
         assert_eq!(render("{{{title}}} {{}}", json).unwrap(), "{Pens} {}");
+        assert_eq!(render("{answers.text.0} {answers.text.1}", json).unwrap(), "Rome 1.0");
         assert_eq!(render("{odd name}", json).unwrap(), "x{y}");
         assert_eq!(render("é{title}é", json).unwrap(), "éPensé");
     }
@@ -133,14 +134,17 @@ mod tests {
     fn says_what_a_record_lacks() {
         let json = r#"{"a": null, "b": [1], "c": {}, "d": ""}"#;
         assert_eq!(render("{x}", json).unwrap_err(), "no field \"x\"; the record has: a, b, c, d");
-        assert_eq!(render("{a}", json).unwrap_err(), "the field \"a\" is null; fill it in or drop the record");
+        assert_eq!(
+            render("{a}", json).unwrap_err(),
+            "the field \"a\" is null; fill it in, or leave it out with data.where"
+        );
         assert_eq!(
             render("{b}", json).unwrap_err(),
-            "the field \"b\" is a list; only text, numbers and booleans render"
+            "the field \"b\" is a list; only text, numbers and booleans render, such as {b.0}"
         );
         assert_eq!(
             render("{c}", json).unwrap_err(),
-            "the field \"c\" is an object; only text, numbers and booleans render"
+            "the field \"c\" is an object; only text, numbers and booleans render, such as {c.0}"
         );
         assert_eq!(render("{d}", json).unwrap(), "");
     }

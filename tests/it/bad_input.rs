@@ -43,7 +43,39 @@ fn a_wrong_job_is_refused_with_one_line() {
     workspace.write("lacks.jsonl", "{\"source\": \"a\", \"target\": \"b\"}\n{\"source\": \"a\", \"goal\": \"b\"}\n");
     workspace.write("ragged.csv", "source,target\na,b\na,b,c\n");
     fs::write(workspace.path().join("latin.jsonl"), b"{\"source\": \"\xff\", \"target\": \"b\"}\n").unwrap();
+    fs::write(workspace.path().join("torn.jsonl.gz"), b"\x1f\x8b\x08\0\0\0\0\0\0\x03{").unwrap();
+    fs::write(workspace.path().join("torn.jsonl.zst"), b"\x28\xb5\x2f\xfd").unwrap();
+    let mut parquet = fs::read(references().join("parquet/snappy.parquet")).unwrap();
+    fs::write(workspace.path().join("torn.parquet"), &parquet[..parquet.len() / 2]).unwrap();
+    parquet[4..1000].iter_mut().for_each(|byte| *byte ^= 0x55);
+    fs::write(workspace.path().join("page.parquet"), parquet).unwrap();
+    fs::create_dir(workspace.path().join("folder")).unwrap();
     let cases: &[(&str, &[&str])] = &[
+        ("data.train=torn.jsonl.gz", &["torn.jsonl.gz:0: broken gzip", "torn or damaged"]),
+        ("data.train=torn.jsonl.zst", &["torn.jsonl.zst:0: broken zstd", "torn or damaged"]),
+        ("data.train=torn.parquet", &["torn.parquet: no intact Parquet file"]),
+        ("data.train=page.parquet", &["page.parquet:1: broken Parquet page", "torn or damaged"]),
+        ("data.train=folder", &["folder: holds no file of a known format"]),
+        ("data.train=folder:test", &["folder: holds no file of a known format"]),
+        ("data.where=stars >", &["data.where: expected a field or a value, found the end at character 8"]),
+        ("data.where=stars > 3", &["data.where: names the field \"stars\", which no record of data.train has"]),
+        ("data.where=source == \"zzz\"", &["data.where: keeps none of the 37 records of data.train"]),
+        ("data.where=source > 3", &["train.jsonl:1: data.where: the field \"source\"", "no number"]),
+        ("data.sample=0", &["data.sample: is 0"]),
+        ("data.sample=38", &["data.sample: 38 is more than the 37 examples there are"]),
+        ("data.max_examples=0", &["data.max_examples: is 0"]),
+        ("data.num_shots=37", &["data.num_shots: 37 is more than the 36 other"]),
+        ("data.shot_template={x}", &["data.shot_template: no field \"x\""]),
+        ("data.label_names={target=['a']}", &["train.jsonl:1: data.label_names: the field \"target\""]),
+        ("data.mixture_limit=3", &["data.mixture_limit: has no effect"]),
+        ("data.mixture_temperature=2.0", &["data.mixture_temperature: has no effect"]),
+        ("data.mixture=[{name='a',train='x.csv'}]", &["data.mixture: every source has its own train"]),
+        ("data.objective=ul3", &["data.objective", "`ul3`", "did you mean `ul2`?"]),
+        ("data.objective=ul2", &["data.target: data.objective makes the targets"]),
+        ("data.noise_density=0.5", &["data.noise_density: has no effect"]),
+        ("data.mean_noise_span_length=2.0", &["data.mean_noise_span_length: has no effect"]),
+        ("data.mode_tokens=true", &["data.mode_tokens: has no effect"]),
+        ("data.denoisers=[{noise_density=0.1}]", &["data.denoisers: has no effect"]),
         // Data: file and line.
         ("data.train=absent.jsonl", &["absent.jsonl", "no such file"]),
         ("data.train=no*thing.jsonl", &["no*thing.jsonl", "no file matches"]),

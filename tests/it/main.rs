@@ -3,6 +3,7 @@
 #![expect(clippy::print_stderr, reason = "a check that cannot be made here says so")]
 
 mod bad_input;
+mod data;
 mod devices;
 mod diagnostics;
 mod docs;

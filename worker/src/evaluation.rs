@@ -106,8 +106,8 @@ impl<'a> EvaluationTask<'a> {
             for (example, output) in examples.clone().zip(outputs) {
                 let example = self.dataset.example(example);
                 predictions.push(Prediction {
-                    input: example.input.to_string(),
-                    target: example.target.to_string(),
+                    input: example.input.into_owned(),
+                    target: example.target.into_owned(),
                     prediction: self.tokenizer.decode(&output.token_ids),
                 });
             }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quintet_data::{
-    DataConfig, Dataset, Limits, Loader, Order, PackedBatch, Packer, Schedule as StepSchedule, Splits, Tokenizer, share,
+    DataConfig, Dataset, Loader, PackedBatch, Packer, Schedule as StepSchedule, Splits, Tokenizer, share,
 };
 use quintet_kernels::{Device, WaitLimits, ops};
 use quintet_proto::v1::{Actions, Evaluated, Failed, Finished, Lease, Linked, MicroBatch, NotFinite, Plan};
@@ -118,11 +118,11 @@ enum Attempt {
 impl Rank {
     fn prepare(session: &Session, job: RankJob) -> Result<Self> {
         let tokenizer = Arc::new(Tokenizer::from_json(&job.tokenizer_json)?);
-        let splits = Splits::load(&job.data, &job.base_dir, job.training.seed)?;
-        let fingerprint = splits.fingerprint();
+        let splits = Splits::load(&job.data, &job.base_dir, job.training.seed)?.tokenized(&tokenizer)?;
+        let (fingerprint, order) = (splits.fingerprint(), splits.order());
         let train = Arc::new(splits.train);
         let validation = splits.validation.map(Arc::new);
-        let schedule = job.training.steps(train.len())?;
+        let schedule = job.training.steps(order.positions())?;
         let device = job.device.open()?;
         let (model, parameters) = replica::load_model(&device, &job.model, &tokenizer, job.training.seed)?;
         let precision = job.training.precision.unwrap_or(Precision::default_on(job.device));
@@ -138,8 +138,7 @@ impl Rank {
             committed_step: replica.step(),
             weights_digest: replica.digest()?.as_bytes().to_vec(),
         }))?;
-        let order = Order::new(train.len(), job.training.seed, job.data.shuffle);
-        let packer = Packer::new(train, tokenizer.clone(), order, limits(&job.data));
+        let packer = Packer::new(train, tokenizer.clone(), order, job.data.limits());
         let loader = Loader::new(packer, TOKENIZER_THREADS);
         let gradient = StepGradient::new(&device, replica.master().layout().len())?;
         Ok(Rank {
@@ -442,7 +441,7 @@ impl Rank {
     /// Every rank evaluates its share; rank 0 puts the whole together and reports it.
     fn evaluate(&mut self, session: &Session, place: &mut Place, step: u64) -> Result<()> {
         let Some(validation) = &self.validation else { return Ok(()) };
-        let task = EvaluationTask::new(validation, &self.tokenizer, limits(&self.job.data), &self.job.evaluation);
+        let task = EvaluationTask::new(validation, &self.tokenizer, self.job.data.limits(), &self.job.evaluation);
         let share = task.evaluate_share(self.replica.model(), self.replica.weights(), place.rank, place.world_size)?;
         let bytes = serde_json::to_vec(&share).expect("an evaluation is plain data"); // why: no map keys, no custom types
         let Some(shares) = place.collective.gather_bytes(step, 0, &bytes)? else { return Ok(()) };
@@ -484,10 +483,6 @@ fn restore(job: &RankJob, replica: &mut Replica) -> Result<()> {
         return Err(Error::Checkpoint { path: loaded.path, problem });
     }
     Ok(())
-}
-
-fn limits(data: &DataConfig) -> Limits {
-    Limits { max_source_length: data.max_source_length, max_target_length: data.max_target_length }
 }
 
 fn address(text: &str) -> Result<SocketAddr> {

@@ -13,12 +13,13 @@ use quintet_worker::{Precision, TrainingConfig};
 use serde_json::json;
 
 use crate::args::{BenchArguments, BenchCommand, BenchStepArguments};
-use crate::commands::{on_threads, print_json};
+use crate::commands::{bench_data, on_threads, print_json};
 use crate::device::Decision;
 use crate::error::{Failure, Result, exit};
 
 pub(crate) fn run(arguments: BenchArguments) -> Result<u8> {
     match arguments.command {
+        BenchCommand::Data(arguments) => bench_data::run(&arguments),
         BenchCommand::Step(arguments) => on_threads(arguments.threads, || step(&arguments).map(|()| exit::DONE)),
     }
 }

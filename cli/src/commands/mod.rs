@@ -1,6 +1,7 @@
 //! One file a command.
 
 pub(crate) mod bench;
+mod bench_data;
 pub(crate) mod coordinator;
 pub(crate) mod data;
 pub(crate) mod doctor;

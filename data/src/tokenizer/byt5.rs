@@ -11,6 +11,10 @@ const FIRST_SENTINEL: u32 = BYTE_OFFSET + 256;
 pub(super) const SENTINELS: u32 = 125;
 pub(super) const VOCAB_SIZE: usize = (FIRST_SENTINEL + SENTINELS) as usize;
 
+pub(super) fn sentinels() -> impl Iterator<Item = u32> {
+    FIRST_SENTINEL..FIRST_SENTINEL + SENTINELS
+}
+
 /// The tokens of a text, without an end of sequence.
 pub(super) fn encode(text: &str) -> Vec<u32> {
     let mut ids = Vec::with_capacity(text.len() + 1);
@@ -61,6 +65,17 @@ pub(super) fn decode(ids: &[u32]) -> String {
     let bytes: Vec<u8> =
         ids.iter().filter_map(|&id| id.checked_sub(BYTE_OFFSET).and_then(|byte| u8::try_from(byte).ok())).collect();
     bytes.utf8_chunks().map(|chunk| chunk.valid()).collect()
+}
+
+/// The text of tokens, sentinels written out.
+pub(super) fn decode_all(ids: &[u32]) -> String {
+    let is_sentinel = |id: u32| (FIRST_SENTINEL..FIRST_SENTINEL + SENTINELS).contains(&id);
+    let runs = ids.chunk_by(|&a, &b| !is_sentinel(a) && !is_sentinel(b));
+    let text = |run: &[u32]| match run {
+        &[id] if is_sentinel(id) => format!("<extra_id_{}>", id - FIRST_SENTINEL),
+        run => decode(run),
+    };
+    runs.map(text).collect()
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ mod train;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -94,7 +95,7 @@ impl Tokenizer {
     /// Files that are missing or make no tokenizer for T5, or a vocabulary too small to train.
     pub fn from_spec<'t>(
         spec: &TokenizerSpec,
-        texts: impl Iterator<Item = &'t str>,
+        texts: impl Iterator<Item = Cow<'t, str>>,
         vocab_size: Option<usize>,
     ) -> Result<Self> {
         match spec {
@@ -188,12 +189,41 @@ impl Tokenizer {
         Ok(ids)
     }
 
+    /// The tokens of `text` alone, however many.
+    ///
+    /// # Errors
+    /// The tokenizer fails on the text.
+    pub(crate) fn encode_bare(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.encode(text, usize::MAX)?;
+        ids.pop();
+        Ok(ids)
+    }
+
+    /// The sentinels `<extra_id_0>`, `<extra_id_1>`, … as far as there are. T5's are the last of the vocabulary, in
+    /// descending order; ByT5's are the last too, in ascending order.
+    pub fn sentinel_ids(&self) -> Vec<u32> {
+        match &self.0 {
+            Kind::ByT5 => byt5::sentinels().collect(),
+            Kind::Fast(fast) => {
+                (0..).map_while(|number| fast.tokenizer.token_to_id(&format!("<extra_id_{number}>"))).collect()
+            }
+        }
+    }
+
     /// The text of tokens, without special tokens; ids beyond the vocabulary are left out.
     pub fn decode(&self, ids: &[u32]) -> String {
         match &self.0 {
             Kind::ByT5 => byt5::decode(ids),
             // Its only error is a decoder's that finds a token malformed, which none of the supported ones does.
             Kind::Fast(fast) => fast.tokenizer.decode(ids, true).unwrap_or_default(),
+        }
+    }
+
+    /// The text of tokens with special tokens, for people to see where they are.
+    pub(crate) fn decode_all(&self, ids: &[u32]) -> String {
+        match &self.0 {
+            Kind::ByT5 => byt5::decode_all(ids),
+            Kind::Fast(fast) => fast.tokenizer.decode(ids, false).unwrap_or_default(),
         }
     }
 

@@ -3,7 +3,7 @@ use super::*;
 const TEXTS: [&str; 4] = ["b a  b", "c\ta b", "<pad> d é", "zebra </s> c"];
 
 fn from_spec(spec: TokenizerSpec, texts: &[&str], vocab_size: Option<usize>) -> Result<Tokenizer> {
-    Tokenizer::from_spec(&spec, texts.iter().copied(), vocab_size)
+    Tokenizer::from_spec(&spec, texts.iter().map(|&text| text.into()), vocab_size)
 }
 
 /// Enough text for the unigram trainer to prune, with characters too rare to be pieces of their own.

@@ -1,5 +1,6 @@
 //! Tokenizers trained on a job's own data. Both trainings are deterministic: equal texts, equal vocabularies.
 
+use std::borrow::Cow;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
 
@@ -22,7 +23,7 @@ const WORD_CHARACTERS_MAX: usize = 256;
 /// A tokenizer.json whose tokens are the words between white space: after the special tokens the most frequent first,
 /// equally frequent ones in alphabetical order.
 pub(super) fn wordlevel<'t>(
-    texts: impl Iterator<Item = &'t str>,
+    texts: impl Iterator<Item = Cow<'t, str>>,
     vocab_size: Option<usize>,
 ) -> Result<Map<String, Value>> {
     let room = match vocab_size {
@@ -34,9 +35,9 @@ pub(super) fn wordlevel<'t>(
         Some(size) => size - SPECIAL_TOKENS.len(),
         None => usize::MAX,
     };
-    let mut words: Vec<(&str, u64)> = count_words(texts).into_iter().collect();
-    words.sort_unstable_by_key(|&(word, count)| (Reverse(count), word));
-    let tokens = SPECIAL_TOKENS.into_iter().chain(words.into_iter().map(|(word, _)| word).take(room));
+    let mut words: Vec<(String, u64)> = count_words(texts).into_iter().collect();
+    words.sort_unstable_by(|(a, a_count), (b, b_count)| (Reverse(a_count), a).cmp(&(Reverse(b_count), b)));
+    let tokens = SPECIAL_TOKENS.into_iter().chain(words.iter().map(|(word, _)| word.as_str()).take(room));
     let vocab: Map<_, _> = tokens.enumerate().map(|(id, token)| (token.to_owned(), Value::from(id))).collect();
     Ok(document(
         special_tokens(&[]),
@@ -51,7 +52,7 @@ pub(super) fn wordlevel<'t>(
 /// A tokenizer.json with a unigram model (Kudo, 2018) as SentencePiece trains it, laid out as T5's: special tokens,
 /// pieces, sentinels. White space of any kind and length is one space to it.
 pub(super) fn unigram<'t>(
-    texts: impl Iterator<Item = &'t str>,
+    texts: impl Iterator<Item = Cow<'t, str>>,
     vocab_size: Option<usize>,
 ) -> Result<Map<String, Value>> {
     let words = marked_words(texts);
@@ -99,16 +100,21 @@ pub(super) fn unigram<'t>(
     ))
 }
 
-fn count_words<'t>(texts: impl Iterator<Item = &'t str>) -> HashMap<&'t str, u64> {
-    let mut counts = HashMap::new();
-    for word in texts.flat_map(str::split_whitespace).filter(|word| !SPECIAL_TOKENS.contains(word)) {
-        *counts.entry(word).or_default() += 1;
+fn count_words<'t>(texts: impl Iterator<Item = Cow<'t, str>>) -> HashMap<String, u64> {
+    let mut counts = HashMap::<String, u64>::new();
+    for text in texts {
+        for word in text.split_whitespace().filter(|word| !SPECIAL_TOKENS.contains(word)) {
+            match counts.get_mut(word) {
+                Some(count) => *count += 1,
+                None => drop(counts.insert(word.to_owned(), 1)),
+            }
+        }
     }
     counts
 }
 
 /// Words as the model will see them, with their counts, in alphabetical order.
-fn marked_words<'t>(texts: impl Iterator<Item = &'t str>) -> Vec<(String, u32)> {
+fn marked_words<'t>(texts: impl Iterator<Item = Cow<'t, str>>) -> Vec<(String, u32)> {
     let mut counts = BTreeMap::<String, u64>::new();
     for (word, count) in count_words(texts) {
         let marked: Vec<char> = std::iter::once(WORD_START).chain(word.chars()).collect();

@@ -31,6 +31,8 @@ pub(crate) enum Command {
     Evaluate(EvaluateArguments),
     /// Text out of a model.
     Generate(GenerateArguments),
+    /// A model with an adapter folded into it, as a model directory.
+    Merge(MergeArguments),
     /// Look at a data source, or write a built-in one as JSON lines.
     Data(DataArguments),
     /// Measure.
@@ -175,9 +177,12 @@ pub(crate) struct TokensArguments {
 
 #[derive(Args)]
 pub(crate) struct EvaluateArguments {
-    /// A model directory in Hugging Face's layout.
+    /// A model directory in Hugging Face's layout, or an adapter that names its model.
     #[arg(long, value_name = "DIR", required_unless_present = "predictions")]
     pub(crate) model: Option<PathBuf>,
+    /// An adapter of that model, in PEFT's layout.
+    #[arg(long, value_name = "DIR", requires = "model")]
+    pub(crate) adapter: Option<PathBuf>,
     /// The examples.
     #[arg(long, value_name = "FILE", required_unless_present = "predictions")]
     pub(crate) data: Option<String>,
@@ -216,9 +221,12 @@ pub(crate) struct EvaluateArguments {
 
 #[derive(Args)]
 pub(crate) struct GenerateArguments {
-    /// A model directory in Hugging Face's layout.
+    /// A model directory in Hugging Face's layout, or an adapter that names its model.
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
+    /// An adapter of that model, in PEFT's layout.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: Option<PathBuf>,
     /// A tokenizer other than the model's.
     #[arg(long)]
     pub(crate) tokenizer: Option<String>,
@@ -239,6 +247,22 @@ pub(crate) struct GenerateArguments {
     /// Print one JSON object an input.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct MergeArguments {
+    /// A model directory in Hugging Face's layout, or an adapter that names its model.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// An adapter of that model, in PEFT's layout.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: Option<PathBuf>,
+    /// A tokenizer other than the model's.
+    #[arg(long)]
+    pub(crate) tokenizer: Option<String>,
+    /// The new model directory.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) output: PathBuf,
 }
 
 #[derive(Args)]
@@ -348,6 +372,9 @@ pub(crate) struct BenchStepArguments {
     pub(crate) precision: Option<String>,
     #[arg(long)]
     pub(crate) gradient_checkpointing: bool,
+    /// Train LoRA adapters of this rank, of q and v, instead of the model.
+    #[arg(long, value_name = "R")]
+    pub(crate) lora_r: Option<usize>,
     /// Threads to compute with; all cores by default.
     #[arg(long)]
     pub(crate) threads: Option<usize>,

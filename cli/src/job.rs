@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use quintet_coordinator::config::ClusterConfig;
 use quintet_data::DataConfig;
-use quintet_worker::{EvaluationConfig, ModelSection, Precision, TrainingConfig};
+use quintet_worker::{EvaluationConfig, LoraConfig, ModelSection, Precision, TrainingConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -22,6 +22,8 @@ pub(crate) struct Job {
     pub(crate) data: DataConfig,
     #[serde(default)]
     pub(crate) training: TrainingConfig,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) lora: Option<LoraConfig>,
     #[serde(default)]
     pub(crate) evaluation: EvaluationConfig,
     #[serde(default)]
@@ -71,6 +73,12 @@ impl Job {
         self.model.validate()?;
         self.data.validate()?;
         self.training.validate()?;
+        if let Some(lora) = &self.lora {
+            if self.model.pretrained.is_none() {
+                return Err(Failure::bad_input("lora: an adapter needs a model that exists; give model.pretrained"));
+            }
+            lora.validate()?;
+        }
         self.evaluation.validate()?;
         self.cluster.validate()?;
         Ok(())

@@ -33,6 +33,7 @@ fn main() -> ExitCode {
         Command::Tokens(arguments) => commands::tokens::run(arguments),
         Command::Evaluate(arguments) => on_threads(None, || commands::evaluate::run(arguments)),
         Command::Generate(arguments) => on_threads(None, || commands::generate::run(arguments)),
+        Command::Merge(arguments) => on_threads(None, || commands::merge::run(arguments)),
         Command::Data(arguments) => commands::data::run(arguments),
         Command::Bench(arguments) => commands::bench::run(arguments),
         Command::Selftest(arguments) => on_threads(None, || commands::selftest::run(arguments)),

@@ -13,7 +13,8 @@ use quintet_coordinator::server::Run;
 use quintet_coordinator::state::{Selection, Settings};
 use quintet_data::{Splits, Tokenizer, TokenizerSpec};
 use quintet_identity::Authority;
-use quintet_worker::{Metric, checkpoint, replica};
+use quintet_kernels::Device;
+use quintet_worker::{Metric, adapter, checkpoint, replica};
 
 use crate::error::{Failure, Result};
 use crate::job::{self, Job};
@@ -26,6 +27,8 @@ pub(crate) struct Prepared {
     pub(crate) total_steps: u64,
     /// The committed step to go on from; 0 for a fresh run.
     pub(crate) start_step: u64,
+    /// How much of the model is trained, where it is not all.
+    pub(crate) trainable: Option<String>,
     /// Damaged checkpoints that were passed over, and the like.
     pub(crate) warnings: Vec<String>,
     /// Keeps other coordinators out of the directory.
@@ -67,7 +70,7 @@ pub(crate) fn prepare(job: Job, resume: bool, door: Door) -> Result<Prepared> {
     // A run that has committed nothing is none: what stopped it can be put right and the job started again.
     let resume = resume && holds_work(&job.output_dir);
     let tokenizer = Arc::new(run_tokenizer(&job, &base, &splits, resume)?);
-    check_model(&job, &tokenizer)?;
+    let trainable = check_model(&job, &tokenizer)?;
     let splits = splits.tokenized(&tokenizer)?;
     let schedule = job.training.steps(splits.order().positions())?;
     let eval_steps = eval_steps(&job, &splits, schedule.total_steps)?;
@@ -107,7 +110,7 @@ pub(crate) fn prepare(job: Job, resume: bool, door: Door) -> Result<Prepared> {
         insecure: door.insecure_plaintext,
     };
     let RunDirectory { start_step, warnings } = directory;
-    Ok(Prepared { job, run, files, total_steps: schedule.total_steps, start_step, warnings, lock })
+    Ok(Prepared { job, run, files, total_steps: schedule.total_steps, start_step, trainable, warnings, lock })
 }
 
 /// How often to evaluate: at the end, unless the job asks for more, and never without data.
@@ -174,18 +177,36 @@ fn tokenizer_file(job: &Job) -> PathBuf {
     job.output_dir.join("tokenizer.json")
 }
 
-/// Finds a wrong model before any process starts. A directory's weights are checked by the workers that load them.
-fn check_model(job: &Job, tokenizer: &Tokenizer) -> Result<()> {
-    match &job.model.pretrained {
-        None => replica::fresh_config(&job.model, tokenizer).map(|_| ())?,
-        Some(directory) if !Path::new(directory).join("config.json").is_file() => {
-            return Err(Failure::bad_input(format!(
-                "model.pretrained: {directory} is no directory with a config.json; download the model first and name its directory"
-            )));
-        }
-        Some(_) => {}
+/// Finds a wrong model before any process starts. A directory's weights are checked by the workers that load them. For a
+/// LoRA run, a line that says how much is trained, as PEFT's `print_trainable_parameters` has it.
+fn check_model(job: &Job, tokenizer: &Tokenizer) -> Result<Option<String>> {
+    let Some(directory) = &job.model.pretrained else {
+        replica::fresh_config(&job.model, tokenizer)?;
+        return Ok(None);
+    };
+    if !Path::new(directory).join("config.json").is_file() {
+        return Err(Failure::bad_input(format!(
+            "model.pretrained: {directory} is no directory with a config.json; download the model first and name its directory"
+        )));
     }
-    Ok(())
+    let Some(lora) = &job.lora else { return Ok(None) };
+    let model = quintet_t5::open_pretrained(&Device::cpu(), Path::new(directory))?;
+    let trained = adapter::plan(lora, &model)?.1.parameter_count();
+    let all = model.layout().parameter_count() + trained;
+    let share = 100.0 * trained as f64 / all as f64;
+    Ok(Some(format!(
+        "trainable params: {} || all params: {} || trainable%: {share:.4}",
+        grouped(trained),
+        grouped(all)
+    )))
+}
+
+/// 1234567 as 1,234,567.
+fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let groups: Vec<&str> =
+        digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    groups.join(",")
 }
 
 /// What an output directory holds already.
@@ -261,11 +282,11 @@ fn lock(directory: &Path) -> Result<File> {
     }
 }
 
-/// Whether a directory holds committed steps, checkpoints or a model.
+/// Whether a directory holds committed steps, checkpoints, a model or an adapter.
 fn holds_work(directory: &Path) -> bool {
     let committed = fs::metadata(directory.join("ledger.jsonl")).is_ok_and(|ledger| ledger.len() > 0);
     let saved = fs::read_dir(directory.join("checkpoints")).is_ok_and(|mut entries| entries.next().is_some());
-    committed || saved || directory.join("model").exists()
+    committed || saved || ["model", "adapter"].iter().any(|name| directory.join(name).exists())
 }
 
 /// Replaces a file's content at once, so that a full disk leaves the one before.

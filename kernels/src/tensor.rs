@@ -319,6 +319,10 @@ impl<'a> ViewMut<'a> {
         ViewMut { view: self.view.reshape(offset, rows, cols), life: PhantomData }
     }
 
+    pub fn columns(self, range: Range<usize>) -> Self {
+        ViewMut { view: self.view.columns(range), life: PhantomData }
+    }
+
     /// Columns before `at`, and the rest: two rectangles that do not overlap.
     pub fn split_columns(self, at: usize) -> (Self, Self) {
         let left = self.view.columns(0..at);

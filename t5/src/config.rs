@@ -102,6 +102,15 @@ impl Config {
         self.model_type == ModelType::Umt5
     }
 
+    /// Whether it is a model that tells classes apart, by the name of its class in transformers.
+    pub fn is_classifier(&self) -> bool {
+        let names = self.extra.get("architectures").and_then(Value::as_array);
+        names
+            .into_iter()
+            .flatten()
+            .any(|name| name.as_str().is_some_and(|name| name.ends_with("ForSequenceClassification")))
+    }
+
     /// What the logits are multiplied by.
     pub fn head_scale(&self) -> f32 {
         if self.scale_decoder_outputs.unwrap_or(self.tie_word_embeddings) {

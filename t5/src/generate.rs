@@ -121,7 +121,7 @@ impl<'a> Decoder<'a> {
         self.length += 1;
         let (hidden, _) = pass.norm(x.view(), layout.decoder.final_norm)?;
         let mut logits = pass.device.empty(DType::F32, tokens.len(), config.vocab_size)?;
-        ops::linear_forward(hidden.view(), pass.weights.slot(layout.head()), logits.view_mut(), false)?;
+        pass.linear_into(hidden.view(), layout.head(), logits.view_mut())?;
         let mut logits = logits.download::<f32>()?;
         let scale = config.head_scale();
         logits.iter_mut().for_each(|logit| *logit *= scale);
@@ -158,8 +158,7 @@ fn self_attention(
     let q = pass.linear(normed.view(), layout.qkv.rows_range(0..inner))?;
     let (_, after) = cache.view_mut().split_columns(sequences.length * 2 * inner);
     let (place, _) = after.split_columns(2 * inner);
-    let kv = pass.weights.slot(layout.qkv.rows_range(inner..3 * inner));
-    ops::linear_forward(normed.view(), kv, place, false)?;
+    pass.linear_into(normed.view(), layout.qkv.rows_range(inner..3 * inner), place)?;
     let rows = cache.rows() * cache.cols() / (2 * inner);
     let cached = cache.view().reshape(0, rows, 2 * inner);
     let (out, _) = pass.attention(Attention {

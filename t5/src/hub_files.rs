@@ -9,11 +9,12 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use quintet_kernels::{DType, Device};
+use safetensors::SafeTensorError;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
 
+use crate::arena::NamedTensor;
 use crate::config::{Config, ModelType};
-use crate::parameters::NamedTensor;
 use crate::{Error, Model, Parameters, Result};
 
 /// The model of a directory, with its weights in f32.
@@ -21,20 +22,34 @@ use crate::{Error, Model, Parameters, Result};
 /// Whether the head is tied is decided by what the weights hold, because versions of transformers disagree about
 /// `tie_word_embeddings` for the v1.1 family.
 pub fn load_pretrained(device: &Device, directory: &Path) -> Result<(Model, Parameters)> {
+    let (model, weights) = open(device, directory)?;
+    let parameters = read(&model, &weights)?;
+    Ok((model, parameters))
+}
+
+/// The model of a directory without its weights, of which only names and shapes are read.
+pub fn open_pretrained(device: &Device, directory: &Path) -> Result<Model> {
+    Ok(open(device, directory)?.0)
+}
+
+fn open(device: &Device, directory: &Path) -> Result<(Model, WeightFiles)> {
     let weights = WeightFiles::open(directory)?;
     let path = directory.join("config.json");
     let config = fs::read_to_string(&path).map_err(|error| file_error(&path, format!("cannot read: {error}")))?;
-    load(device, &path, &config, &weights)
+    let model = model_of(device, &path, &config, &weights)?;
+    Ok((model, weights))
 }
 
 /// A model that is part of the program: the text of its `config.json` and the bytes of its `model.safetensors`.
 pub fn load_embedded(device: &Device, config: &str, weights: &'static [u8]) -> Result<(Model, Parameters)> {
     let mut files = WeightFiles::default();
     files.add("model.safetensors".into(), Box::new(weights))?;
-    load(device, Path::new("config.json"), config, &files)
+    let model = model_of(device, Path::new("config.json"), config, &files)?;
+    let parameters = read(&model, &files)?;
+    Ok((model, parameters))
 }
 
-fn load(device: &Device, config_path: &Path, config: &str, weights: &WeightFiles) -> Result<(Model, Parameters)> {
+fn model_of(device: &Device, config_path: &Path, config: &str, weights: &WeightFiles) -> Result<Model> {
     let mut config: Config = serde_json::from_str(config)
         .map_err(|error| file_error(config_path, format!("not a T5 configuration: {error}")))?;
     decide_tying(&mut config, weights)?;
@@ -42,20 +57,23 @@ fn load(device: &Device, config_path: &Path, config: &str, weights: &WeightFiles
         Error::Config(message) => file_error(config_path, message),
         other => other,
     })?;
-    let mut parameters = model.zero_parameters(DType::F32)?;
-    let layout = model.layout().clone();
-    let mut known: HashSet<&str> = layout.tensors().iter().map(|tensor| tensor.name.as_str()).collect();
+    let mut known: HashSet<&str> = model.layout().tensors().iter().map(|tensor| tensor.name.as_str()).collect();
     known.extend(["lm_head.weight"].iter().chain(&IGNORED));
     if let Some((name, path)) = weights.paths.iter().find(|(name, _)| !known.contains(name.as_str())) {
         let message = "is no part of this architecture; check config.json".to_string();
         return Err(Error::Tensor { path: path.clone(), tensor: name.clone(), message });
     }
-    for tensor in layout.tensors() {
+    Ok(model)
+}
+
+fn read(model: &Model, weights: &WeightFiles) -> Result<Parameters> {
+    let mut parameters = model.zero_parameters(DType::F32)?;
+    for tensor in model.layout().tensors() {
         let mut values = vec![0.0; tensor.range.len()];
-        weights.read(tensor, &mut values)?;
+        weights.read(tensor, "config.json asks", &mut values)?;
         parameters.write(tensor.range.clone(), &values)?;
     }
-    Ok((model, parameters))
+    Ok(parameters)
 }
 
 /// Aliases and a table without effect that old files contain.
@@ -65,7 +83,7 @@ const IGNORED: [&str; 3] = [
     "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
 ];
 
-fn file_error(path: &Path, message: impl Into<String>) -> Error {
+pub(crate) fn file_error(path: &Path, message: impl Into<String>) -> Error {
     Error::File { path: path.to_path_buf(), message: message.into() }
 }
 
@@ -94,7 +112,7 @@ type Bytes = Box<dyn Deref<Target = [u8]>>;
 
 /// The safetensors of a model, and which of them holds which tensor.
 #[derive(Default)]
-struct WeightFiles {
+pub(crate) struct WeightFiles {
     files: HashMap<PathBuf, Bytes>,
     paths: BTreeMap<String, PathBuf>,
 }
@@ -121,6 +139,24 @@ impl WeightFiles {
         Ok(weights)
     }
 
+    /// A single file.
+    pub(crate) fn open_file(path: PathBuf) -> Result<Self> {
+        let mut weights = WeightFiles::default();
+        let map = map(&path)?;
+        weights.add(path, Box::new(map))?;
+        Ok(weights)
+    }
+
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.paths.keys().map(String::as_str)
+    }
+
+    /// A value of the metadata of one of the files.
+    pub(crate) fn metadata(&self, path: &Path, key: &str) -> Result<Option<String>> {
+        let (_, metadata) = SafeTensors::read_metadata(&self.files[path]).map_err(|error| not_whole(path, &error))?;
+        Ok(metadata.metadata().as_ref().and_then(|metadata| metadata.get(key).cloned()))
+    }
+
     fn add(&mut self, path: PathBuf, bytes: Bytes) -> Result<()> {
         for name in parse(&path, &bytes)?.names() {
             self.paths.insert(name.to_string(), path.clone());
@@ -135,8 +171,8 @@ impl WeightFiles {
         Ok(tensors.tensor(name).ok())
     }
 
-    /// The values of a tensor.
-    fn read(&self, tensor: &NamedTensor, target: &mut [f32]) -> Result<()> {
+    /// The values of a tensor, whose shape is as `what` asks for.
+    pub(crate) fn read(&self, tensor: &NamedTensor, what: &str, target: &mut [f32]) -> Result<()> {
         let found = match self.tensor(&tensor.name)? {
             Some(found) => found,
             // The embedding under the names of its aliases.
@@ -152,7 +188,7 @@ impl WeightFiles {
             message,
         };
         if found.shape() != tensor.shape {
-            return Err(error(format!("shape {:?}, but config.json asks for {:?}", found.shape(), tensor.shape)));
+            return Err(error(format!("shape {:?}, but {what} for {:?}", found.shape(), tensor.shape)));
         }
         decode(found.dtype(), found.data(), target).map_err(error)
     }
@@ -172,8 +208,11 @@ fn map(path: &Path) -> Result<Mmap> {
 }
 
 fn parse<'a>(path: &Path, bytes: &'a [u8]) -> Result<SafeTensors<'a>> {
-    SafeTensors::deserialize(bytes)
-        .map_err(|error| file_error(path, format!("not a whole safetensors file ({error}); fetch or copy it again")))
+    SafeTensors::deserialize(bytes).map_err(|error| not_whole(path, &error))
+}
+
+fn not_whole(path: &Path, error: &SafeTensorError) -> Error {
+    file_error(path, format!("not a whole safetensors file ({error}); fetch or copy it again"))
 }
 
 /// The shards that an index names, which must be plain file names beside it.
@@ -241,19 +280,19 @@ pub fn save_pretrained(model: &Model, parameters: &Parameters, directory: &Path)
         "pad_token_id": config.pad_token_id,
     });
     write_json(&directory.join("generation_config.json"), &generation)?;
-    write_weights(parameters, &directory.join("model.safetensors"))
+    write_weights(parameters, &json!({"format": "pt"}), &directory.join("model.safetensors"))
 }
 
-fn write_json(path: &Path, value: &Value) -> Result<()> {
+pub(crate) fn write_json(path: &Path, value: &Value) -> Result<()> {
     let mut text = serde_json::to_string_pretty(value).map_err(|error| Error::Config(error.to_string()))?;
     text.push('\n');
     fs::write(path, text).map_err(|source| Error::Write { path: path.to_path_buf(), source })
 }
 
 /// A safetensors file straight from the arena, without a copy of it all in memory.
-fn write_weights(parameters: &Parameters, path: &Path) -> Result<()> {
+pub(crate) fn write_weights(parameters: &Parameters, metadata: &Value, path: &Path) -> Result<()> {
     let write = || -> std::io::Result<()> {
-        let mut header = json!({"__metadata__": {"format": "pt"}});
+        let mut header = json!({"__metadata__": metadata});
         let mut offset = 0;
         for tensor in parameters.layout().tensors() {
             let end = offset + 4 * tensor.range.len();

@@ -37,16 +37,26 @@ fn standard_deviation(config: &Config, name: &str) -> Option<f64> {
 /// Box–Muller over counters.
 fn fill_normal(target: &mut [f32], seed: u64, deviation: f64) {
     for (pair, values) in target.chunks_mut(2).enumerate() {
-        let uniform = |index: u64| {
-            let bits = splitmix(seed.wrapping_add(index.wrapping_mul(0x9E37_79B9_7F4A_7C15))) >> 11;
-            (bits as f64 + 0.5) / (1u64 << 53) as f64
-        };
-        let radius = deviation * (-2.0 * uniform(2 * pair as u64).ln()).sqrt();
-        let angle = std::f64::consts::TAU * uniform(2 * pair as u64 + 1);
+        let radius = deviation * (-2.0 * uniform(seed, 2 * pair as u64).ln()).sqrt();
+        let angle = std::f64::consts::TAU * uniform(seed, 2 * pair as u64 + 1);
         for (value, factor) in values.iter_mut().zip([angle.cos(), angle.sin()]) {
             *value = (radius * factor) as f32;
         }
     }
+}
+
+/// Uniform in ±`bound`, by counters, for the tensor `name`.
+pub(crate) fn fill_uniform(target: &mut [f32], seed: u64, name: &str, bound: f64) {
+    let seed = splitmix(seed ^ fnv(name));
+    for (index, value) in target.iter_mut().enumerate() {
+        *value = ((2.0 * uniform(seed, index as u64) - 1.0) * bound) as f32;
+    }
+}
+
+/// Number `index` of a sequence, above 0 and below 1.
+fn uniform(seed: u64, index: u64) -> f64 {
+    let bits = splitmix(seed.wrapping_add(index.wrapping_mul(0x9E37_79B9_7F4A_7C15))) >> 11;
+    (bits as f64 + 0.5) / (1u64 << 53) as f64
 }
 
 /// The finaliser of SplitMix64 (Steele, Lea and Flood, 2014).

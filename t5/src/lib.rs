@@ -5,28 +5,35 @@
 //! optimizer, the all-reduce, digests and checkpoints work on flat ranges. The crate knows no ranks, no data source and
 //! no optimizer.
 
+mod adapter_files;
+mod arena;
 mod batch;
 mod config;
 mod error;
 mod flops;
 mod generate;
+mod head;
 mod hub_files;
 mod init;
 mod layers;
+mod lora;
 mod model;
 mod parameters;
 mod pass;
 mod presets;
 mod stack;
 
+pub use adapter_files::{AdapterFiles, adapter_base, is_adapter, save_adapter, with_adapter};
+pub use arena::{Arena, NamedTensor};
 pub use batch::Batch;
 pub use config::{Config, FeedForwardKind, ModelType};
 pub use error::{Error, Result};
 pub use flops::{BatchShape, training_flops};
 pub use generate::Generated;
-pub use hub_files::{load_embedded, load_pretrained, save_pretrained};
+pub use hub_files::{load_embedded, load_pretrained, open_pretrained, save_pretrained};
 pub use init::initialize;
+pub use lora::{LoraSpec, TargetModules, adapter_arena, initialize_adapter};
 pub use model::{LossSums, Model, TrainOptions};
-pub use parameters::{Layout, NamedTensor, Parameters, Weights};
+pub use parameters::{Layout, Parameters, Weights};
 pub use pass::OnFinished;
 pub use presets::{PRESETS, preset};

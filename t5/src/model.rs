@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use quintet_kernels::ops::{self, CrossEntropy};
+use quintet_kernels::ops::CrossEntropy;
 use quintet_kernels::{DType, Device, Tensor};
 
 use crate::parameters::{Layout, Parameters, Weights};
 use crate::pass::{BackwardPass, Masks, OnFinished, Pass};
 use crate::stack::{Encoded, Keep, Stack, StackSaved};
-use crate::{Batch, Config, Result};
+use crate::{Batch, Config, Result, head};
 
 /// The plan of a T5 on a device; the weights are handed to it.
 pub struct Model {
@@ -74,15 +74,15 @@ impl Model {
     }
 
     pub fn zero_parameters(&self, dtype: DType) -> Result<Parameters> {
-        Parameters::zeros(&self.device, self.layout.clone(), dtype)
+        Parameters::zeros(&self.device, self.layout.arena().clone(), dtype)
     }
 
     pub(crate) fn pass<'a>(&'a self, weights: Weights<'a>, masks: Masks) -> Pass<'a> {
-        Pass { device: &self.device, config: &self.config, weights, masks }
+        Pass { device: &self.device, config: &self.config, layout: &self.layout, weights, masks }
     }
 
     pub(crate) fn inference_pass<'a>(&'a self, weights: Weights<'a>) -> Pass<'a> {
-        self.pass(weights, Masks { probability: 0.0, seed: 0, micro_batch: 0 })
+        self.pass(weights, Masks { training: false, probability: 0.0, seed: 0, micro_batch: 0 })
     }
 
     /// The loss of a batch as in evaluation: no dropout, no smoothing.
@@ -90,10 +90,8 @@ impl Model {
         let weights = weights.into();
         let pass = self.inference_pass(weights);
         let forward = self.forward(&pass, batch, Keep::Nothing)?;
-        let head = weights.slot(self.layout.head());
         let loss = CrossEntropy { scale: self.config.head_scale(), label_smoothing: 0.0, gradient_scale: 1.0 };
-        let mut losses = self.device.empty(DType::F32, batch.target_tokens(), 1)?;
-        ops::cross_entropy_forward(forward.decoded.view(), head, batch.labels.view(), loss, losses.view_mut())?;
+        let losses = head::loss(&pass, forward.decoded.view(), batch.labels.view(), loss)?;
         sums(&losses)
     }
 
@@ -122,25 +120,14 @@ impl Model {
         assert_eq!(gradients.dtype(), DType::F32);
         let TrainOptions { seed, micro_batch, label_smoothing, gradient_checkpointing, gradient_scale } = options;
         let weights = weights.into();
-        let masks = Masks { probability: self.config.dropout_rate, seed, micro_batch };
+        let masks = Masks { training: true, probability: self.config.dropout_rate, seed, micro_batch };
         let pass = self.pass(weights, masks);
         let keep = if gradient_checkpointing { Keep::Inputs } else { Keep::Activations };
         let Forward { encoded, encoder, decoded, decoder } = self.forward(&pass, batch, keep)?;
         let mut backward = BackwardPass { pass: &pass, gradients, on_finished };
 
-        let head = self.layout.head();
         let loss = CrossEntropy { scale: self.config.head_scale(), label_smoothing, gradient_scale };
-        let mut losses = self.device.empty(DType::F32, batch.target_tokens(), 1)?;
-        let mut d_decoded = pass.empty(decoded.rows(), decoded.cols())?;
-        ops::cross_entropy_forward_backward(
-            decoded.view(),
-            weights.slot(head),
-            batch.labels.view(),
-            loss,
-            losses.view_mut(),
-            d_decoded.view_mut(),
-            backward.gradients.slot_mut(head),
-        )?;
+        let (losses, d_decoded) = head::train(&mut backward, decoded.view(), batch.labels.view(), loss)?;
         drop(decoded);
         if let Some(head) = self.layout.lm_head {
             backward.finished(head.start());

@@ -3,60 +3,18 @@
 //! Gradients, moments and master weights are arenas of the same layout. Tensors that one product uses together (q, k and
 //! v; k and v of cross-attention; wi_0 and wi_1) lie side by side, so that together they are one taller matrix.
 
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::sync::Arc;
 
-use quintet_kernels::{DType, Device, Tensor, View, ViewMut};
+use quintet_kernels::{DType, Device, Tensor, View, ViewMut, ops};
 
+use crate::arena::{Adapter, Arena, Slot};
 use crate::{Config, Result};
-
-/// A matrix in an arena.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Slot {
-    offset: usize,
-    rows: usize,
-    cols: usize,
-}
-
-impl Slot {
-    /// Its first element in the arena.
-    pub(crate) fn start(self) -> usize {
-        self.offset
-    }
-
-    pub(crate) fn rows(self) -> usize {
-        self.rows
-    }
-
-    /// Some of its rows: one of the matrices that lie side by side in it.
-    pub(crate) fn rows_range(self, range: Range<usize>) -> Slot {
-        assert!(range.end <= self.rows);
-        Slot { offset: self.offset + range.start * self.cols, rows: range.len(), cols: self.cols }
-    }
-}
-
-/// A tensor of the model under the name that Hugging Face gives it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NamedTensor {
-    pub name: String,
-    /// Its elements in the arena.
-    pub range: Range<usize>,
-    /// `[out, in]`, or `[size]` for a norm.
-    pub shape: Vec<usize>,
-}
-
-impl NamedTensor {
-    fn new(name: String, offset: usize, shape: Vec<usize>) -> Self {
-        let length = shape.iter().product::<usize>();
-        NamedTensor { name, range: offset..offset + length, shape }
-    }
-}
 
 /// Where each tensor lies in the arena of a configuration.
 #[derive(Debug)]
 pub struct Layout {
-    tensors: Vec<NamedTensor>,
-    length: usize,
+    arena: Arc<Arena>,
     pub(crate) shared: Slot,
     /// `None` where the head is tied to `shared`.
     pub(crate) lm_head: Option<Slot>,
@@ -120,26 +78,17 @@ impl Layout {
         let decoder = builder.stack(config, "decoder", config.decoder_layers());
         let lm_head =
             (!config.tie_word_embeddings).then(|| builder.matrix("lm_head.weight", config.vocab_size, config.d_model));
-        Layout { tensors: builder.tensors, length: builder.length, shared, lm_head, encoder, decoder }
+        Layout { arena: Arc::new(builder.arena), shared, lm_head, encoder, decoder }
     }
 
-    /// All tensors, in the order of the arena.
-    pub fn tensors(&self) -> &[NamedTensor] {
-        &self.tensors
+    /// The map of the arena.
+    pub fn arena(&self) -> &Arc<Arena> {
+        &self.arena
     }
 
-    /// Elements of the arena, the gaps that align tensors included.
-    pub fn len(&self) -> usize {
-        self.length
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
-    }
-
-    /// Elements of all tensors.
-    pub fn parameter_count(&self) -> usize {
-        self.tensors.iter().map(|tensor| tensor.range.len()).sum()
+    /// The embedding where it is the output head's weight too.
+    pub(crate) fn tied_head(&self) -> Option<Slot> {
+        self.lm_head.is_none().then_some(self.shared)
     }
 
     /// The weight of the output head: its own, or the embedding's.
@@ -148,26 +97,22 @@ impl Layout {
     }
 }
 
-#[derive(Default)]
-struct Builder {
-    tensors: Vec<NamedTensor>,
-    length: usize,
+impl Deref for Layout {
+    type Target = Arena;
+
+    fn deref(&self) -> &Arena {
+        &self.arena
+    }
 }
 
-/// Tensors and groups begin at multiples of this many elements: 64 bytes of f32.
-const ALIGNMENT: usize = 16;
+#[derive(Default)]
+struct Builder {
+    arena: Arena,
+}
 
 impl Builder {
-    /// Matrices of one width, one below the other without a gap.
     fn group(&mut self, parts: &[(String, usize)], cols: usize) -> Slot {
-        let offset = self.length;
-        let mut rows = 0;
-        for (name, part_rows) in parts {
-            self.tensors.push(NamedTensor::new(name.clone(), offset + rows * cols, vec![*part_rows, cols]));
-            rows += part_rows;
-        }
-        self.length = (offset + rows * cols).next_multiple_of(ALIGNMENT);
-        Slot { offset, rows, cols }
+        self.arena.push_group(parts, cols)
     }
 
     fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Slot {
@@ -175,10 +120,7 @@ impl Builder {
     }
 
     fn norm(&mut self, name: &str, size: usize) -> Slot {
-        let offset = self.length;
-        self.tensors.push(NamedTensor::new(name.to_string(), offset, vec![size]));
-        self.length = (offset + size).next_multiple_of(ALIGNMENT);
-        Slot { offset, rows: 1, cols: size }
+        self.arena.push(name.to_string(), &[size])
     }
 
     fn stack(&mut self, config: &Config, stack: &str, blocks: usize) -> StackLayout {
@@ -236,28 +178,28 @@ impl Builder {
 
 /// One arena of values: weights, or anything of the same layout.
 pub struct Parameters {
-    layout: Arc<Layout>,
+    arena: Arc<Arena>,
     values: Tensor,
 }
 
 impl Parameters {
-    pub fn zeros(device: &Device, layout: Arc<Layout>, dtype: DType) -> Result<Self> {
-        let values = device.zeros(dtype, 1, layout.len())?;
-        Ok(Parameters { layout, values })
+    pub fn zeros(device: &Device, arena: Arc<Arena>, dtype: DType) -> Result<Self> {
+        let values = device.zeros(dtype, 1, arena.len())?;
+        Ok(Parameters { arena, values })
     }
 
     /// An arena over `values[1, len]`.
-    pub fn new(layout: Arc<Layout>, values: Tensor) -> Self {
-        assert_eq!((values.rows(), values.cols()), (1, layout.len()), "values of another layout");
-        Parameters { layout, values }
+    pub fn new(arena: Arc<Arena>, values: Tensor) -> Self {
+        assert_eq!((values.rows(), values.cols()), (1, arena.len()), "values of another layout");
+        Parameters { arena, values }
     }
 
     pub fn into_values(self) -> Tensor {
         self.values
     }
 
-    pub fn layout(&self) -> &Arc<Layout> {
-        &self.layout
+    pub fn layout(&self) -> &Arc<Arena> {
+        &self.arena
     }
 
     pub fn dtype(&self) -> DType {
@@ -288,6 +230,24 @@ impl Parameters {
         Ok(self.values.download()?)
     }
 
+    /// The same values in another type.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        let mut copy = Self::zeros(self.values.device(), self.arena.clone(), dtype)?;
+        ops::cast(self.view(), copy.view_mut())?;
+        Ok(copy)
+    }
+
+    /// BLAKE3 of an f32 arena's bytes.
+    pub fn digest(&self) -> Result<blake3::Hash> {
+        let mut hasher = blake3::Hasher::new();
+        self.view().read_in_pieces(|values: &[f32]| -> Result<()> {
+            hasher.update(bytemuck::cast_slice(values));
+            Ok(())
+        })?;
+        Ok(hasher.finalize())
+    }
+
+    /// A slot of this arena.
     pub(crate) fn slot(&self, slot: Slot) -> View<'_> {
         self.values.view().reshape(slot.offset, slot.rows, slot.cols)
     }
@@ -295,11 +255,25 @@ impl Parameters {
     pub(crate) fn slot_mut(&mut self, slot: Slot) -> ViewMut<'_> {
         self.values.view_mut().reshape(slot.offset, slot.rows, slot.cols)
     }
+
+    /// What this arena has in the place of a matrix of the model: nothing where that is frozen.
+    pub(crate) fn place_mut(&mut self, slot: Slot) -> Option<ViewMut<'_>> {
+        let place = self.arena.place(slot)?;
+        Some(self.slot_mut(place))
+    }
 }
 
 /// The weights of a pass: in the type that it computes in, and in f32 those that fp16 would ruin.
 #[derive(Clone, Copy)]
 pub struct Weights<'a> {
+    /// What is trained.
+    own: Values<'a>,
+    /// What lies below where the former is not the whole model; else the same.
+    base: Values<'a>,
+}
+
+#[derive(Clone, Copy)]
+struct Values<'a> {
     compute: &'a Parameters,
     master: &'a Parameters,
 }
@@ -308,31 +282,61 @@ impl<'a> Weights<'a> {
     /// `compute` holds the values of `master`, rounded.
     pub fn new(compute: &'a Parameters, master: &'a Parameters) -> Self {
         assert_eq!(master.dtype(), DType::F32, "type of the master weights");
-        Weights { compute, master }
+        let values = Values { compute, master };
+        Weights { own: values, base: values }
+    }
+
+    /// These weights, of adapters and the like, over those of a model.
+    #[must_use]
+    pub fn over(self, base: Weights<'a>) -> Self {
+        assert_eq!(self.dtype(), base.dtype(), "type of the weights below");
+        assert!(base.own.compute.arena.is_whole(), "one arena over a model's");
+        Weights { own: self.own, base: base.own }
     }
 
     pub(crate) fn dtype(self) -> DType {
-        self.compute.dtype()
+        self.own.compute.dtype()
     }
 
-    pub(crate) fn layout(self) -> &'a Layout {
-        &self.compute.layout
+    /// An arena for the gradient of what is trained.
+    pub fn zero_gradients(self) -> Result<Parameters> {
+        let own = self.own.compute;
+        Parameters::zeros(own.values.device(), own.arena.clone(), DType::F32)
     }
 
+    /// A matrix of the model.
     pub(crate) fn slot(self, slot: Slot) -> View<'a> {
-        self.compute.slot(slot)
+        self.find(slot, |values| values.compute)
     }
 
     /// In f32.
     pub(crate) fn master_slot(self, slot: Slot) -> View<'a> {
-        self.master.slot(slot)
+        self.find(slot, |values| values.master)
+    }
+
+    fn find(self, slot: Slot, of: impl Fn(Values<'a>) -> &'a Parameters) -> View<'a> {
+        match self.own.compute.arena.place(slot) {
+            Some(place) => of(self.own).slot(place),
+            None => of(self.base).slot(slot),
+        }
+    }
+
+    /// The adapters of a matrix of the model, and which of its rows each is of.
+    pub(crate) fn adapters(self, slot: Slot) -> impl Iterator<Item = (Range<usize>, Adapter)> + 'a {
+        self.own.compute.arena.adapters(slot)
+    }
+
+    /// A matrix of an adapter, in this type.
+    pub(crate) fn adapter_slot(self, slot: Slot, dtype: DType) -> View<'a> {
+        if dtype == self.dtype() { self.own.compute.slot(slot) } else { self.own.master.slot(slot) }
     }
 }
 
 impl<'a> From<&'a Parameters> for Weights<'a> {
     fn from(parameters: &'a Parameters) -> Self {
         assert_ne!(parameters.dtype(), DType::F16, "f16 needs some weights in f32 too");
-        Weights { compute: parameters, master: parameters }
+        let values = Values { compute: parameters, master: parameters };
+        Weights { own: values, base: values }
     }
 }
 

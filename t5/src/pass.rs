@@ -1,8 +1,9 @@
 //! What every layer needs during a pass: weights, dropout masks, and short names for frequent operations.
 
-use quintet_kernels::{DType, Device, Dropout, Segments, Tensor, View, ops};
+use quintet_kernels::{DType, Device, Dropout, Segments, Tensor, View, ViewMut, ops};
 
-use crate::parameters::{Parameters, Slot, Weights};
+use crate::arena::{Adapter, Slot};
+use crate::parameters::{Layout, Parameters, Weights};
 use crate::{Config, Result};
 
 /// The places of a model that have a dropout mask of their own.
@@ -35,6 +36,8 @@ impl Site {
 /// The randomness of one micro-batch of one step.
 #[derive(Clone, Copy)]
 pub(crate) struct Masks {
+    /// Otherwise nothing is dropped.
+    pub(crate) training: bool,
     pub(crate) probability: f32,
     pub(crate) seed: u64,
     pub(crate) micro_batch: u32,
@@ -44,17 +47,28 @@ pub(crate) struct Masks {
 pub(crate) struct Pass<'a> {
     pub(crate) device: &'a Device,
     pub(crate) config: &'a Config,
+    pub(crate) layout: &'a Layout,
     pub(crate) weights: Weights<'a>,
     pub(crate) masks: Masks,
 }
 
 impl<'a> Pass<'a> {
     pub(crate) fn mask(&self, site: Site, place: Place) -> Dropout {
-        if self.masks.probability == 0.0 {
+        if !self.masks.training || self.masks.probability == 0.0 {
             return Dropout::NONE;
         }
         let stream = u64::from(self.masks.micro_batch) << 32 | site.number(place);
         Dropout { probability: self.masks.probability, seed: self.masks.seed, stream }
+    }
+
+    /// The mask before an adapter; its numbers never meet those of [`Site::number`].
+    pub(crate) fn adapter_mask(&self, adapter: Adapter) -> Dropout {
+        if !self.masks.training || adapter.dropout == 0.0 {
+            return Dropout::NONE;
+        }
+        let number = 1 << 31 | u64::from(adapter.number);
+        let stream = u64::from(self.masks.micro_batch) << 32 | number;
+        Dropout { probability: adapter.dropout, seed: self.masks.seed, stream }
     }
 
     /// A new activation of the weights' type.
@@ -62,19 +76,17 @@ impl<'a> Pass<'a> {
         Ok(self.device.empty(self.weights.dtype(), rows, cols)?)
     }
 
-    /// `x · wᵀ`
+    /// `x · wᵀ`, and what adapters add to it.
     pub(crate) fn linear(&self, x: View, w: Slot) -> Result<Tensor> {
         let mut y = self.empty(x.rows(), w.rows())?;
-        ops::linear_forward(x, self.weights.slot(w), y.view_mut(), false)?;
+        self.linear_into(x, w, y.view_mut())?;
         Ok(y)
     }
 
-    /// `d_y · w`, the gradient of a linear layer's input.
-    pub(crate) fn linear_backward(&self, d_y: View, w: Slot) -> Result<Tensor> {
-        let w = self.weights.slot(w);
-        let mut d_x = self.empty(d_y.rows(), w.cols())?;
-        ops::linear_backward_input(d_y, w, d_x.view_mut(), false)?;
-        Ok(d_x)
+    /// As [`Pass::linear`], into memory that is there; f32 where the weights are not, if wanted.
+    pub(crate) fn linear_into(&self, x: View, w: Slot, mut y: ViewMut) -> Result<()> {
+        ops::linear_forward(x, self.weights.slot(w), y.reborrow(), false)?;
+        self.adapt(x, w, y)
     }
 
     /// `x · wᵀ` computed in f32, whatever the type of the pass: what T5's `wo` needs where that is f16.
@@ -82,6 +94,7 @@ impl<'a> Pass<'a> {
         let x = self.cast(x, DType::F32)?;
         let mut y = self.device.empty(DType::F32, x.rows(), w.rows())?;
         ops::linear_forward(x.view(), self.weights.master_slot(w), y.view_mut(), false)?;
+        self.adapt(x.view(), w, y.view_mut())?;
         self.cast(y.view(), self.weights.dtype())
     }
 
@@ -137,8 +150,9 @@ pub(crate) struct BackwardPass<'a> {
 }
 
 impl BackwardPass<'_> {
-    /// The pass adds to no element of the arena from `start` on any more.
+    /// The pass adds to no gradient of the model's elements from `start` on any more.
     pub(crate) fn finished(&mut self, start: usize) {
+        let start = self.gradients.layout().start_of(start);
         (self.on_finished)(self.gradients, start);
     }
 
@@ -152,26 +166,81 @@ impl BackwardPass<'_> {
         Ok(Some(masked))
     }
 
-    /// `d_w += d_yᵀ · x`
-    pub(crate) fn weight(&mut self, w: Slot, d_y: View, x: View) -> Result<()> {
-        Ok(ops::linear_backward_weight(d_y, x, self.gradients.slot_mut(w))?)
+    /// Reverses [`Pass::linear`]: adds to the gradients of the layer's parameters; the gradient of its input.
+    pub(crate) fn linear(&mut self, w: Slot, d_y: View, x: View) -> Result<Tensor> {
+        let mut d_x = self.pass.empty(d_y.rows(), w.cols())?;
+        self.linear_into(w, d_y, x, &mut d_x, false)?;
+        Ok(d_x)
     }
 
-    /// Reverses [`Pass::linear_in_f32`]: `d_w += d_yᵀ · x`, and the gradient of `x`.
+    /// As [`BackwardPass::linear`], into `d_x`, or added to it.
+    pub(crate) fn linear_into(&mut self, w: Slot, d_y: View, x: View, d_x: &mut Tensor, add: bool) -> Result<()> {
+        let d_lows = self.linear_parameters(w, d_y, x)?;
+        self.linear_input(w, d_y, &d_lows, d_x, add)
+    }
+
+    /// Reverses `linear(norm(x))`, and adds what flows through the norm to the gradient `d` of the residual stream.
+    pub(crate) fn normed_linear(&mut self, w: Slot, d_y: View, norm: Norm, d: &mut Tensor) -> Result<()> {
+        let pass = self.pass;
+        let d_lows = match self.trains(w) {
+            true => {
+                let (normed, _) = pass.norm(norm.x, norm.weight)?;
+                self.linear_parameters(w, d_y, normed.view())?
+            }
+            false => Vec::new(),
+        };
+        let mut d_normed = pass.empty(d_y.rows(), w.cols())?;
+        self.linear_input(w, d_y, &d_lows, &mut d_normed, false)?;
+        self.norm(norm, d_normed.view(), d)
+    }
+
+    /// `d_w += d_yᵀ · x` unless `w` is frozen, and likewise of its adapters. What [`BackwardPass::linear_input`] needs of
+    /// those.
+    fn linear_parameters(&mut self, w: Slot, d_y: View, x: View) -> Result<Vec<Tensor>> {
+        if let Some(d_w) = self.gradients.place_mut(w) {
+            ops::linear_backward_weight(d_y, x, d_w)?;
+        }
+        self.adapter_parameters(w, d_y, x)
+    }
+
+    /// `d_y · w`, the gradient of a linear layer's input.
+    fn linear_input(&self, w: Slot, d_y: View, d_lows: &[Tensor], d_x: &mut Tensor, add: bool) -> Result<()> {
+        ops::linear_backward_input(d_y, self.pass.weights.slot(w), d_x.view_mut(), add)?;
+        self.adapter_input(w, d_lows, d_x)
+    }
+
+    /// Reverses [`Pass::linear_in_f32`].
     pub(crate) fn linear_in_f32(&mut self, w: Slot, d_y: View, x: View) -> Result<Tensor> {
         let pass = self.pass;
         let (d_y, x) = (pass.cast(d_y, DType::F32)?, pass.cast(x, DType::F32)?);
-        ops::linear_backward_weight(d_y.view(), x.view(), self.gradients.slot_mut(w))?;
+        let d_lows = self.linear_parameters(w, d_y.view(), x.view())?;
         let mut d_x = pass.device.empty(DType::F32, x.rows(), x.cols())?;
         ops::linear_backward_input(d_y.view(), pass.weights.master_slot(w), d_x.view_mut(), false)?;
+        self.adapter_input(w, &d_lows, &mut d_x)?;
         pass.cast(d_x.view(), pass.weights.dtype())
     }
 
     /// Adds what flows through an RMSNorm to the gradient of the residual stream.
-    pub(crate) fn norm(&mut self, weight: Slot, d_y: View, x: View, rstd: View, d_x: &mut Tensor) -> Result<()> {
-        let values = self.pass.weights.slot(weight);
-        Ok(ops::rms_norm_backward(d_y, x, values, rstd, d_x.view_mut(), self.gradients.slot_mut(weight))?)
+    pub(crate) fn norm(&mut self, norm: Norm, d_y: View, d_x: &mut Tensor) -> Result<()> {
+        let pass = self.pass;
+        let weight = pass.weights.slot(norm.weight);
+        // One row, which costs less than an operation of its own that leaves it out.
+        let mut unwanted = None;
+        let d_weight = match self.gradients.place_mut(norm.weight) {
+            Some(d_weight) => d_weight,
+            None => unwanted.insert(pass.device.zeros(DType::F32, 1, weight.cols())?).view_mut(),
+        };
+        Ok(ops::rms_norm_backward(d_y, norm.x, weight, norm.rstd, d_x.view_mut(), d_weight)?)
     }
+}
+
+/// An RMSNorm that has been computed.
+#[derive(Clone, Copy)]
+pub(crate) struct Norm<'a> {
+    pub(crate) weight: Slot,
+    /// Its input.
+    pub(crate) x: View<'a>,
+    pub(crate) rstd: View<'a>,
 }
 
 /// The rows of each sequence on the two sides of an attention.

@@ -6,7 +6,7 @@ use quintet_kernels::{DType, Segments, Tensor, View};
 use crate::layers::{CrossAttention, CrossAttentionSaved, FeedForward, FeedForwardSaved};
 use crate::layers::{SelfAttention, SelfAttentionSaved};
 use crate::parameters::StackLayout;
-use crate::pass::{BackwardPass, Pass, Place, Sequences, Site};
+use crate::pass::{BackwardPass, Norm, Pass, Place, Sequences, Site};
 use crate::{Config, Result};
 
 /// A stack over one batch. Legend: N tokens, D model, R the largest distance that the bias tells apart.
@@ -87,7 +87,7 @@ impl<'a> Stack<'a> {
     /// The final hidden states `[N,D]`, normed and dropped out.
     pub(crate) fn forward(&self, pass: &Pass, keep: Keep) -> Result<(Tensor, StackSaved)> {
         let biases = biases(pass, self.layout, self.decoder)?;
-        let table = pass.weights.slot(pass.weights.layout().shared);
+        let table = pass.weights.slot(pass.layout.shared);
         let mut x = pass.empty(self.ids.rows(), pass.config.d_model)?;
         ops::embedding_forward(self.ids, table, pass.mask(self.site(0), Place::Embedding), x.view_mut())?;
 
@@ -119,7 +119,8 @@ impl<'a> Stack<'a> {
         let StackSaved { biases, blocks, x, rstd } = saved;
         let d_normed = pass.dropped(d_output, pass.mask(self.site(0), Place::FinalNorm))?;
         let mut d = pass.device.zeros(pass.weights.dtype(), x.rows(), x.cols())?;
-        backward.norm(self.layout.final_norm, d_normed.view(), x.view(), rstd.view(), &mut d)?;
+        let norm = Norm { weight: self.layout.final_norm, x: x.view(), rstd: rstd.view() };
+        backward.norm(norm, d_normed.view(), &mut d)?;
         drop((d_normed, x, rstd));
 
         let mut d_biases = Vec::with_capacity(biases.len());
@@ -135,16 +136,19 @@ impl<'a> Stack<'a> {
             let d_bias = &mut d_biases[bias];
             self.block_backward(backward, &biases[bias], block, activations, &mut d, d_bias, &mut d_encoded)?;
             // A bias is a part of the first block that uses it, which is the last to add to its gradient.
-            if bias == block {
-                let table = backward.gradients.slot_mut(self.layout.bias_tables[bias]);
+            if bias == block
+                && let Some(table) = backward.gradients.place_mut(self.layout.bias_tables[bias])
+            {
                 ops::relative_bias_backward(d_bias.view(), buckets(pass.config, self.decoder), table)?;
             }
             backward.finished(self.layout.blocks[block].start());
         }
 
         let mask = pass.mask(self.site(0), Place::Embedding);
-        let shared = pass.weights.layout().shared;
-        Ok(ops::embedding_backward(self.ids, d.view(), mask, backward.gradients.slot_mut(shared))?)
+        if let Some(table) = backward.gradients.place_mut(pass.layout.shared) {
+            ops::embedding_backward(self.ids, d.view(), mask, table)?;
+        }
+        Ok(())
     }
 
     fn attention<'t>(&'t self, block: usize, bias: &'t Tensor) -> SelfAttention<'t> {

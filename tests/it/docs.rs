@@ -39,7 +39,7 @@ fn every_key_is_in_the_table_and_every_row_is_a_key() {
     let nested = sections.iter().flat_map(|section| known_keys(section));
     let known: BTreeSet<String> = nested.chain(["output_dir".to_string()]).collect();
     let documented: BTreeSet<String> = documented_keys().into_keys().collect();
-    assert_eq!(sections, ["model", "data", "training", "evaluation", "cluster"]);
+    assert_eq!(sections, ["model", "data", "training", "lora", "evaluation", "cluster"]);
     assert_eq!(documented, known);
 }
 

@@ -57,6 +57,16 @@ impl Workspace {
         workspace
     }
 
+    /// The job for a model that exists, with `more` sections.
+    pub(crate) fn fine_tuning(pretrained: &Path, more: &str) -> Self {
+        let workspace = Self::new();
+        let start = JOB.find("architecture").unwrap();
+        let end = start + JOB[start..].find('\n').unwrap();
+        let pretrained = format!("pretrained = {:?}", pretrained.display().to_string());
+        workspace.write("job.toml", &format!("{}{pretrained}{}\n{more}", &JOB[..start], &JOB[end..]));
+        workspace
+    }
+
     pub(crate) fn path(&self) -> &Path {
         self.directory.path()
     }
@@ -122,10 +132,11 @@ impl RunOutput {
         self.directory.join(name)
     }
 
-    /// The final weights, as bytes.
+    /// The final weights, the model's or the adapter's, as bytes.
     #[track_caller]
     pub(crate) fn weights(&self) -> Vec<u8> {
-        fs::read(self.path("model/model.safetensors")).unwrap()
+        let adapter = self.path("adapter/adapter_model.safetensors");
+        fs::read(if adapter.exists() { adapter } else { self.path("model/model.safetensors") }).unwrap()
     }
 
     #[track_caller]

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "all of this is tests, the functions beside them too")]
 #![expect(clippy::print_stderr, reason = "a check that cannot be made here says so")]
 
+mod adapters;
 mod bad_input;
 mod data;
 mod devices;

@@ -16,7 +16,9 @@ const WEIGHTS: &str = "model.safetensors";
 
 fn copy_of(name: &str) -> TempDir {
     let directory = tempfile::tempdir().unwrap();
-    for file in fs::read_dir(references().join(name)).unwrap().map(Result::unwrap) {
+    let entries = fs::read_dir(references().join(name)).unwrap().map(Result::unwrap);
+    // Folders beside them hold adapters.
+    for file in entries.filter(|entry| entry.path().is_file()) {
         fs::copy(file.path(), directory.path().join(file.file_name())).unwrap();
     }
     directory

@@ -111,15 +111,15 @@ impl Reference {
     }
 }
 
-fn optimizer_name(kind: OptimizerKind) -> String {
+pub(crate) fn optimizer_name(kind: OptimizerKind) -> String {
     serde_json::to_value(kind).unwrap().as_str().unwrap().to_string()
 }
 
-fn floats(bytes: &[u8]) -> Vec<f32> {
+pub(crate) fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
 }
 
-fn concatenate(rows: &[Vec<u32>]) -> (Vec<u32>, Vec<u32>) {
+pub(crate) fn concatenate(rows: &[Vec<u32>]) -> (Vec<u32>, Vec<u32>) {
     let mut offsets = vec![0];
     for row in rows {
         offsets.push(offsets[offsets.len() - 1] + row.len() as u32);
@@ -127,7 +127,7 @@ fn concatenate(rows: &[Vec<u32>]) -> (Vec<u32>, Vec<u32>) {
     (rows.concat(), offsets)
 }
 
-fn mean(sums: LossSums) -> f64 {
+pub(crate) fn mean(sums: LossSums) -> f64 {
     sums.loss_sum / sums.target_tokens as f64
 }
 
@@ -135,19 +135,19 @@ fn norm(values: impl IntoIterator<Item = f64>) -> f64 {
     values.into_iter().map(|value| value * value).sum::<f64>().sqrt()
 }
 
-fn global_norm(arena: &Parameters) -> f64 {
+pub(crate) fn global_norm(arena: &Parameters) -> f64 {
     ops::global_norm(arena.view()).unwrap()
 }
 
 /// ‖got·scale − want‖ / ‖want‖
-fn relative_distance(got: &[f32], scale: f64, want: &[f32]) -> f64 {
+pub(crate) fn relative_distance(got: &[f32], scale: f64, want: &[f32]) -> f64 {
     assert_eq!(got.len(), want.len());
     let pairs = got.iter().zip(want);
     norm(pairs.map(|(&got, &want)| f64::from(got) * scale - f64::from(want))) / norm(want.iter().map(|&w| f64::from(w)))
 }
 
 #[track_caller]
-fn assert_close(what: &str, got: f64, want: f64, tolerance: f64) {
+pub(crate) fn assert_close(what: &str, got: f64, want: f64, tolerance: f64) {
     assert!((got - want).abs() <= tolerance * want.abs(), "{what}: {got}, expected {want} within {tolerance} relative");
 }
 

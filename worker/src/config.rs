@@ -1,10 +1,14 @@
 //! The sections of the job file that say what a worker does, with Hugging Face's names and
 //! defaults. Every range is checked by `validate`, before anything is computed.
 
+mod lora;
+
 use quintet_data::TrainingLength;
 use quintet_kernels::DType;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+
+pub use lora::LoraConfig;
 
 use crate::metrics::Metric;
 use crate::optimizer::{Hyperparameters, OptimizerKind};

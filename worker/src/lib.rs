@@ -4,6 +4,7 @@
 //! the environment.
 
 pub mod access;
+pub mod adapter;
 pub mod checkpoint;
 pub mod collective;
 pub mod config;
@@ -22,7 +23,7 @@ pub mod schedule;
 mod selection;
 pub mod session;
 
-pub use config::{EvaluationConfig, ModelSection, Precision, TrainingConfig};
+pub use config::{EvaluationConfig, LoraConfig, ModelSection, Precision, TrainingConfig};
 pub use device::DeviceChoice;
 pub use error::{Error, Result};
 pub use metrics::Metric;

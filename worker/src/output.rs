@@ -8,26 +8,33 @@ use quintet_data::Tokenizer;
 use quintet_t5::Parameters;
 
 use crate::evaluation::Prediction;
-use crate::replica::Replica;
+use crate::replica::{AdapterAbout, Replica};
 use crate::{Error, Result};
 
-/// `model/`, in Hugging Face's layout with the tokenizer's files; replaces an older one only when it is whole. Its weights
-/// are those of the replica, unless `weights` gives others.
+/// `model/`, in Hugging Face's layout, or `adapter/`, in PEFT's, with the tokenizer's files; replaces an older one only
+/// when it is whole. Its weights are those of the replica, unless `weights` gives others.
 pub fn write_model(
     output_dir: &Path,
     replica: &Replica,
     weights: Option<&Parameters>,
     tokenizer: &Tokenizer,
 ) -> Result<()> {
+    let name = if replica.adapter().is_some() { "adapter" } else { "model" };
     let (target, beside, old) =
-        (output_dir.join("model"), output_dir.join(".tmp-model"), output_dir.join(".tmp-model-old"));
+        (output_dir.join(name), output_dir.join(".tmp-model"), output_dir.join(".tmp-model-old"));
     for leftover in [&beside, &old] {
         if leftover.exists() {
             fs::remove_dir_all(leftover).map_err(Error::file("remove", leftover))?;
         }
     }
     fs::create_dir_all(&beside).map_err(Error::file("create", &beside))?;
-    quintet_t5::save_pretrained(replica.model(), weights.unwrap_or(replica.master()), &beside)?;
+    let (model, weights) = (replica.model(), weights.unwrap_or(replica.master()));
+    match replica.adapter() {
+        None => quintet_t5::save_pretrained(model, weights, &beside)?,
+        Some(AdapterAbout { spec, base_name, base_fingerprint }) => {
+            quintet_t5::save_adapter(model, spec, weights, base_name, base_fingerprint, &beside)?;
+        }
+    }
     tokenizer.save(&beside)?;
     if target.exists() {
         fs::rename(&target, &old).map_err(Error::file("rename", &target))?;

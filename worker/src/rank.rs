@@ -16,12 +16,13 @@ use quintet_data::{
 use quintet_kernels::{Device, WaitLimits, ops};
 use quintet_proto::v1::{Actions, Evaluated, Failed, Finished, Lease, Linked, MicroBatch, NotFinite, Plan};
 use quintet_proto::v1::{Ready, Saved, StepDone, StepFailed, Stop};
-use quintet_t5::Parameters;
+use quintet_t5::{Model, Parameters};
 
 use crate::access::Access;
+use crate::adapter::Adapter;
 use crate::checkpoint::{self, Progress, Snapshot};
 use crate::collective::{Collective, Interrupter, Listener, Membership, Mesh};
-use crate::config::{EvaluationConfig, ModelSection, Precision, TrainingConfig};
+use crate::config::{EvaluationConfig, LoraConfig, ModelSection, Precision, TrainingConfig};
 use crate::evaluation::{self, BatchEvaluation, EvaluationTask};
 use crate::gradient::StepGradient;
 use crate::output;
@@ -33,6 +34,7 @@ use crate::{DeviceChoice, Error, Result};
 #[derive(Clone, Debug)]
 pub struct RankJob {
     pub model: ModelSection,
+    pub lora: Option<LoraConfig>,
     pub data: DataConfig,
     pub training: TrainingConfig,
     pub evaluation: EvaluationConfig,
@@ -127,7 +129,9 @@ impl Rank {
         let (model, parameters) = replica::load_model(&device, &job.model, &tokenizer, job.training.seed)?;
         let precision = job.training.precision.unwrap_or(Precision::default_on(job.device));
         let tokens_max = u64::from(job.training.global_batch_size) * job.data.max_target_length as u64;
-        let mut replica = Replica::new(model, parameters, &job.training, precision, schedule.total_steps, tokens_max)?;
+        let adapter = open_adapter(&job, &model, &parameters)?;
+        let (training, total_steps) = (&job.training, schedule.total_steps);
+        let mut replica = Replica::new(model, parameters, adapter, training, precision, total_steps, tokens_max)?;
         if job.resume_step > 0 {
             restore(&job, &mut replica)?;
         }
@@ -462,6 +466,15 @@ impl Rank {
         }))?;
         Ok(())
     }
+}
+
+/// What a LoRA run trains.
+fn open_adapter(job: &RankJob, model: &Model, base: &Parameters) -> Result<Option<Adapter>> {
+    let open = |lora| {
+        let name = job.model.pretrained.as_deref().unwrap_or_default();
+        Adapter::open(lora, model, base, name, job.training.seed)
+    };
+    job.lora.as_ref().map(open).transpose()
 }
 
 /// Takes over the checkpoint that the coordinator resumes from.

@@ -4,8 +4,9 @@ use std::path::Path;
 
 use quintet_data::Tokenizer;
 use quintet_kernels::{DType, Device, Tensor, View, ops};
-use quintet_t5::{Batch, Config, LossSums, Model, OnFinished, Parameters, TrainOptions, Weights};
+use quintet_t5::{Batch, Config, LoraSpec, LossSums, Model, OnFinished, Parameters, TrainOptions, Weights};
 
+use crate::adapter::Adapter;
 use crate::config::{ModelSection, Precision, TrainingConfig};
 use crate::optimizer::{ClippedMean, NamedSlot, Optimizer};
 use crate::scaler::LossScaler;
@@ -88,16 +89,52 @@ fn check_vocabulary(config: &Config, tokenizer: &Tokenizer) -> Result<()> {
 /// The weights of a rank and all that updates them.
 pub struct Replica {
     model: Model,
-    /// f32: what the optimizer updates, digests cover and checkpoints keep.
+    /// f32: what the optimizer updates, digests cover and checkpoints keep. All of the model, or an adapter.
     master: Parameters,
     /// The weights in the type that the model computes in, where that is not f32.
     compute: Option<Parameters>,
+    /// The model below an adapter.
+    frozen: Option<Frozen>,
     optimizer: Optimizer,
     schedule: Schedule,
     training: TrainingConfig,
     scaling: Option<Scaling>,
     /// The last step whose update is in the weights.
     step: u64,
+}
+
+/// A base that stays as it is: no gradient, no moments, and no copy in f32 but where fp16 needs one.
+struct Frozen {
+    compute: Parameters,
+    master: Option<Parameters>,
+    about: AdapterAbout,
+}
+
+/// Of an adapter, all but its weights.
+#[derive(Clone, Debug)]
+pub struct AdapterAbout {
+    pub spec: LoraSpec,
+    /// What the job calls the base.
+    pub base_name: String,
+    pub base_fingerprint: String,
+}
+
+impl Frozen {
+    fn new(base: Parameters, about: AdapterAbout, dtype: DType) -> Result<Self> {
+        let (compute, master) = match dtype {
+            DType::F32 => (base, None),
+            DType::F16 => (base.to_dtype(dtype)?, Some(base)),
+            _ => (base.to_dtype(dtype)?, None),
+        };
+        Ok(Frozen { compute, master, about })
+    }
+
+    fn weights(&self) -> Weights<'_> {
+        match &self.master {
+            Some(master) => Weights::new(&self.compute, master),
+            None => Weights::from(&self.compute),
+        }
+    }
 }
 
 /// The loss scaling of fp16.
@@ -126,13 +163,14 @@ pub enum Update {
 }
 
 impl Replica {
-    /// `target_tokens_max` is the most that a step can have.
+    /// Trains all of `weights`, or an adapter over them. `target_tokens_max` is the most that a step can have.
     ///
     /// # Errors
     /// Memory.
     pub fn new(
         model: Model,
-        master: Parameters,
+        weights: Parameters,
+        adapter: Option<Adapter>,
         training: &TrainingConfig,
         precision: Precision,
         total_steps: u64,
@@ -141,36 +179,48 @@ impl Replica {
         if let Device::Gpu(gpu) = model.device() {
             gpu.set_tf32(precision == Precision::Tf32);
         }
-        let compute = match precision.dtype() {
+        let dtype = precision.dtype();
+        let (master, frozen) = match adapter {
+            None => (weights, None),
+            Some(Adapter { weights: trained, spec, base_name, base_fingerprint }) => {
+                let about = AdapterAbout { spec, base_name, base_fingerprint };
+                (trained, Some(Frozen::new(weights, about, dtype)?))
+            }
+        };
+        let compute = match dtype {
             DType::F32 => None,
-            dtype => Some(model.zero_parameters(dtype)?),
+            dtype => Some(master.to_dtype(dtype)?),
         };
         let scaling = (precision == Precision::Fp16)
             .then(|| Scaling { scaler: LossScaler::default(), tokens: target_tokens_max.next_power_of_two() as f64 });
-        let slots = model.layout().tensors().iter().map(NamedSlot::from).collect();
+        let slots = master.layout().tensors().iter().map(NamedSlot::from).collect();
         let optimizer = Optimizer::new(model.device(), training.optimizer, training.hyperparameters(), slots)?;
         let schedule = training.schedule(total_steps);
         let training = training.clone();
-        let mut replica = Replica { model, master, compute, optimizer, schedule, training, scaling, step: 0 };
-        replica.refresh_compute()?;
-        Ok(replica)
+        Ok(Replica { model, master, compute, frozen, optimizer, schedule, training, scaling, step: 0 })
     }
 
     pub fn model(&self) -> &Model {
         &self.model
     }
 
-    /// The f32 weights.
+    /// The f32 weights that are trained.
     pub fn master(&self) -> &Parameters {
         &self.master
     }
 
     /// The weights to compute with.
     pub fn weights(&self) -> Weights<'_> {
-        match &self.compute {
+        let trained = match &self.compute {
             Some(compute) => Weights::new(compute, &self.master),
             None => Weights::from(&self.master),
-        }
+        };
+        self.frozen.as_ref().map_or(trained, |frozen| trained.over(frozen.weights()))
+    }
+
+    /// Of a LoRA run.
+    pub fn adapter(&self) -> Option<&AdapterAbout> {
+        self.frozen.as_ref().map(|frozen| &frozen.about)
     }
 
     /// Of fp16.
@@ -208,7 +258,7 @@ impl Replica {
             gradient_checkpointing: self.training.gradient_checkpointing,
             gradient_scale: self.scaling.map_or(1.0, |scaling| scaling.gradient_scale() as f32),
         };
-        let mut gradients = Parameters::new(self.model.layout().clone(), gradient);
+        let mut gradients = Parameters::new(self.master.layout().clone(), gradient);
         let sums = self.model.train_observed(self.weights(), batch, options, &mut gradients, on_finished);
         (sums.map_err(Error::from), gradients.into_values())
     }
@@ -239,14 +289,11 @@ impl Replica {
         Ok(())
     }
 
-    /// BLAKE3 of the weights' bytes: equal on all replicas, or something is broken.
+    /// BLAKE3 of the weights' bytes, an adapter's with its base's: equal on all replicas, or something is broken.
     pub fn digest(&self) -> Result<blake3::Hash> {
-        let mut hasher = blake3::Hasher::new();
-        self.master.view().read_in_pieces(|values: &[f32]| -> Result<()> {
-            hasher.update(bytemuck::cast_slice(values));
-            Ok(())
-        })?;
-        Ok(hasher.finalize())
+        let digest = self.master.digest()?;
+        let Some(frozen) = &self.frozen else { return Ok(digest) };
+        Ok(blake3::hash(format!("{} over {}", digest.to_hex(), frozen.about.base_fingerprint).as_bytes()))
     }
 
     /// Takes over the weights and optimizer state that `read` fills in, by name and shape.
@@ -325,7 +372,7 @@ mod tests {
         let model = Model::new(&Device::cpu(), config).unwrap();
         let mut master = model.zero_parameters(DType::F32).unwrap();
         quintet_t5::initialize(model.config(), 1, &mut master).unwrap();
-        Replica::new(model, master, &TrainingConfig::default(), precision, 10, TOKENS).unwrap()
+        Replica::new(model, master, None, &TrainingConfig::default(), precision, 10, TOKENS).unwrap()
     }
 
     /// The gradient of a batch of twelve target tokens.

@@ -5,11 +5,12 @@ use std::time::Instant;
 
 use quintet_kernels::{DType, Device, inventory, ops};
 use quintet_t5::{Batch, BatchShape, Model, Parameters, preset, training_flops};
+use quintet_worker::adapter::Adapter;
 use quintet_worker::collective::Collective;
 use quintet_worker::gradient::StepGradient;
 use quintet_worker::memory::peak_bytes;
 use quintet_worker::replica::Replica;
-use quintet_worker::{Precision, TrainingConfig};
+use quintet_worker::{LoraConfig, Precision, TrainingConfig};
 use serde_json::json;
 
 use crate::args::{BenchArguments, BenchCommand, BenchStepArguments};
@@ -60,7 +61,15 @@ fn step(arguments: &BenchStepArguments) -> Result<()> {
     let batch = batch(&model, &shape)?;
     let flops = training_flops(model.config(), &shape);
     let [source_tokens, target_tokens] = [sum(&shape, |lengths| lengths.0), sum(&shape, |lengths| lengths.1)];
-    let replica = Replica::new(model, weights, &training, precision, u64::MAX, target_tokens as u64)?;
+    let adapter = match arguments.lora_r {
+        None => None,
+        Some(r) => {
+            let lora = LoraConfig { r: Some(r), ..LoraConfig::default() };
+            Some(Adapter::open(&lora, &model, &weights, &arguments.model, training.seed)?)
+        }
+    };
+    let trainable = adapter.as_ref().map_or(parameters, |adapter| adapter.weights.layout().parameter_count());
+    let replica = Replica::new(model, weights, adapter, &training, precision, u64::MAX, target_tokens as u64)?;
     let gradient = StepGradient::new(&device, replica.master().layout().len())?;
     // As a rank that is the only one does it.
     let mut stepper = Stepper { replica, collective: Collective::local(), gradient, number: 0 };
@@ -83,6 +92,8 @@ fn step(arguments: &BenchStepArguments) -> Result<()> {
         "threads": rayon::current_num_threads(),
         "gradient_checkpointing": arguments.gradient_checkpointing,
         "parameters": parameters,
+        "lora_r": arguments.lora_r,
+        "trainable_parameters": trainable,
         "batch_size": arguments.batch_size,
         "source_length": arguments.source_length,
         "target_length": arguments.target_length,

@@ -139,6 +139,9 @@ pub(crate) fn serve(
     if let Some(device) = &options.device {
         reporter.line(device);
     }
+    if let Some(trainable) = &prepared.trainable {
+        reporter.line(trainable);
+    }
     if prepared.start_step > 0 {
         reporter.line(&format!("resuming after step {}", prepared.start_step));
     }
@@ -270,7 +273,8 @@ fn summarize(job: &Job, outcome: &Outcome, reporter: &Reporter, json: bool) {
         });
         println!("{value}");
     } else if done {
-        println!("model: {}", output_dir.join("model").display());
+        let what = if job.lora.is_some() { "adapter" } else { "model" };
+        println!("{what}: {}", output_dir.join(what).display());
         if let Some(metrics) = &reporter.last_eval {
             println!("{}", report::scores(metrics));
         }

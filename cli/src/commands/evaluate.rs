@@ -84,7 +84,12 @@ fn evaluate_model(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result
         ..EvaluationConfig::default()
     };
     config.validate()?;
-    let loaded = open_model(&device::open(arguments.device)?, directory, arguments.tokenizer.as_deref())?;
+    let loaded = open_model(
+        &device::open(arguments.device)?,
+        directory,
+        arguments.adapter.as_deref(),
+        arguments.tokenizer.as_deref(),
+    )?;
     let limits =
         Limits { max_source_length: arguments.max_source_length, max_target_length: arguments.max_target_length };
     let task = EvaluationTask::new(&dataset, &loaded.tokenizer, limits, &config);

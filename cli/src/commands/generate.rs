@@ -11,7 +11,9 @@ use crate::error::{Failure, Result, exit};
 
 pub(crate) fn run(arguments: GenerateArguments) -> Result<u8> {
     let inputs = read_inputs(&arguments)?;
-    let loaded = open_model(&device::open(arguments.device)?, &arguments.model, arguments.tokenizer.as_deref())?;
+    let adapter = arguments.adapter.as_deref();
+    let loaded =
+        open_model(&device::open(arguments.device)?, &arguments.model, adapter, arguments.tokenizer.as_deref())?;
     for batch in inputs.chunks(arguments.batch_size.max(1)) {
         let (mut ids, mut offsets) = (Vec::new(), vec![0]);
         for input in batch {

@@ -8,6 +8,7 @@ pub(crate) mod doctor;
 pub(crate) mod evaluate;
 pub(crate) mod generate;
 pub(crate) mod launch;
+pub(crate) mod merge;
 pub(crate) mod selftest;
 pub(crate) mod tokens;
 pub(crate) mod train;
@@ -18,7 +19,7 @@ use std::sync::Arc;
 
 use quintet_data::{Tokenizer, TokenizerSpec};
 use quintet_kernels::Device;
-use quintet_t5::{Model, Parameters};
+use quintet_t5::{Model, Parameters, with_adapter};
 use quintet_worker::ModelSection;
 
 use crate::error::{Failure, Result};
@@ -41,8 +42,16 @@ struct Loaded {
     tokenizer: Arc<Tokenizer>,
 }
 
-/// A model directory with its tokenizer.
-fn open_model(device: &Device, directory: &Path, tokenizer: Option<&str>) -> Result<Loaded> {
+/// A model directory with its tokenizer, and an adapter folded into it. A directory that is an adapter names its model.
+fn open_model(device: &Device, directory: &Path, adapter: Option<&Path>, tokenizer: Option<&str>) -> Result<Loaded> {
+    if quintet_t5::is_adapter(directory) {
+        if adapter.is_some() {
+            let name = directory.display();
+            return Err(Failure::bad_input(format!("--model {name}: is an adapter itself; give one of the two")));
+        }
+        let base = quintet_t5::adapter_base(directory)?;
+        return open_model(device, Path::new(&base), Some(directory), tokenizer);
+    }
     if !directory.join("config.json").is_file() {
         let name = directory.display();
         return Err(Failure::bad_input(format!(
@@ -52,13 +61,20 @@ fn open_model(device: &Device, directory: &Path, tokenizer: Option<&str>) -> Res
     let base = crate::prepare::working_directory()?;
     let spec = match tokenizer {
         Some(text) => TokenizerSpec::parse(text, &base),
-        None => TokenizerSpec::Path(directory.to_path_buf()),
+        // A run's adapter has the run's tokenizer beside it; PEFT saves none.
+        None => match adapter.filter(|adapter| adapter.join("tokenizer_config.json").is_file()) {
+            Some(adapter) => TokenizerSpec::Path(adapter.to_path_buf()),
+            None => TokenizerSpec::Path(directory.to_path_buf()),
+        },
     };
     if spec.is_trained() {
         return Err(Failure::bad_input("--tokenizer: names a tokenizer that is trained on data; give its directory"));
     }
     let section = ModelSection { pretrained: Some(directory.display().to_string()), ..ModelSection::default() };
     let tokenizer = Tokenizer::from_spec(&spec, std::iter::empty(), None)?;
-    let (model, weights) = quintet_worker::replica::load_model(device, &section, &tokenizer, 0)?;
+    let (mut model, mut weights) = quintet_worker::replica::load_model(device, &section, &tokenizer, 0)?;
+    if let Some(adapter) = adapter {
+        (model, weights) = with_adapter(model, weights, adapter)?;
+    }
     Ok(Loaded { model, weights, tokenizer: Arc::new(tokenizer) })
 }

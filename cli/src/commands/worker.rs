@@ -167,6 +167,7 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
         fingerprint: job.fingerprint(),
         silence_limit: Duration::from_secs_f64(job.cluster.step_timeout_seconds),
         model: job.model,
+        lora: job.lora,
         data: job.data,
         training: job.training,
         evaluation: job.evaluation,

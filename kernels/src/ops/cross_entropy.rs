@@ -36,7 +36,7 @@ pub fn cross_entropy_forward(h: View, w: View, labels: View, loss: CrossEntropy,
 }
 
 /// As [`cross_entropy_forward`], and the gradient of the **sum** of the (smoothed) losses: `d_h[N,D]` is overwritten,
-/// `d_w[V,D]` (f32) accumulates.
+/// `d_w[V,D]` (f32) accumulates; none of a frozen head.
 pub fn cross_entropy_forward_backward(
     h: View,
     w: View,
@@ -44,12 +44,14 @@ pub fn cross_entropy_forward_backward(
     loss: CrossEntropy,
     losses: ViewMut,
     d_h: ViewMut,
-    d_w: ViewMut,
+    d_w: Option<ViewMut>,
 ) -> Result<()> {
     check_shape!(d_h, h.rows(), h.cols());
-    check_shape!(d_w, w.rows(), w.cols());
     check_dtype!(h.dtype(), d_h);
-    check_dtype!(DType::F32, d_w);
+    if let Some(d_w) = &d_w {
+        check_shape!(d_w, w.rows(), w.cols());
+        check_dtype!(DType::F32, d_w);
+    }
     run(h, w, labels, loss, losses, Some((d_h, d_w)))
 }
 
@@ -59,7 +61,7 @@ fn run(
     labels: View,
     loss: CrossEntropy,
     losses: ViewMut,
-    gradients: Option<(ViewMut, ViewMut)>,
+    gradients: Option<(ViewMut, Option<ViewMut>)>,
 ) -> Result<()> {
     check_shape!(h, losses.rows(), w.cols());
     check_shape!(labels, losses.rows(), 1);
@@ -78,7 +80,7 @@ fn cpu<T: Float>(
     labels: View,
     loss: CrossEntropy,
     losses: ViewMut,
-    mut gradients: Option<(ViewMut, ViewMut)>,
+    mut gradients: Option<(ViewMut, Option<ViewMut>)>,
 ) -> Result<()> {
     let (rows, vocabulary) = (h.rows(), w.rows());
     let chunk = (CHUNK_LOGITS / vocabulary).clamp(1, CHUNK_ROWS).min(rows.max(1));
@@ -100,7 +102,9 @@ fn cpu<T: Float>(
             let d_logits = Matrix::<f32>::from_view(logits.view());
             let d_h = d_h.reborrow().rows_range(range);
             gemm(d_logits, Matrix::<T>::from_view(w), MatrixMut::<T>::from_view(d_h), false);
-            gemm(d_logits.transposed(), h, MatrixMut::<f32>::from_view(d_w.reborrow()), true);
+            if let Some(d_w) = d_w {
+                gemm(d_logits.transposed(), h, MatrixMut::<f32>::from_view(d_w.reborrow()), true);
+            }
         }
     }
     Ok(())
@@ -165,7 +169,7 @@ fn launch(
     labels: View,
     loss: CrossEntropy,
     losses: ViewMut,
-    mut gradients: Option<(ViewMut, ViewMut)>,
+    mut gradients: Option<(ViewMut, Option<ViewMut>)>,
 ) -> Result<()> {
     assert!(labels.is_contiguous() && losses.view().is_contiguous(), "labels or losses with gaps");
     let (rows, vocabulary) = (h.rows(), w.rows());
@@ -185,8 +189,10 @@ fn launch(
             let alpha = loss.scale * loss.gradient_scale / stored_scale(element);
             let c = d_h.reborrow().rows_range(range);
             gpu.gemm(Product { a, a_transposed: false, b, b_transposed: false, c, alpha, accumulate: false })?;
-            let c = d_w.reborrow();
-            gpu.gemm(Product { a, a_transposed: true, b: h, b_transposed: false, c, alpha, accumulate: true })?;
+            if let Some(d_w) = d_w {
+                let c = d_w.reborrow();
+                gpu.gemm(Product { a, a_transposed: true, b: h, b_transposed: false, c, alpha, accumulate: true })?;
+            }
         }
     }
     Ok(())
@@ -239,7 +245,7 @@ mod tests {
             let loss = CrossEntropy { scale: 0.5, label_smoothing: 0.1, gradient_scale: 3.0 };
             let (mut losses, mut d_h) = (upload(rows, 1), upload(rows, width));
             let mut d_w = device.zeros(DType::F32, vocabulary, width).unwrap();
-            let gradients = Some((d_h.view_mut(), d_w.view_mut()));
+            let gradients = Some((d_h.view_mut(), Some(d_w.view_mut())));
             launch(gpu, chunk, h.view(), w.view(), labels.view(), loss, losses.view_mut(), gradients).unwrap();
             [losses, d_h, d_w].map(|tensor| tensor.download::<f32>().unwrap())
         };

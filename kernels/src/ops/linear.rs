@@ -2,7 +2,7 @@
 
 use super::{check_dtype, check_shape};
 use crate::driver::Product;
-use crate::float::with_float;
+use crate::float::{Float, with_float};
 use crate::gemm::{Matrix, MatrixMut, gemm};
 use crate::{DType, Device, Result, View, ViewMut};
 
@@ -21,6 +21,32 @@ pub fn linear_forward(x: View, w: View, y: ViewMut, accumulate: bool) -> Result<
         })),
     }
     Ok(())
+}
+
+/// `y[N,O] = factor · x[N,I] · w[O,I]ᵀ`, for small O: on the CPU the factor is a pass over `y`.
+pub fn linear_forward_scaled(x: View, w: View, factor: f32, mut y: ViewMut) -> Result<()> {
+    match y.device() {
+        Device::Gpu(gpu) => {
+            check_shape!(x, y.rows(), w.cols());
+            check_shape!(y, x.rows(), w.rows());
+            check_dtype!(x.dtype(), w);
+            let (alpha, accumulate) = (factor, false);
+            gpu.gemm(Product { a: x, a_transposed: false, b: w, b_transposed: true, c: y, alpha, accumulate })
+        }
+        Device::Cpu(_) => {
+            linear_forward(x, w, y.reborrow(), false)?;
+            scale_cpu(y, factor);
+            Ok(())
+        }
+    }
+}
+
+fn scale_cpu(y: ViewMut, factor: f32) {
+    with_float!(y.dtype(), T => {
+        for value in y.into_slice::<T>() {
+            *value = T::from_f32(value.to_f32() * factor);
+        }
+    });
 }
 
 /// `d_x[N,I] = d_y[N,O] · w[O,I]`, plus the old `d_x` if `accumulate`.
@@ -44,6 +70,24 @@ pub fn linear_backward_input(d_y: View, w: View, d_x: ViewMut, accumulate: bool)
         })),
     }
     Ok(())
+}
+
+/// `d_x[N,I] = factor · d_y[N,O] · w[O,I]`, for small I: on the CPU the factor is a pass over `d_x`.
+pub fn linear_backward_input_scaled(d_y: View, w: View, factor: f32, mut d_x: ViewMut) -> Result<()> {
+    match d_x.device() {
+        Device::Gpu(gpu) => {
+            check_shape!(d_y, d_x.rows(), w.rows());
+            check_shape!(d_x, d_y.rows(), w.cols());
+            check_dtype!(d_y.dtype(), w);
+            let (alpha, accumulate) = (factor, false);
+            gpu.gemm(Product { a: d_y, a_transposed: false, b: w, b_transposed: false, c: d_x, alpha, accumulate })
+        }
+        Device::Cpu(_) => {
+            linear_backward_input(d_y, w, d_x.reborrow(), false)?;
+            scale_cpu(d_x, factor);
+            Ok(())
+        }
+    }
 }
 
 /// `d_w[O,I] += d_y[N,O]ᵀ · x[N,I]`; `d_w` is f32.

@@ -26,7 +26,8 @@ pub use attention::{Attention, AttentionGradients, attention_backward, attention
 pub use cast::cast;
 pub use cross_entropy::{CrossEntropy, IGNORED_LABEL, cross_entropy_forward, cross_entropy_forward_backward};
 pub use embedding::{embedding_backward, embedding_forward};
-pub use linear::{linear_backward_input, linear_backward_weight, linear_forward};
+pub use linear::{linear_backward_input, linear_backward_input_scaled, linear_backward_weight};
+pub use linear::{linear_forward, linear_forward_scaled};
 pub(crate) use modules::{KernelModule, modules};
 pub use norm::{find_not_finite, global_norm};
 pub use relative_bias::{RelativeBuckets, relative_bias_backward, relative_bias_forward};

@@ -257,7 +257,7 @@ fn cross_entropy(bench: &mut Bench, rows: usize, width: usize, vocabulary: usize
         loss,
         losses.view_mut(),
         d_h.view_mut(),
-        d_w.view_mut(),
+        Some(d_w.view_mut()),
     )?;
     bench.compare("cross_entropy_forward_backward losses", &losses, &want, terms, 0)?;
     let d_h_exact = oracle::matmul(&gradient, &w.exact, vocabulary);

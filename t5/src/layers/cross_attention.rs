@@ -5,7 +5,7 @@ use quintet_kernels::{Tensor, View};
 
 use crate::Result;
 use crate::parameters::CrossAttentionLayout;
-use crate::pass::{BackwardPass, Pass, Place, Sequences, Site};
+use crate::pass::{BackwardPass, Norm, Pass, Place, Sequences, Site};
 
 /// Legend: Nt target tokens, Ns source tokens, D model, I = heads · d_kv.
 #[derive(Clone, Copy)]
@@ -74,8 +74,7 @@ impl CrossAttention<'_> {
 
         let d_delta = backward.masked(d, pass.mask(self.site, Place::CrossOutput))?;
         let d_delta = d_delta.as_ref().unwrap_or(d).view();
-        backward.weight(self.layout.o, d_delta, out.view())?;
-        let d_out = pass.linear_backward(d_delta, self.layout.o)?;
+        let d_out = backward.linear(self.layout.o, d_delta, out.view())?;
 
         let mut d_q = pass.empty(q.rows(), q.cols())?;
         let mut d_kv = pass.empty(kv.rows(), kv.cols())?;
@@ -84,14 +83,8 @@ impl CrossAttention<'_> {
         ops::attention_backward(self.inputs(pass, &q, &kv), out.view(), logsumexp.view(), d_out.view(), gradients)?;
         drop((q, kv, out, d_out));
 
-        backward.weight(self.layout.kv, d_kv.view(), encoded)?;
-        let w = pass.weights.slot(self.layout.kv);
-        ops::linear_backward_input(d_kv.view(), w, d_encoded.view_mut(), true)?;
-
-        let (normed, _) = pass.norm(x.view(), self.layout.norm)?;
-        backward.weight(self.layout.q, d_q.view(), normed.view())?;
-        drop(normed);
-        let d_normed = pass.linear_backward(d_q.view(), self.layout.q)?;
-        backward.norm(self.layout.norm, d_normed.view(), x.view(), rstd.view(), d)
+        backward.linear_into(self.layout.kv, d_kv.view(), encoded, d_encoded, true)?;
+        let norm = Norm { weight: self.layout.norm, x: x.view(), rstd: rstd.view() };
+        backward.normed_linear(self.layout.q, d_q.view(), norm, d)
     }
 }

@@ -6,7 +6,7 @@ use quintet_kernels::{DType, Tensor, ops};
 
 use crate::Result;
 use crate::parameters::FeedForwardLayout;
-use crate::pass::{BackwardPass, Pass, Place, Site};
+use crate::pass::{BackwardPass, Norm, Pass, Place, Site};
 
 /// Legend: N tokens, D model, F feed-forward.
 #[derive(Clone, Copy)]
@@ -56,10 +56,7 @@ impl FeedForward<'_> {
         let d_delta = d_delta.as_ref().unwrap_or(d).view();
         let d_hidden = match pass.weights.dtype() {
             DType::F16 => backward.linear_in_f32(self.layout.wo, d_delta, hidden.view())?,
-            _ => {
-                backward.weight(self.layout.wo, d_delta, hidden.view())?;
-                pass.linear_backward(d_delta, self.layout.wo)?
-            }
+            _ => backward.linear(self.layout.wo, d_delta, hidden.view())?,
         };
 
         let mask = pass.mask(self.site, Place::FeedForwardInner);
@@ -71,10 +68,7 @@ impl FeedForward<'_> {
         }
         drop((hidden, d_hidden));
 
-        let (normed, _) = pass.norm(x.view(), self.layout.norm)?;
-        backward.weight(self.layout.wi, d_gate.view(), normed.view())?;
-        drop(normed);
-        let d_normed = pass.linear_backward(d_gate.view(), self.layout.wi)?;
-        backward.norm(self.layout.norm, d_normed.view(), x.view(), rstd.view(), d)
+        let norm = Norm { weight: self.layout.norm, x: x.view(), rstd: rstd.view() };
+        backward.normed_linear(self.layout.wi, d_gate.view(), norm, d)
     }
 }

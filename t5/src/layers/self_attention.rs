@@ -5,7 +5,7 @@ use quintet_kernels::{Segments, Tensor, View};
 
 use crate::Result;
 use crate::parameters::SelfAttentionLayout;
-use crate::pass::{BackwardPass, Pass, Place, Site};
+use crate::pass::{BackwardPass, Norm, Pass, Place, Site};
 
 /// Legend: N tokens, D model, I = heads · d_kv.
 #[derive(Clone, Copy)]
@@ -68,8 +68,7 @@ impl SelfAttention<'_> {
 
         let d_delta = backward.masked(d, pass.mask(self.site, Place::AttentionOutput))?;
         let d_delta = d_delta.as_ref().unwrap_or(d).view();
-        backward.weight(self.layout.o, d_delta, out.view())?;
-        let d_out = pass.linear_backward(d_delta, self.layout.o)?;
+        let d_out = backward.linear(self.layout.o, d_delta, out.view())?;
 
         let mut d_qkv = pass.empty(qkv.rows(), qkv.cols())?;
         let (d_q, d_kv) = d_qkv.view_mut().split_columns(inner);
@@ -78,10 +77,7 @@ impl SelfAttention<'_> {
         ops::attention_backward(self.inputs(pass, &qkv), out.view(), logsumexp.view(), d_out.view(), gradients)?;
         drop((qkv, out, d_out));
 
-        let (normed, _) = pass.norm(x.view(), self.layout.norm)?;
-        backward.weight(self.layout.qkv, d_qkv.view(), normed.view())?;
-        drop(normed);
-        let d_normed = pass.linear_backward(d_qkv.view(), self.layout.qkv)?;
-        backward.norm(self.layout.norm, d_normed.view(), x.view(), rstd.view(), d)
+        let norm = Norm { weight: self.layout.norm, x: x.view(), rstd: rstd.view() };
+        backward.normed_linear(self.layout.qkv, d_qkv.view(), norm, d)
     }
 }

@@ -1,0 +1,100 @@
+"""Generates what the tests compare this project's LoRA against: adapters that PEFT made over the models of generate.py.
+
+    python tests/references/generate_adapters.py [OUT_DIR]      (default: tests/data/references)
+
+For every model a directory `NAME/lora` holds
+
+    adapter_config.json, adapter_model.safetensors   as PEFT saves them; B is random too, so that everything has a gradient
+    gradients.safetensors                            d loss / d parameter, under the names of the adapter's file
+    expected.json                                    loss, number of trainable parameters, and the losses of ten AdamW
+                                                     steps on the model's batch, each before its update
+
+All is f32, on the CPU, without dropout.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from generate import ADAMW, DEFAULT_OUTPUT, MODELS, adamw, backward, load, read_json, write_json
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+STEPS = 10
+SPREAD_MAX = 1e-5
+
+# Lists of names, a pattern, all linear layers; the head, tied and not; both scales.
+TARGETS = {
+    "t5_v1_0": dict(r=3, lora_alpha=5, target_modules=["q", "k", "wi", "lm_head"]),
+    "t5_v1_1": dict(r=2, lora_alpha=4, use_rslora=True),
+    "t5_v1_1_buckets": dict(r=4, lora_alpha=4, target_modules=r"decoder\..*\.(o|v|wi_1)"),
+    "byt5": dict(r=3, lora_alpha=2, target_modules="all-linear"),
+    "mt5": dict(r=1, lora_alpha=3, target_modules=["EncDecAttention.k", "o", "wi_0", "wo"]),
+    "umt5": dict(r=2, lora_alpha=4, target_modules=["q", "v", "wi_1", "lm_head"], use_rslora=True),
+}
+KEYS = ["peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules",
+        "use_rslora", "bias", "modules_to_save"]
+
+
+def adapted(directory, options, dtype=torch.float32):
+    """The model with an adapter of random numbers."""
+    model = get_peft_model(load(directory, dtype), LoraConfig(task_type="SEQ_2_SEQ_LM", **options)).train()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in sorted(trainable(model).items()):
+        with torch.no_grad():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def trainable(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def steps(directory, options, batch, dtype):
+    model = adapted(directory, options, dtype)
+    optimizer = adamw(trainable(model).values())
+    losses = []
+    for _ in range(STEPS):
+        losses.append(backward(model, batch))
+        torch.nn.utils.clip_grad_norm_(trainable(model).values(), ADAMW["max_grad_norm"])
+        optimizer.step()
+    return losses
+
+
+def write(directory, options):
+    batch = read_json(directory / "batch.json")
+    out = directory / "lora"
+    out.mkdir(exist_ok=True)
+    model = adapted(directory, options)
+    loss = backward(model, batch)
+    with tempfile.TemporaryDirectory() as saved:
+        model.save_pretrained(saved)
+        config = read_json(Path(saved) / "adapter_config.json")
+        tensors = load_file(Path(saved) / "adapter_model.safetensors")
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()  # a set, in PEFT
+    config["base_model_name_or_path"] = None  # a path of this machine
+    write_json(out / "adapter_config.json", {key: config[key] for key in KEYS})
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    gradients = {name.replace(".default", ""): p.grad for name, p in trainable(model).items()}
+    # With an adapter of the head PEFT saves the frozen head too.
+    assert gradients.keys() == {name for name in tensors if ".base_layer." not in name}, (gradients.keys(), tensors.keys())
+    save_file(gradients, out / "gradients.safetensors", metadata={"format": "pt"})
+    single, double = (steps(directory, options, batch, dtype) for dtype in (torch.float32, torch.float64))
+    spread = max(abs(a - b) / b for a, b in zip(single, double))
+    assert spread < SPREAD_MAX and single[-1] < single[0], (spread, single)
+    parameters, _ = model.get_nb_trainable_parameters()
+    write_json(out / "expected.json", {"loss": loss, "trainable_parameters": parameters, "adamw": {**ADAMW, "losses": single}})
+    return loss, single[-1], spread
+
+
+def main():
+    output = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_OUTPUT
+    for name in MODELS:
+        print(name, *write(output / name, TARGETS[name]))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use quintet_t5::EarlyStopping;
 
 pub(crate) use crate::launch_args::{HostArguments, LaunchArguments};
 
@@ -207,8 +208,8 @@ pub(crate) struct EvaluateArguments {
     pub(crate) max_source_length: usize,
     #[arg(long, default_value_t = 128)]
     pub(crate) max_target_length: usize,
-    #[arg(long, default_value_t = 64)]
-    pub(crate) max_new_tokens: u32,
+    #[command(flatten)]
+    pub(crate) generation: GenerationFlags,
     /// Only the first so many examples.
     #[arg(long)]
     pub(crate) max_examples: Option<u64>,
@@ -235,18 +236,66 @@ pub(crate) struct GenerateArguments {
     /// One input a line.
     #[arg(long, value_name = "FILE", conflicts_with = "input")]
     pub(crate) input_file: Option<PathBuf>,
-    #[arg(long, default_value_t = 64)]
-    pub(crate) max_new_tokens: u32,
+    #[command(flatten)]
+    pub(crate) generation: GenerationFlags,
+    /// Outputs for each input: of beams or samples.
+    #[arg(long, value_name = "N")]
+    pub(crate) num_return_sequences: Option<usize>,
+    /// Score this text instead of generating, by its log probability given the input; may be given several times.
+    #[arg(long, value_name = "TEXT", conflicts_with = "stream")]
+    pub(crate) candidates: Vec<String>,
+    /// Longer inputs are cut.
     #[arg(long, default_value_t = 512)]
     pub(crate) max_source_length: usize,
-    /// Inputs generated at a time.
+    /// Inputs generated at a time; inputs of similar length are put together.
     #[arg(long, default_value_t = 32)]
     pub(crate) batch_size: usize,
+    /// Print as it comes: of one input the text token by token, of several each line when its batch is done.
+    #[arg(long)]
+    pub(crate) stream: bool,
     #[arg(long, value_enum, default_value_t)]
     pub(crate) device: DeviceChoice,
     /// Print one JSON object an input.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// How to generate; what is left open, the model's generation_config.json may say.
+#[derive(Args, Clone)]
+pub(crate) struct GenerationFlags {
+    #[arg(long, value_name = "N")]
+    pub(crate) max_new_tokens: Option<usize>,
+    #[arg(long, value_name = "N")]
+    pub(crate) min_new_tokens: Option<usize>,
+    /// Hypotheses of a beam search; 1 is greedy search, or sampling.
+    #[arg(long, value_name = "N")]
+    pub(crate) num_beams: Option<usize>,
+    /// Beams are compared by the sum of log probabilities, divided by the length to the power of this.
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
+    pub(crate) length_penalty: Option<f64>,
+    /// When a beam search ends: false, true or never, as in transformers.
+    #[arg(long, value_name = "WHEN")]
+    pub(crate) early_stopping: Option<EarlyStopping>,
+    /// No sequence of so many tokens twice.
+    #[arg(long, value_name = "N")]
+    pub(crate) no_repeat_ngram_size: Option<usize>,
+    /// Above 1 makes tokens that were there less probable.
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) repetition_penalty: Option<f32>,
+    /// Draw tokens instead of taking the most probable.
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    pub(crate) do_sample: Option<bool>,
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) temperature: Option<f32>,
+    /// Draw among so many most probable tokens; 0: among all.
+    #[arg(long, value_name = "N")]
+    pub(crate) top_k: Option<usize>,
+    /// Draw among the fewest tokens that are this probable together.
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) top_p: Option<f64>,
+    /// Of sampling.
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
 }
 
 #[derive(Args)]
@@ -328,8 +377,78 @@ pub(crate) struct BenchArguments {
 pub(crate) enum BenchCommand {
     /// A training step: forward, backward, clipping and AdamW.
     Step(BenchStepArguments),
+    /// Generation of a fixed number of tokens.
+    Generate(BenchGenerateArguments),
+    /// Sums over worker processes, beside a plain copy between them.
+    Allreduce(BenchAllreduceArguments),
+    /// Speed over the number of workers: measured here, modelled beyond.
+    Scaling(BenchScalingArguments),
+    /// A process of the two above, which start it.
+    #[command(hide = true)]
+    Rank,
     /// Loading and tokenizing a job's examples: its speed, and how long training at a given speed waits for it.
     Data(BenchDataArguments),
+}
+
+#[derive(Args)]
+pub(crate) struct BenchAllreduceArguments {
+    /// Worker processes.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) world_size: u32,
+    /// The smallest sum; each is four times as large as the one before.
+    #[arg(long, value_name = "BYTES", default_value_t = 1 << 10)]
+    pub(crate) min_bytes: usize,
+    #[arg(long, value_name = "BYTES", default_value_t = 256 << 20)]
+    pub(crate) max_bytes: usize,
+    /// Timed sums of each size, of which the median counts, after one that is not timed.
+    #[arg(long, default_value_t = 7)]
+    pub(crate) iterations: usize,
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) device: DeviceChoice,
+    /// Print the rows as one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct BenchScalingArguments {
+    /// A directory, or a preset such as t5-small.
+    #[arg(long, default_value = "t5-small")]
+    pub(crate) model: String,
+    /// Examples of a micro-batch. Weak scaling gives every worker one; strong scaling shares out as many as the most workers
+    /// can each have one of.
+    #[arg(long, default_value_t = 8)]
+    pub(crate) batch_size: usize,
+    #[arg(long, default_value_t = 128)]
+    pub(crate) source_length: usize,
+    #[arg(long, default_value_t = 32)]
+    pub(crate) target_length: usize,
+    /// Timed steps of each case, after two that are not.
+    #[arg(long, default_value_t = 5)]
+    pub(crate) steps: usize,
+    /// Numbers of workers to measure; by default 1, 2, 4 … up to the cores or GPUs.
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    pub(crate) workers: Vec<u32>,
+    /// Timed sums of each kind that the model of the exchange is fitted to or checked on.
+    #[arg(long, default_value_t = 5)]
+    pub(crate) sums: usize,
+    /// Model so many nodes at most, of one worker each.
+    #[arg(long, default_value_t = 512)]
+    pub(crate) nodes: u32,
+    /// Networks to model: what a node sends and takes at a time, in 10⁹ bits a second.
+    #[arg(long, value_name = "GBPS,…", value_delimiter = ',', default_value = "10,25,100")]
+    pub(crate) network_gbps: Vec<f64>,
+    /// Their latency, in microseconds.
+    #[arg(long, value_name = "US", default_value_t = 30.0)]
+    pub(crate) network_latency_us: f64,
+    /// Draw efficiency over workers.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) device: DeviceChoice,
+    /// Print the rows as one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Args)]
@@ -375,6 +494,41 @@ pub(crate) struct BenchStepArguments {
     /// Train LoRA adapters of this rank, of q and v, instead of the model.
     #[arg(long, value_name = "R")]
     pub(crate) lora_r: Option<usize>,
+    /// Threads to compute with; all cores by default.
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) device: DeviceChoice,
+    /// Print the result as one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct BenchGenerateArguments {
+    /// A directory, or a preset such as t5-small, t5-v1_1-base, byt5-small.
+    #[arg(long)]
+    pub(crate) model: String,
+    #[arg(long, default_value_t = 32)]
+    pub(crate) batch_size: usize,
+    #[arg(long, default_value_t = 128)]
+    pub(crate) source_length: usize,
+    /// Tokens of each output, no more and no fewer.
+    #[arg(long, default_value_t = 64)]
+    pub(crate) new_tokens: usize,
+    #[arg(long, default_value_t = 4)]
+    pub(crate) num_beams: usize,
+    #[arg(long)]
+    pub(crate) do_sample: bool,
+    /// Sources of differing lengths, from a quarter of that to the whole, as real text has.
+    #[arg(long)]
+    pub(crate) ragged: bool,
+    /// Timed rounds, after one that is not.
+    #[arg(long, default_value_t = 3)]
+    pub(crate) rounds: usize,
+    /// fp32, bf16 or fp16; by default bf16 on a GPU, fp32 elsewhere.
+    #[arg(long)]
+    pub(crate) precision: Option<String>,
     /// Threads to compute with; all cores by default.
     #[arg(long)]
     pub(crate) threads: Option<usize>,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::driver::{Driver, Gpu, cuda, emulated};
 use crate::pool::{Memory, MemoryStatistics, Pool};
 use crate::tensor::{DType, Tensor};
-use crate::{Element, Result, SearchPath};
+use crate::{Element, Error, Result, SearchPath};
 
 /// A device; clones are the same device. An operation matches on it once.
 #[derive(Clone)]
@@ -46,7 +46,13 @@ impl Device {
     }
 
     /// A `[rows, cols]` tensor of unspecified contents, from the pool.
+    ///
+    /// # Errors
+    /// Memory; and a GPU's kernels count elements in 32 bits.
     pub fn empty(&self, dtype: DType, rows: usize, cols: usize) -> Result<Tensor> {
+        if matches!(self, Device::Gpu(_)) && u32::try_from(rows * cols).is_err() {
+            return Err(Error::TooManyElements { rows, cols });
+        }
         let block = self.pool().take(rows * cols * dtype.bytes())?;
         Ok(Tensor::new(self.clone(), block, dtype, rows, cols))
     }

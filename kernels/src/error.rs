@@ -35,6 +35,8 @@ pub enum Error {
     HeadSize { head_size: usize, most: usize },
     #[error("attention on a GPU tells apart distances up to {most}, and this bias up to {reach}; use --device cpu")]
     BiasReach { reach: usize, most: usize },
+    #[error("a tensor of {rows} x {cols} is more than the 4294967295 elements of a GPU's tensors; use --device cpu")]
+    TooManyElements { rows: usize, cols: usize },
     #[error("NCCL: {action} failed: {reason}")]
     Nccl { action: &'static str, reason: String },
     /// This GPU is well, and can go on in another communicator.
@@ -57,6 +59,7 @@ impl Error {
                 | Error::DriverTooOld { .. }
                 | Error::HeadSize { .. }
                 | Error::BiasReach { .. }
+                | Error::TooManyElements { .. }
         )
     }
 }

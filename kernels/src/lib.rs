@@ -37,6 +37,6 @@ pub use driver::nccl::{Nccl, NcclVersion, UniqueId};
 pub use driver::timer::Timer;
 pub use error::{Error, Result};
 pub use pool::MemoryStatistics;
-pub use random::Dropout;
+pub use random::{Dropout, uniform};
 pub use search_path::SearchPath;
 pub use tensor::{DType, Element, Segments, Tensor, View, ViewMut};

@@ -96,6 +96,15 @@ impl Dropout {
     }
 }
 
+/// Number `index` of a stream, uniform in `[0, 1)`, of 53 bits: for what is drawn one at a time, such as tokens.
+pub fn uniform(seed: u64, stream: u64, index: u64) -> f64 {
+    let blocks = BLOCKS as u64;
+    let [low, high, _, _] = philox(seed, stream, index / blocks * blocks);
+    let lane = (index % blocks) as usize;
+    let bits = high[lane] << 32 | low[lane];
+    (bits >> 11) as f64 / (1_u64 << 53) as f64
+}
+
 multiversion! {
     /// The factors of the 128 elements of group `group`.
     fn group_factors(seed: u64, stream: u64, group: u64, threshold: u32, scale: f32, factors: &mut [f32]) {
@@ -152,6 +161,23 @@ mod tests {
         // Counter 85a308d3_243f6a88 03707344_13198a2e, key 299f31d0_a4093822: block 8 of its vector.
         let pi = philox(0x299f_31d0_a409_3822, 0x0370_7344_1319_8a2e, 0x85a3_08d3_243f_6a80);
         assert_eq!(pi.map(|words| words[8]), [0x4dfc_caba, 0x190a_87f0, 0xc473_62ba, 0xb6b5_242a]);
+    }
+
+    #[test]
+    fn uniform_numbers_fill_the_interval_evenly() {
+        let count = 1 << 16;
+        let mut buckets = [0_u32; 16];
+        for index in 0..count {
+            let number = uniform(3, 4, index);
+            assert!((0.0..1.0).contains(&number));
+            buckets[(number * 16.0) as usize] += 1;
+        }
+        let expected = count as f64 / 16.0;
+        let chi_squared: f64 = buckets.iter().map(|&got| (f64::from(got) - expected).powi(2) / expected).sum();
+        // 15 degrees of freedom: 44.3 has a probability of 1 in 10,000.
+        assert!(chi_squared < 44.3, "{chi_squared}");
+        assert_ne!(uniform(3, 4, 0), uniform(3, 5, 0));
+        assert_ne!(uniform(3, 4, 0), uniform(4, 4, 0));
     }
 
     #[test]

@@ -408,6 +408,12 @@ impl Segments {
         )
     }
 
+    /// From the rows of each sequence, which may overlap where they are only read.
+    pub fn from_ranges(ranges: impl Iterator<Item = Range<usize>>) -> Self {
+        let (starts, lengths) = ranges.map(|range| (range.start, range.len())).unzip();
+        Segments::new(starts, lengths)
+    }
+
     fn new(starts: Vec<usize>, lengths: Vec<usize>) -> Self {
         Segments { starts, lengths, on_device: OnceLock::new() }
     }

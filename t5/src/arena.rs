@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 /// A matrix in an arena.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Slot {
     pub(crate) offset: usize,
     pub(crate) rows: usize,
@@ -30,12 +30,6 @@ impl Slot {
 
     pub(crate) fn cols(self) -> usize {
         self.cols
-    }
-
-    /// Some of its rows: one of the matrices that lie side by side in it.
-    pub(crate) fn rows_range(self, range: Range<usize>) -> Slot {
-        assert!(range.end <= self.rows);
-        Slot { offset: self.offset + range.start * self.cols, rows: range.len(), cols: self.cols }
     }
 }
 

@@ -10,6 +10,11 @@ pub enum Error {
     Tensor { path: PathBuf, tensor: String, message: String },
     #[error("model configuration: {0}")]
     Config(String),
+    /// An option of generation is out of its range, or at odds with another.
+    #[error("generation: {key}: {problem}")]
+    Generation { key: &'static str, problem: String },
+    #[error("the model's logits are not finite; its weights are broken, or too large for this precision")]
+    NotFinite,
     /// Writing failed: the disk, not the user.
     #[error("cannot write {}: {source}", path.display())]
     Write { path: PathBuf, source: std::io::Error },
@@ -20,7 +25,7 @@ pub enum Error {
 impl Error {
     /// Whether the input is at fault (exit code 2), not the machine.
     pub fn is_user_error(&self) -> bool {
-        matches!(self, Error::File { .. } | Error::Tensor { .. } | Error::Config(_))
+        matches!(self, Error::File { .. } | Error::Tensor { .. } | Error::Config(_) | Error::Generation { .. })
     }
 }
 

@@ -29,7 +29,7 @@ pub use batch::Batch;
 pub use config::{Config, FeedForwardKind, ModelType};
 pub use error::{Error, Result};
 pub use flops::{BatchShape, training_flops};
-pub use generate::Generated;
+pub use generate::{EarlyStopping, Generated, Generation, GenerationOptions, Generator, OnToken, Sources, TokenIds};
 pub use hub_files::{load_embedded, load_pretrained, open_pretrained, save_pretrained};
 pub use init::initialize;
 pub use lora::{LoraSpec, TargetModules, adapter_arena, initialize_adapter};

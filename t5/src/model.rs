@@ -78,7 +78,7 @@ impl Model {
     }
 
     pub(crate) fn pass<'a>(&'a self, weights: Weights<'a>, masks: Masks) -> Pass<'a> {
-        Pass { device: &self.device, config: &self.config, layout: &self.layout, weights, masks }
+        Pass { device: &self.device, config: &self.config, layout: &self.layout, weights, masks, prepared: None }
     }
 
     pub(crate) fn inference_pass<'a>(&'a self, weights: Weights<'a>) -> Pass<'a> {

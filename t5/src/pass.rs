@@ -3,6 +3,7 @@
 use quintet_kernels::{DType, Device, Dropout, Segments, Tensor, View, ViewMut, ops};
 
 use crate::arena::{Adapter, Slot};
+use crate::generate::PreparedWeights;
 use crate::parameters::{Layout, Parameters, Weights};
 use crate::{Config, Result};
 
@@ -50,6 +51,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) layout: &'a Layout,
     pub(crate) weights: Weights<'a>,
     pub(crate) masks: Masks,
+    /// Copies of some weights that products read faster.
+    pub(crate) prepared: Option<&'a PreparedWeights>,
 }
 
 impl<'a> Pass<'a> {
@@ -85,7 +88,10 @@ impl<'a> Pass<'a> {
 
     /// As [`Pass::linear`], into memory that is there; f32 where the weights are not, if wanted.
     pub(crate) fn linear_into(&self, x: View, w: Slot, mut y: ViewMut) -> Result<()> {
-        ops::linear_forward(x, self.weights.slot(w), y.reborrow(), false)?;
+        match self.prepared.and_then(|prepared| prepared.get(w)) {
+            Some(w) => ops::linear_forward_prepared(x, w, y.reborrow())?,
+            None => ops::linear_forward(x, self.weights.slot(w), y.reborrow(), false)?,
+        }
         self.adapt(x, w, y)
     }
 

@@ -5,7 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use quintet_kernels::{DType, Device, ops};
-use quintet_t5::{AdapterFiles, Batch, LossSums, Model, Parameters, TrainOptions, Weights};
+use quintet_t5::{
+    AdapterFiles, Batch, GenerationOptions, Generator, LossSums, Model, Parameters, Sources, TrainOptions, Weights,
+};
 use quintet_t5::{load_pretrained, save_adapter, with_adapter};
 use quintet_worker::optimizer::{ClippedMean, Hyperparameters, NamedSlot, Optimizer, OptimizerKind};
 use safetensors::SafeTensors;
@@ -141,11 +143,15 @@ fn merged_is_as_unmerged() {
         let together = model.loss(&merged, &adapted.batch).unwrap();
         assert_close(name, together.loss_sum, apart.loss_sum, 1e-5);
         let (source, offsets) = ([9, 5, 1, 20, 30, 40, 1], [0, 3, 7]);
-        let apart = adapted.model.generate_greedy(adapted.weights(), &source, &offsets, 12).unwrap();
-        let together = model.generate_greedy(&merged, &source, &offsets, 12).unwrap();
-        for (apart, together) in apart.iter().zip(&together) {
-            assert_eq!(apart.token_ids, together.token_ids, "{name}");
-        }
+        let generate = |model, weights| {
+            let options = GenerationOptions { max_new_tokens: Some(12), num_beams: Some(2), ..Default::default() };
+            let generation = options.resolve(Model::config(model)).unwrap();
+            let sources = Sources { ids: &source, offsets: &offsets, numbers: &[0, 1] };
+            let outputs = Generator::new(model, weights, generation).generate(sources, &mut |_, _, _| {}).unwrap();
+            outputs.into_iter().flatten().map(|output| output.token_ids).collect::<Vec<_>>()
+        };
+        let together = generate(&model, Weights::from(&merged));
+        assert_eq!(generate(&adapted.model, adapted.weights()), together, "{name}");
     }
 }
 

@@ -117,7 +117,9 @@ fn a_wrong_job_is_refused_with_one_line() {
         ("model.dropout_rate=1.5", &["model.dropout_rate: is 1.5"]),
         ("data.max_source_length=1", &["data.max_source_length: 1 is out of range"]),
         ("data.validation_split=0.5", &["data.validation_split: ", "data.validation"]),
-        ("evaluation.num_beams=4", &["evaluation.num_beams: is 4"]),
+        ("evaluation.num_beams=0", &["evaluation.num_beams: is 0, must be 1 to 1024"]),
+        ("evaluation.top_p=2", &["evaluation.top_p: is 2, must be above 0 and at most 1"]),
+        ("evaluation.early_stopping=maybe", &["evaluation.early_stopping", "\"maybe\"", "\"never\""]),
         ("cluster.workers=0", &["cluster.workers: 0 is not between"]),
         ("cluster.min_workers=2", &["cluster.min_workers: 2 is more than cluster.workers, 1"]),
         ("cluster.listen=localhost", &["cluster.listen: \"localhost\"", "127.0.0.1:4700"]),
@@ -141,6 +143,7 @@ fn a_wrong_job_is_refused_with_one_line() {
 #[test]
 fn a_wrong_command_line_is_refused() {
     let workspace = Workspace::new();
+    workspace.write("empty.jsonl", "");
     let cases: &[(&str, i32, &[&str])] = &[
         ("train absent.toml", 2, &["absent.toml: cannot read: No such file"]),
         ("train job.toml --set nothing", 2, &["section.key=value"]),
@@ -157,6 +160,14 @@ fn a_wrong_command_line_is_refused() {
         ("evaluate --predictions train.jsonl --metrics rouge1,perplexity", 2, &["--metrics: perplexity", "--model"]),
         ("generate --model absent --input x", 2, &["--model absent"]),
         ("generate --model .", 2, &["required arguments"]),
+        ("generate --model . --input x --num-beams 0", 2, &["--num-beams: is 0"]),
+        ("generate --model . --input x --top-p 2 --do-sample", 2, &["--top-p: is 2"]),
+        ("generate --model . --input x --do-sample --num-beams 4", 2, &["--do-sample: excludes num_beams = 4"]),
+        ("generate --model . --input x --early-stopping soon", 2, &["--early-stopping", "\"soon\"", "\"never\""]),
+        ("generate --model . --input x --batch-size 0", 2, &["--batch-size: is 0"]),
+        ("generate --model . --input x --max-new-tokens 0", 2, &["--max-new-tokens: is 0"]),
+        ("generate --model . --input-file empty.jsonl", 2, &["empty.jsonl: holds no inputs"]),
+        ("bench generate --model absent", 2, &["--model absent", "t5-small"]),
         ("train job.toml --output train.jsonl", 2, &["output_dir: train.jsonl is no directory"]),
         ("data inspect absent.csv", 2, &["absent.csv: no such file"]),
         ("data inspect builtin:nothing", 2, &["builtin:nothing"]),

@@ -102,6 +102,8 @@ fn every_flag_in_the_readme_exists() {
         "data prepare",
         "data export",
         "bench step",
+        "bench allreduce",
+        "bench scaling",
         "bench data",
         "selftest",
         "doctor",

@@ -4,10 +4,12 @@
 
 mod adapters;
 mod bad_input;
+mod bench;
 mod data;
 mod devices;
 mod diagnostics;
 mod docs;
+mod generation;
 mod gpu;
 mod harness;
 mod invariance;

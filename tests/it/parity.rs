@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use quintet_kernels::{DType, Device, ops};
 use quintet_t5::{Batch, LossSums, Model, Parameters, TrainOptions, load_pretrained, save_pretrained};
+use quintet_t5::{Generated, GenerationOptions, Generator, Sources};
 use quintet_worker::optimizer::{ClippedMean, Hyperparameters, NamedSlot, Optimizer, OptimizerKind};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -17,13 +18,13 @@ use crate::harness::references;
 const NAMES: [&str; 7] = ["t5_v1_0", "t5_v1_1", "t5_v1_1_buckets", "byt5", "mt5", "umt5", "sharded"];
 
 /// A stored model, its batch, and what is expected of them.
-struct Reference {
-    name: &'static str,
-    model: Model,
-    weights: Parameters,
-    source: Vec<Vec<u32>>,
-    labels: Vec<Vec<u32>>,
-    expected: Value,
+pub(crate) struct Reference {
+    pub(crate) name: &'static str,
+    pub(crate) model: Model,
+    pub(crate) weights: Parameters,
+    pub(crate) source: Vec<Vec<u32>>,
+    pub(crate) labels: Vec<Vec<u32>>,
+    pub(crate) expected: Value,
     /// d mean loss / d parameter.
     gradients: HashMap<String, Vec<f32>>,
 }
@@ -32,11 +33,11 @@ const PLAIN: TrainOptions =
     TrainOptions { seed: 0, micro_batch: 0, label_smoothing: 0.0, gradient_checkpointing: false, gradient_scale: 1.0 };
 
 impl Reference {
-    fn open(name: &'static str) -> Self {
+    pub(crate) fn open(name: &'static str) -> Self {
         Self::open_on(&Device::cpu(), name)
     }
 
-    fn open_on(device: &Device, name: &'static str) -> Self {
+    pub(crate) fn open_on(device: &Device, name: &'static str) -> Self {
         let numbers = references().join(if name == "sharded" { "t5_v1_1" } else { name });
         let (model, weights) = load_pretrained(device, &references().join(name)).unwrap();
         assert_eq!(model.config().dropout_rate, 0.0);
@@ -51,7 +52,7 @@ impl Reference {
     }
 
     /// Some of the rows.
-    fn rows(&self, rows: Range<usize>) -> Batch {
+    pub(crate) fn rows(&self, rows: Range<usize>) -> Batch {
         let (source, source_offsets) = concatenate(&self.source[rows.clone()]);
         let (labels, label_offsets) = concatenate(&self.labels[rows]);
         let start = self.model.config().decoder_start_token_id;
@@ -67,6 +68,28 @@ impl Reference {
         let mut gradients = self.model.zero_parameters(DType::F32).unwrap();
         let sums = self.model.train(weights, batch, options, &mut gradients).unwrap();
         (sums, gradients)
+    }
+
+    fn greedy_tokens(&self) -> Option<usize> {
+        self.expected["greedy"]["max_new_tokens"].as_u64().map(|most| most as usize)
+    }
+
+    pub(crate) fn generate(&self, sources: &[Vec<u32>], options: GenerationOptions) -> Vec<Vec<Generated>> {
+        let numbers: Vec<u64> = (0..sources.len() as u64).collect();
+        self.generate_numbered(sources, &numbers, options)
+    }
+
+    /// As [`Reference::generate`], for the inputs of these numbers.
+    pub(crate) fn generate_numbered(
+        &self,
+        sources: &[Vec<u32>],
+        numbers: &[u64],
+        options: GenerationOptions,
+    ) -> Vec<Vec<Generated>> {
+        let generation = options.resolve(self.model.config()).unwrap();
+        let (ids, offsets) = concatenate(sources);
+        let sources = Sources { ids: &ids, offsets: &offsets, numbers };
+        Generator::new(&self.model, &self.weights, generation).generate(sources, &mut |_, _, _| {}).unwrap()
     }
 
     fn number(&self, key: &str) -> f64 {
@@ -237,10 +260,8 @@ fn the_emulated_gpu_gives_the_numbers_of_hugging_face() {
         }
     }
     let want: Vec<Vec<u32>> = serde_json::from_value(reference.expected["greedy"]["outputs"].clone()).unwrap();
-    let (ids, offsets) = concatenate(&reference.source[..1]);
-    let most = reference.expected["greedy"]["max_new_tokens"].as_u64().unwrap() as usize;
-    let outputs = reference.model.generate_greedy(&reference.weights, &ids, &offsets, most).unwrap();
-    assert_eq!(outputs[0].token_ids, want[0]);
+    let options = GenerationOptions { max_new_tokens: reference.greedy_tokens(), ..GenerationOptions::default() };
+    assert_eq!(reference.generate(&reference.source[..1], options)[0][0].token_ids, want[0]);
 }
 
 #[test]
@@ -248,11 +269,10 @@ fn greedy_outputs_are_those_of_hugging_face() {
     for reference in NAMES.map(Reference::open) {
         let greedy = &reference.expected["greedy"];
         let want: Vec<Vec<u32>> = serde_json::from_value(greedy["outputs"].clone()).unwrap();
-        let most = greedy["max_new_tokens"].as_u64().unwrap() as usize;
         let generate = |rows: &[Vec<u32>]| -> Vec<Vec<u32>> {
-            let (ids, offsets) = concatenate(rows);
-            let outputs = reference.model.generate_greedy(&reference.weights, &ids, &offsets, most).unwrap();
-            outputs.into_iter().map(|output| output.token_ids).collect()
+            let options =
+                GenerationOptions { max_new_tokens: reference.greedy_tokens(), ..GenerationOptions::default() };
+            reference.generate(rows, options).into_iter().map(|mut outputs| outputs.remove(0).token_ids).collect()
         };
         assert_eq!(generate(&reference.source), want, "{}", reference.name);
         for (row, want) in reference.source.iter().zip(&want) {

@@ -10,7 +10,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub enum Error {
     /// A value of the job file is out of range or contradicts another.
     #[error("{key}: {problem}")]
-    Config { key: &'static str, problem: String },
+    Config { key: String, problem: String },
 
     /// A checkpoint is damaged, or belongs to something else.
     #[error("checkpoint file {}: {problem}", path.display())]
@@ -88,8 +88,8 @@ impl Error {
     }
 
     /// For `map_err` on a configuration check.
-    pub(crate) fn config(key: &'static str, problem: impl Into<String>) -> Self {
-        Self::Config { key, problem: problem.into() }
+    pub(crate) fn config(key: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Config { key: key.into(), problem: problem.into() }
     }
 }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use quintet_data::{Dataset, Limits, Order, PackedBatch, Packer, Tokenizer, share};
-use quintet_t5::{Batch, Model, Weights};
+use quintet_t5::{Batch, Generation, Generator, Model, Sources, Weights};
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
@@ -18,6 +18,7 @@ pub struct EvaluationTask<'a> {
     tokenizer: &'a Tokenizer,
     packer: Packer,
     config: &'a EvaluationConfig,
+    generation: &'a Generation,
 }
 
 /// One example and what the model made of it: a line of `predictions.jsonl`.
@@ -62,10 +63,11 @@ impl<'a> EvaluationTask<'a> {
         tokenizer: &'a Arc<Tokenizer>,
         limits: Limits,
         config: &'a EvaluationConfig,
+        generation: &'a Generation,
     ) -> Self {
         let order = Order::new(dataset.len(), 0, false);
         let packer = Packer::new(dataset.clone(), tokenizer.clone(), order, limits);
-        EvaluationTask { dataset, tokenizer, packer, config }
+        EvaluationTask { dataset, tokenizer, packer, config, generation }
     }
 
     fn examples(&self) -> u64 {
@@ -91,33 +93,50 @@ impl<'a> EvaluationTask<'a> {
         rank: u32,
         world_size: u32,
     ) -> Result<Vec<BatchEvaluation>> {
-        share(self.batches(), rank, world_size).map(|index| self.evaluate_batch(model, weights, index)).collect()
+        let generates = self.config.metrics.iter().any(|metric| metric.needs_predictions());
+        let generator = generates.then(|| Generator::new(model, weights, self.generation.clone()));
+        let batches = share(self.batches(), rank, world_size);
+        batches.map(|index| self.evaluate_batch(model, weights, generator.as_ref(), index)).collect()
     }
 
-    fn evaluate_batch(&self, model: &Model, weights: Weights, index: u32) -> Result<BatchEvaluation> {
+    fn evaluate_batch(
+        &self,
+        model: &Model,
+        weights: Weights,
+        generator: Option<&Generator>,
+        index: u32,
+    ) -> Result<BatchEvaluation> {
         let examples = self.batch(index);
         let packed = self.packer.pack(0, examples.clone())?;
         let batch = upload(model, &packed)?;
         let sums = model.loss(weights, &batch)?;
-        let mut predictions = Vec::new();
-        if self.config.metrics.iter().any(|metric| metric.needs_predictions()) {
-            let most = self.config.max_new_tokens as usize;
-            let outputs = model.generate_greedy(weights, &packed.source_ids, &packed.source_offsets, most)?;
-            for (example, output) in examples.clone().zip(outputs) {
-                let example = self.dataset.example(example);
-                predictions.push(Prediction {
-                    input: example.input.into_owned(),
-                    target: example.target.into_owned(),
-                    prediction: self.tokenizer.decode(&output.token_ids),
-                });
-            }
-        }
+        let predictions = match generator {
+            Some(generator) => self.predict(generator, &packed, examples.clone())?,
+            None => Vec::new(),
+        };
         Ok(BatchEvaluation {
             loss_sum: sums.loss_sum,
             target_tokens: sums.target_tokens,
             examples: examples.end - examples.start,
             predictions,
         })
+    }
+
+    /// The best output for each example; random numbers belong to the example, whoever computes it.
+    fn predict(&self, generator: &Generator, packed: &PackedBatch, examples: Range<u64>) -> Result<Vec<Prediction>> {
+        let numbers: Vec<u64> = examples.clone().collect();
+        let sources = Sources { ids: &packed.source_ids, offsets: &packed.source_offsets, numbers: &numbers };
+        let outputs = generator.generate(sources, &mut |_, _, _| {})?;
+        let predictions = examples.zip(outputs).map(|(example, outputs)| {
+            let example = self.dataset.example(example);
+            let best = outputs.first().map_or(&[][..], |output| &output.token_ids);
+            Prediction {
+                input: example.input.into_owned(),
+                target: example.target.into_owned(),
+                prediction: self.tokenizer.decode(best),
+            }
+        });
+        Ok(predictions.collect())
     }
 
     /// The whole from the batches of all ranks, in order: the same numbers for any number of ranks.

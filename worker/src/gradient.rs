@@ -8,9 +8,11 @@
 use std::ops::Range;
 
 use quintet_kernels::{DType, Device, Tensor, View, ViewMut, ops};
+use quintet_t5::{Batch, LossSums, Parameters};
 
 use crate::Result;
 use crate::collective::{Collective, TreeSum};
+use crate::replica::Replica;
 
 /// What holds and reduces the gradient of a step.
 pub enum StepGradient {
@@ -71,6 +73,32 @@ impl StepGradient {
             Self::Host(tree) => tree.sum.push(gradient),
             Self::Device(device) => device.sum = Some(gradient),
         }
+    }
+
+    /// Computes the next micro-batch's gradient and takes it in; the last one's part of the sum begins to be reduced while
+    /// the rest is computed, where the collective does that.
+    ///
+    /// # Errors
+    /// Those of [`Replica::compute`].
+    pub fn compute(
+        &mut self,
+        replica: &Replica,
+        collective: &mut Collective,
+        (step, index): (u64, u32),
+        batch: &Batch,
+        is_last: bool,
+    ) -> Result<LossSums> {
+        let mut reduce = |gradients: &mut Parameters, start| {
+            if is_last {
+                // SAFETY: the memory is ours; it outlives the collective, or at least nobody looks at it before `reduce`
+                // and, after a failure, not before the collective is dropped.
+                unsafe { collective.advance_sum(gradients.view_mut(), start) };
+            }
+        };
+        let gradient = self.lend()?;
+        let (sums, gradient) = replica.compute(step, index, batch, gradient, &mut reduce);
+        self.give_back(gradient);
+        sums
     }
 
     /// An element of this rank's part that is infinite or not a number.

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use quintet_data::{
 use quintet_kernels::{Device, WaitLimits, ops};
 use quintet_proto::v1::{Actions, Evaluated, Failed, Finished, Lease, Linked, MicroBatch, NotFinite, Plan};
 use quintet_proto::v1::{Ready, Saved, StepDone, StepFailed, Stop};
-use quintet_t5::{Model, Parameters};
+use quintet_t5::{Generation, Model, Parameters};
 
 use crate::access::Access;
 use crate::adapter::Adapter;
@@ -89,6 +89,8 @@ struct Rank {
     job: RankJob,
     replica: Replica,
     validation: Option<Arc<Dataset>>,
+    /// Of an evaluation's predictions.
+    generation: Generation,
     tokenizer: Arc<Tokenizer>,
     schedule: StepSchedule,
     loader: Loader,
@@ -127,6 +129,8 @@ impl Rank {
         let schedule = job.training.steps(order.positions())?;
         let device = job.device.open()?;
         let (model, parameters) = replica::load_model(&device, &job.model, &tokenizer, job.training.seed)?;
+        let pretrained = job.model.pretrained.as_deref().map(Path::new);
+        let generation = job.evaluation.resolve_generation(model.config(), pretrained)?;
         let precision = job.training.precision.unwrap_or(Precision::default_on(job.device));
         let tokens_max = u64::from(job.training.global_batch_size) * job.data.max_target_length as u64;
         let adapter = open_adapter(&job, &model, &parameters)?;
@@ -149,6 +153,7 @@ impl Rank {
             job,
             replica,
             validation,
+            generation,
             tokenizer,
             schedule,
             loader,
@@ -300,17 +305,8 @@ impl Rank {
             let packed = self.next_batch(lease.step, index)?;
             let batch = evaluation::upload(self.replica.model(), &packed)?;
             let is_last = index + 1 == lease.last_exclusive;
-            let mut reduce = |gradients: &mut Parameters, start| {
-                if is_last {
-                    // SAFETY: the memory is that of `self.gradient`, which outlives the collective, and which nobody looks
-                    // at before `reduce` below; after a failure, not before the collective is dropped.
-                    unsafe { place.collective.advance_sum(gradients.view_mut(), start) };
-                }
-            };
-            let gradient = self.gradient.lend()?;
-            let (sums, gradient) = self.replica.compute(lease.step, index, &batch, gradient, &mut reduce);
-            self.gradient.give_back(gradient);
-            let sums = sums?;
+            let sums =
+                self.gradient.compute(&self.replica, &mut place.collective, (lease.step, index), &batch, is_last)?;
             if !sums.loss_sum.is_finite() {
                 return Ok(Attempt::Poisoned(format!("the loss of micro-batch {index}")));
             }
@@ -445,7 +441,8 @@ impl Rank {
     /// Every rank evaluates its share; rank 0 puts the whole together and reports it.
     fn evaluate(&mut self, session: &Session, place: &mut Place, step: u64) -> Result<()> {
         let Some(validation) = &self.validation else { return Ok(()) };
-        let task = EvaluationTask::new(validation, &self.tokenizer, self.job.data.limits(), &self.job.evaluation);
+        let (limits, config) = (self.job.data.limits(), &self.job.evaluation);
+        let task = EvaluationTask::new(validation, &self.tokenizer, limits, config, &self.generation);
         let share = task.evaluate_share(self.replica.model(), self.replica.weights(), place.rank, place.world_size)?;
         let bytes = serde_json::to_vec(&share).expect("an evaluation is plain data"); // why: no map keys, no custom types
         let Some(shares) = place.collective.gather_bytes(step, 0, &bytes)? else { return Ok(()) };

@@ -12,7 +12,7 @@ use quintet_worker::{EvaluationConfig, Metric};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::args::EvaluateArguments;
+use crate::args::{EvaluateArguments, GenerationFlags};
 use crate::commands::{open_model, print_json};
 use crate::device;
 use crate::error::{Failure, Result, exit};
@@ -78,10 +78,9 @@ fn evaluate_model(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result
     let dataset = Arc::new(Dataset::load(&sources, &input, &target, &working_directory()?)?);
     let config = EvaluationConfig {
         metrics,
-        max_new_tokens: arguments.max_new_tokens,
         max_examples: arguments.max_examples,
         batch_size: arguments.batch_size,
-        ..EvaluationConfig::default()
+        ..evaluation_of(&arguments.generation)
     };
     config.validate()?;
     let loaded = open_model(
@@ -92,7 +91,8 @@ fn evaluate_model(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result
     )?;
     let limits =
         Limits { max_source_length: arguments.max_source_length, max_target_length: arguments.max_target_length };
-    let task = EvaluationTask::new(&dataset, &loaded.tokenizer, limits, &config);
+    let generation = config.resolve_generation(loaded.model.config(), Some(directory))?;
+    let task = EvaluationTask::new(&dataset, &loaded.tokenizer, limits, &config, &generation);
     let evaluation = task.summarize(task.evaluate_share(&loaded.model, Weights::from(&loaded.weights), 0, 1)?);
     Ok(json!({
         "loss": evaluation.loss,
@@ -100,6 +100,25 @@ fn evaluate_model(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result
         "target_tokens": evaluation.target_tokens,
         "metrics": to_map(evaluation.metrics),
     }))
+}
+
+/// What the flags say about generation, as a job does.
+fn evaluation_of(flags: &GenerationFlags) -> EvaluationConfig {
+    EvaluationConfig {
+        num_beams: flags.num_beams,
+        max_new_tokens: flags.max_new_tokens,
+        min_new_tokens: flags.min_new_tokens,
+        length_penalty: flags.length_penalty,
+        early_stopping: flags.early_stopping,
+        no_repeat_ngram_size: flags.no_repeat_ngram_size,
+        repetition_penalty: flags.repetition_penalty,
+        do_sample: flags.do_sample,
+        temperature: flags.temperature,
+        top_k: flags.top_k,
+        top_p: flags.top_p,
+        seed: flags.seed,
+        ..EvaluationConfig::default()
+    }
 }
 
 fn to_map(scores: Vec<(&'static str, f64)>) -> Map<String, Value> {

@@ -263,7 +263,7 @@ impl From<u32> for Argument {
 /// Sizes and strides; kernels take them in 32 bits.
 impl From<usize> for Argument {
     fn from(value: usize) -> Self {
-        Argument::U32(u32::try_from(value).expect("a size of 32 bits"))
+        Argument::U32(u32::try_from(value).expect("a size of 32 bits")) // why: `Device::empty` gives no larger tensor
     }
 }
 

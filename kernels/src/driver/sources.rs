@@ -10,6 +10,7 @@ pub(crate) const SOURCES: &[Source] = &[
     ("adamw", include_str!("../../cuda/adamw.cu")),
     ("attention_backward", include_str!("../../cuda/attention_backward.cu")),
     ("attention_forward", include_str!("../../cuda/attention_forward.cu")),
+    ("cached_attention", include_str!("../../cuda/cached_attention.cu")),
     ("cast", include_str!("../../cuda/cast.cu")),
     ("cross_entropy", include_str!("../../cuda/cross_entropy.cu")),
     ("embedding", include_str!("../../cuda/embedding.cu")),
@@ -17,6 +18,7 @@ pub(crate) const SOURCES: &[Source] = &[
     ("relative_bias", include_str!("../../cuda/relative_bias.cu")),
     ("residual", include_str!("../../cuda/residual.cu")),
     ("rms_norm", include_str!("../../cuda/rms_norm.cu")),
+    ("top_tokens", include_str!("../../cuda/top_tokens.cu")),
 ];
 
 /// What they include.

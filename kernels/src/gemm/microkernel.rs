@@ -62,6 +62,18 @@ fn prefetch(_address: *const f32) {
     }
 }
 
+/// Adds to `c`, or writes, the columns of a tile that is no whole number of vectors wide; `values` are the tile's rows.
+#[inline(never)]
+fn write_some(tile: &Tile, values: &[f32]) {
+    for (row, values) in values.chunks_exact(values.len() / tile.rows).enumerate() {
+        for (column, &value) in values[..tile.cols].iter().enumerate() {
+            let c = tile.c.wrapping_add(row * tile.c_stride + column);
+            // SAFETY: an element of the tile, which is exclusive.
+            unsafe { *c = if tile.accumulate { *c + value } else { value } }
+        }
+    }
+}
+
 /// A microkernel of up to `$rows` rows and `$vectors` vectors of columns, two or three, from an instruction set's vector operations.
 /// An element of the product is one chain of multiply-adds in order of depth, whatever the tile: how a product is cut
 /// into tiles cannot be seen in its bits.
@@ -124,30 +136,24 @@ macro_rules! microkernel {
                 a = a.map(|a| a.wrapping_add(tile.a_depth_stride));
                 b = b.wrapping_add(tile.b_depth_stride);
             }
-            // SAFETY: the caller's promise is passed on. Not inlined, so that the sums above stay in registers.
-            unsafe { write(tile, &sums) }
-        }
-
-        #[target_feature(enable = $features)]
-        #[inline(never)]
-        unsafe fn write<const R: usize, const V: usize>(tile: &Tile, sums: &[[Vector; V]; R]) {
-            for (row, sums) in sums.iter().enumerate() {
-                for (index, &sum) in sums.iter().enumerate() {
-                    let c = tile.c.wrapping_add(row * tile.c_stride + index * LANES);
-                    let count = tile.cols - index * LANES;
-                    // SAFETY: `count` columns of row `row` of `c`, or a whole vector of them.
-                    unsafe {
-                        if count >= LANES {
-                            store(c, if tile.accumulate { add(load(c), sum) } else { sum });
-                        } else {
-                            let mut values = [0.0; LANES];
-                            store(values.as_mut_ptr(), sum);
-                            for (column, &value) in values[..count].iter().enumerate() {
-                                *c.add(column) = if tile.accumulate { *c.add(column) + value } else { value };
-                            }
-                        }
+            // Nowhere is the address of `sums` taken: they never leave the registers.
+            if tile.cols == V * LANES {
+                for (row, sums) in sums.into_iter().enumerate() {
+                    for (index, sum) in sums.into_iter().enumerate() {
+                        let c = tile.c.wrapping_add(row * tile.c_stride + index * LANES);
+                        // SAFETY: a whole vector of row `row` of `c`.
+                        unsafe { store(c, if tile.accumulate { add(load(c), sum) } else { sum }) }
                     }
                 }
+            } else {
+                let mut values = [[[0.0; LANES]; V]; R];
+                for (values, sums) in values.iter_mut().zip(sums) {
+                    for (values, sum) in values.iter_mut().zip(sums) {
+                        // SAFETY: an array as long as a vector.
+                        unsafe { store(values.as_mut_ptr(), sum) }
+                    }
+                }
+                write_some(tile, values.as_flattened().as_flattened());
             }
         }
     };
@@ -156,11 +162,11 @@ macro_rules! microkernel {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512 as Vector, _mm512_add_ps as add, _mm512_fmadd_ps as multiply_add, _mm512_loadu_ps as load,
-        _mm512_set1_ps as splat, _mm512_setzero_ps as zero, _mm512_storeu_ps as store,
+        _mm512_add_ps as add, _mm512_fmadd_ps as multiply_add, _mm512_loadu_ps as load, _mm512_set1_ps as splat,
+        _mm512_setzero_ps as zero, _mm512_storeu_ps as store,
     };
 
-    use super::{Microkernel, Tile, prefetch};
+    use super::{Microkernel, Tile, prefetch, write_some};
 
     // 24 sums, 2 vectors of b and a factor in 32 registers. Of the shapes that fit, 32 columns are the one that divides
     // the widths of T5.
@@ -170,11 +176,11 @@ mod avx512 {
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     use std::arch::x86_64::{
-        __m256 as Vector, _mm256_add_ps as add, _mm256_fmadd_ps as multiply_add, _mm256_loadu_ps as load,
-        _mm256_set1_ps as splat, _mm256_setzero_ps as zero, _mm256_storeu_ps as store,
+        _mm256_add_ps as add, _mm256_fmadd_ps as multiply_add, _mm256_loadu_ps as load, _mm256_set1_ps as splat,
+        _mm256_setzero_ps as zero, _mm256_storeu_ps as store,
     };
 
-    use super::{Microkernel, Tile, prefetch};
+    use super::{Microkernel, Tile, prefetch, write_some};
 
     // 12 sums, 3 vectors of b and a factor in 16 registers.
     microkernel!("avx2,fma", 8, 3, 4: [1 2 3 4]);
@@ -183,7 +189,7 @@ mod avx2 {
 /// Plain arithmetic in vectors of four, which every 64-bit processor has; without fused multiply-add, which is slow
 /// where there is no instruction for it.
 mod portable {
-    use super::{Microkernel, Tile, prefetch};
+    use super::{Microkernel, Tile, prefetch, write_some};
 
     type Vector = [f32; 4];
 

@@ -6,12 +6,14 @@
 
 mod microkernel;
 mod pack;
+mod prepared;
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
 use microkernel::{Microkernel, Tile};
 use pack::{pack, pack_parallel};
+pub(crate) use prepared::{Prepared, gemm_prepared};
 
 use crate::float::Float;
 use crate::parallel::{INLINE_WORK, Scratch, SharedScratch, for_each_task, with_scratch};
@@ -21,11 +23,18 @@ use crate::{View, ViewMut};
 /// Products summed before the sum is added to the result; part of what a product's bits are.
 const DEPTH_BLOCK: usize = 512;
 
-/// The most rows and columns of a block that one thread computes, so that with [`DEPTH_BLOCK`] its operands stay in a
-/// core's cache. Rows that are not packed are cheap to have many of.
-const PACKED_ROWS: usize = 516;
-const PACKED_COLS: usize = 512;
-const ROWS_IN_PLACE: usize = 1024;
+/// The most rows and columns of a block of a product that one thread computes alone.
+const SERIAL_ROWS: usize = 516;
+const SERIAL_COLS: usize = 512;
+
+/// The most rows or columns that are multiplied with a packed piece of the other operand before it is packed anew, which
+/// costs nothing worth mentioning beside so many.
+const LINES_PER_PIECE: usize = 4096;
+
+/// Rows of tiles in a block, so that with [`DEPTH_BLOCK`] the operands of a block stay in a core's second-level cache.
+const TILES_DOWN: usize = 8;
+/// Likewise columns of tiles in a piece of the right operand.
+const TILES_ACROSS: usize = 4;
 
 /// The most of an operand that is packed for all threads at a time: 16 MiB.
 const SHARED_FLOATS: usize = 4 << 20;
@@ -132,7 +141,7 @@ impl<'a, T: Float> MatrixMut<'a, T> {
 /// `c = a · b`, plus the old `c` if `accumulate`, on all threads of the pool.
 pub(crate) fn gemm<A: Float, B: Float, C: Float>(a: Matrix<A>, b: Matrix<B>, c: MatrixMut<C>, accumulate: bool) {
     let product = Product::new(a, b, c, accumulate);
-    if rayon::current_num_threads() == 1 || product.nanoseconds() < INLINE_WORK {
+    if product.nanoseconds() < INLINE_WORK {
         product.serial();
     } else {
         product.parallel();
@@ -175,67 +184,80 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
 
     /// Block by block, each packing what it reads.
     fn serial(&self) {
-        let (rows, cols) = (if self.reads_a_in_place() { ROWS_IN_PLACE } else { PACKED_ROWS }, PACKED_COLS);
-        for rows in ranges(0..self.c.rows, rows) {
-            for cols in ranges(0..self.c.cols, cols) {
+        for rows in ranges(0..self.c.rows, SERIAL_ROWS) {
+            for cols in ranges(0..self.c.cols, SERIAL_COLS) {
                 self.sum(rows.clone(), cols.clone(), |depths, add| {
-                    let a = self.a.block(rows.clone(), depths.clone());
-                    let b = self.b.block(depths.clone(), cols.clone());
-                    self.with_a(a, |a| self.with_b(b, |b| add(&a, &b, 0..rows.len(), 0..cols.len(), 0..depths.len())));
+                    self.with_a(rows.clone(), depths.clone(), |a| self.with_b(cols.clone(), depths, |b| add(&a, &b)));
                 });
             }
         }
     }
 
-    /// All threads pack, then all multiply: nothing is packed twice, and the pieces of the product that are dealt out are
-    /// so small that no thread waits long for the last.
+    /// On all threads. Of two operands that must be packed, the smaller one is packed by all together beforehand, and read
+    /// by every task; the larger one, or the only one, piece by piece by whoever multiplies with a piece, so that it goes
+    /// through that core's cache and nowhere else.
     fn parallel(&self) {
-        let depth = self.a.cols.max(1);
-        let stripe = |in_place: bool, lines: usize, width: usize| {
-            if in_place { lines.max(1) } else { (SHARED_FLOATS / depth).max(1).next_multiple_of(width) }
+        let (packs_a, packs_b) = (!self.reads_a_in_place(), !self.reads_b_in_place());
+        let pieces_of_a = packs_a && (!packs_b || self.c.rows > self.c.cols);
+        let pieces_of_b = packs_b && !pieces_of_a;
+        let stripe = |shared: bool, lines: usize, width: usize| {
+            if shared { (SHARED_FLOATS / self.a.cols.max(1)).max(1).next_multiple_of(width) } else { lines.max(1) }
         };
-        let rows = stripe(self.reads_a_in_place(), self.c.rows, self.kernel.rows);
-        let cols = stripe(self.reads_b_in_place(), self.c.cols, self.kernel.cols);
-        for rows in ranges(0..self.c.rows, rows) {
-            let a = self.a.block(rows.clone(), 0..self.a.cols);
-            self.share_a(a, |a| {
-                for cols in ranges(0..self.c.cols, cols) {
-                    let b = self.b.block(0..self.b.rows, cols.clone());
-                    self.share_b(b, |b| self.multiply(a, b, rows.clone(), cols));
+        for rows in ranges(0..self.c.rows, stripe(packs_a && !pieces_of_a, self.c.rows, self.kernel.rows)) {
+            self.share_a(rows.clone(), pieces_of_a, |a| {
+                for cols in ranges(0..self.c.cols, stripe(packs_b && !pieces_of_b, self.c.cols, self.kernel.cols)) {
+                    self.share_b(cols.clone(), pieces_of_b, |b| self.multiply(a, b, rows.clone(), cols));
                 }
             });
         }
     }
 
-    /// `rows` and `cols` of the product on all threads, from all of what their operands hold.
-    fn multiply(&self, a: &Operand, b: &Operand, rows: Range<usize>, cols: Range<usize>) {
-        let (mut task_rows, mut task_cols) = (8 * self.kernel.rows, 4 * self.kernel.cols);
-        let tasks = |task_rows, task_cols| rows.len().div_ceil(task_rows) * cols.len().div_ceil(task_cols);
-        let wanted = 8 * rayon::current_num_threads();
-        while tasks(task_rows, task_cols) < wanted && task_cols > self.kernel.cols {
-            task_cols /= 2;
-        }
-        while tasks(task_rows, task_cols) < wanted && task_rows > self.kernel.rows {
-            task_rows /= 2;
-        }
-        let down = rows.len().div_ceil(task_rows);
-        for_each_task(tasks(task_rows, task_cols), self.nanoseconds(), |task| {
+    /// `rows` and `cols` of the product on all threads. An operand that is not given is packed by the tasks.
+    fn multiply(&self, a: Option<&Operand>, b: Option<&Operand>, rows: Range<usize>, cols: Range<usize>) {
+        let (task_rows, task_cols) = self.task_size(a.is_none(), b.is_none(), rows.len(), cols.len());
+        let (down, across) = (rows.len().div_ceil(task_rows), cols.len().div_ceil(task_cols));
+        for_each_task(down * across, self.nanoseconds(), |task| {
             // One below the other, which read the same of `b`.
-            let (row, col) = (task % down * task_rows, task / down * task_cols);
-            let (task_rows, task_cols) = (row..rows.len().min(row + task_rows), col..cols.len().min(col + task_cols));
-            let of_c = |range: &Range<usize>, start: usize| start + range.start..start + range.end;
-            self.sum(of_c(&task_rows, rows.start), of_c(&task_cols, cols.start), |depths, add| {
-                add(a, b, task_rows.clone(), task_cols.clone(), depths);
+            let (row, col) = (rows.start + task % down * task_rows, cols.start + task / down * task_cols);
+            let (rows, cols) = (row..rows.end.min(row + task_rows), col..cols.end.min(col + task_cols));
+            self.sum(rows.clone(), cols.clone(), |depths, add| match (a, b) {
+                (Some(a), Some(b)) => add(a, b),
+                (None, Some(b)) => self.with_a(rows.clone(), depths, |a| add(&a, b)),
+                (Some(a), None) => self.with_b(cols.clone(), depths, |b| add(a, &b)),
+                (None, None) => unreachable!("at most one operand is packed by the tasks"),
             });
         });
     }
 
-    /// Computes a block of `c`: `runs` is called with each run of depths, and calls what adds the product of some rows,
-    /// columns and depths of two operands. Blocks that run at the same time must not overlap.
+    /// Rows and columns of a task: a piece of what is packed by tasks with all there is of the other operand, as long as
+    /// there are tasks for all threads, even if some are late.
+    fn task_size(&self, pieces_of_a: bool, pieces_of_b: bool, rows: usize, cols: usize) -> (usize, usize) {
+        let (tile_rows, tile_cols) = (self.kernel.rows, self.kernel.cols);
+        let mut size = [TILES_DOWN * tile_rows, TILES_ACROSS * tile_cols];
+        let mut least = [tile_rows, tile_cols];
+        if pieces_of_a {
+            (size[1], least) = (cols.min(LINES_PER_PIECE).next_multiple_of(tile_cols), [2 * tile_rows, 8 * tile_cols]);
+        }
+        if pieces_of_b {
+            (size[0], least) = (rows.min(LINES_PER_PIECE).next_multiple_of(tile_rows), [16 * tile_rows, tile_cols]);
+        }
+        // Pieces become narrower before they are packed several times.
+        let order = if pieces_of_a { [(0, tile_rows), (1, tile_cols)] } else { [(1, tile_cols), (0, tile_rows)] };
+        let wanted = 8 * rayon::current_num_threads();
+        for (axis, tile) in order {
+            while rows.div_ceil(size[0]) * cols.div_ceil(size[1]) < wanted && size[axis] > least[axis] {
+                size[axis] = (size[axis] / 2).next_multiple_of(tile);
+            }
+        }
+        (size[0], size[1])
+    }
+
+    /// Computes a block of `c`: `runs` is called with each run of depths, and calls what adds the product of the operands it
+    /// has for them. Blocks that run at the same time must not overlap.
     fn sum(&self, rows: Range<usize>, cols: Range<usize>, runs: impl Fn(Range<usize>, &mut AddProduct)) {
         let c = self.c.pointer.wrapping_add(rows.start * self.c.stride + cols.start);
         if C::DTYPE == crate::DType::F32 {
-            self.sum_at(rows.len(), cols.len(), c.cast(), self.c.stride, runs);
+            self.sum_at(&Block { rows, cols, c: c.cast(), stride: self.c.stride }, runs);
             return;
         }
         with_scratch(&WIDE_C, rows.len() * cols.len(), |wide| {
@@ -246,29 +268,21 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
             if self.accumulate {
                 wide.chunks_exact_mut(cols.len()).enumerate().for_each(|(row, wide)| convert(line(row), wide));
             }
-            self.sum_at(rows.len(), cols.len(), wide.as_mut_ptr(), cols.len(), runs);
+            let block = Block { rows, cols: cols.clone(), c: wide.as_mut_ptr(), stride: cols.len() };
+            self.sum_at(&block, runs);
             wide.chunks_exact(cols.len()).enumerate().for_each(|(row, wide)| convert(wide, line(row)));
         });
     }
 
-    /// The block in f32, at `c`.
-    fn sum_at(
-        &self,
-        rows: usize,
-        cols: usize,
-        c: *mut f32,
-        c_stride: usize,
-        runs: impl Fn(Range<usize>, &mut AddProduct),
-    ) {
+    fn sum_at(&self, block: &Block, runs: impl Fn(Range<usize>, &mut AddProduct)) {
         if self.a.cols == 0 && !self.accumulate {
+            let row = |row: usize| block.c.wrapping_add(row * block.stride);
             // SAFETY: rows of this block.
-            (0..rows).for_each(|row| unsafe { c.add(row * c_stride).write_bytes(0, cols) });
+            (0..block.rows.len()).for_each(|index| unsafe { row(index).write_bytes(0, block.cols.len()) });
         }
         for depths in ranges(0..self.a.cols, DEPTH_BLOCK) {
             let accumulate = self.accumulate || depths.start > 0;
-            runs(depths, &mut |a, b, rows, cols, depths| {
-                self.tiles(a, b, rows, cols, depths, c, c_stride, accumulate);
-            });
+            runs(depths.clone(), &mut |a, b| self.tiles(a, b, block, &depths, accumulate));
         }
     }
 
@@ -285,103 +299,114 @@ impl<'a, A: Float, B: Float, C: Float> Product<'a, A, B, C> {
             && self.c.rows <= 8 * self.kernel.rows
     }
 
-    fn a_in_place(&self, a: &Matrix<A>) -> Option<Operand> {
-        let pointer = a.as_f32().filter(|_| self.reads_a_in_place())?;
-        Some(Operand { pointer, lines: a.rows, order: Order::InPlace { line: a.row_stride, depth: a.col_stride } })
+    fn a_in_place(&self) -> Option<Operand> {
+        let pointer = self.a.as_f32().filter(|_| self.reads_a_in_place())?;
+        Some(Operand { pointer, order: Order::InPlace { line: self.a.row_stride, depth: self.a.col_stride } })
     }
 
-    fn b_in_place(&self, b: &Matrix<B>) -> Option<Operand> {
-        let pointer = b.as_f32().filter(|_| self.reads_b_in_place())?;
-        Some(Operand { pointer, lines: b.cols, order: Order::InPlace { line: 1, depth: b.row_stride } })
+    fn b_in_place(&self) -> Option<Operand> {
+        let pointer = self.b.as_f32().filter(|_| self.reads_b_in_place())?;
+        Some(Operand { pointer, order: Order::InPlace { line: 1, depth: self.b.row_stride } })
     }
 
-    /// `a` as the microkernel reads it, packed by this thread if need be.
-    fn with_a(&self, a: Matrix<A>, f: impl FnOnce(Operand)) {
+    /// Some rows and depths of `a` as the microkernel reads them, packed by this thread if need be.
+    fn with_a(&self, rows: Range<usize>, depths: Range<usize>, f: impl FnOnce(Operand)) {
         let width = self.kernel.rows;
-        match self.a_in_place(&a) {
+        match self.a_in_place() {
             Some(operand) => f(operand),
-            None => with_scratch(&PACKED_A, a.rows.next_multiple_of(width) * a.cols, |panels| {
-                pack(a, width, width, panels);
-                f(Operand::packed(panels, a.rows, a.cols, width, width));
+            None => with_scratch(&PACKED_A, rows.len().next_multiple_of(width) * depths.len(), |panels| {
+                pack(self.a.block(rows.clone(), depths.clone()), width, width, panels);
+                f(Operand::packed(panels, rows, depths, width, width));
             }),
         }
     }
 
-    /// Likewise `b`.
-    fn with_b(&self, b: Matrix<B>, f: impl FnOnce(Operand)) {
+    /// Likewise columns and depths of `b`.
+    fn with_b(&self, cols: Range<usize>, depths: Range<usize>, f: impl FnOnce(Operand)) {
         let (width, lanes) = (self.kernel.cols, self.kernel.lanes);
-        match self.b_in_place(&b) {
+        match self.b_in_place() {
             Some(operand) => f(operand),
-            None => with_scratch(&PACKED_B, b.cols.next_multiple_of(lanes) * b.rows, |panels| {
-                pack(b.transposed(), width, lanes, panels);
-                f(Operand::packed(panels, b.cols, b.rows, width, lanes));
+            None => with_scratch(&PACKED_B, cols.len().next_multiple_of(lanes) * depths.len(), |panels| {
+                pack(self.b.block(depths.clone(), cols.clone()).transposed(), width, lanes, panels);
+                f(Operand::packed(panels, cols, depths, width, lanes));
             }),
         }
     }
 
-    /// As [`Product::with_a`], packed by all threads.
-    fn share_a(&self, a: Matrix<A>, f: impl FnOnce(&Operand)) {
-        let width = self.kernel.rows;
-        match self.a_in_place(&a) {
-            Some(operand) => f(&operand),
-            None => SHARED_A.with(a.rows.next_multiple_of(width) * a.cols, |panels| {
-                pack_parallel(a, width, width, panels);
-                f(&Operand::packed(panels, a.rows, a.cols, width, width));
+    /// Some rows of `a` at all depths, packed by all threads if need be; nothing where the tasks pack pieces of it.
+    fn share_a(&self, rows: Range<usize>, in_pieces: bool, f: impl FnOnce(Option<&Operand>)) {
+        let (width, depths) = (self.kernel.rows, 0..self.a.cols);
+        match self.a_in_place() {
+            _ if in_pieces => f(None),
+            Some(operand) => f(Some(&operand)),
+            None => SHARED_A.with(rows.len().next_multiple_of(width) * depths.len(), |panels| {
+                pack_parallel(self.a.block(rows.clone(), depths.clone()), width, width, panels);
+                f(Some(&Operand::packed(panels, rows, depths, width, width)));
             }),
         }
     }
 
-    /// Likewise `b`.
-    fn share_b(&self, b: Matrix<B>, f: impl FnOnce(&Operand)) {
-        let (width, lanes) = (self.kernel.cols, self.kernel.lanes);
-        match self.b_in_place(&b) {
-            Some(operand) => f(&operand),
-            None => SHARED_B.with(b.cols.next_multiple_of(lanes) * b.rows, |panels| {
-                pack_parallel(b.transposed(), width, lanes, panels);
-                f(&Operand::packed(panels, b.cols, b.rows, width, lanes));
+    /// Likewise some columns of `b`.
+    fn share_b(&self, cols: Range<usize>, in_pieces: bool, f: impl FnOnce(Option<&Operand>)) {
+        let (width, lanes, depths) = (self.kernel.cols, self.kernel.lanes, 0..self.b.rows);
+        match self.b_in_place() {
+            _ if in_pieces => f(None),
+            Some(operand) => f(Some(&operand)),
+            None => SHARED_B.with(cols.len().next_multiple_of(lanes) * depths.len(), |panels| {
+                pack_parallel(self.b.block(depths.clone(), cols.clone()).transposed(), width, lanes, panels);
+                f(Some(&Operand::packed(panels, cols, depths, width, lanes)));
             }),
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "two operands, a part of them, and where it goes")]
-    fn tiles(
-        &self,
-        a: &Operand,
-        b: &Operand,
-        rows: Range<usize>,
-        cols: Range<usize>,
-        depths: Range<usize>,
-        c: *mut f32,
-        c_stride: usize,
-        accumulate: bool,
-    ) {
-        for tile_cols in ranges(cols.clone(), self.kernel.cols) {
-            let (b, _, b_depth_stride) = b.at(tile_cols.start, depths.start);
-            for tile_rows in ranges(rows.clone(), self.kernel.rows) {
-                let (a, a_row_stride, a_depth_stride) = a.at(tile_rows.start, depths.start);
-                let tile = Tile {
-                    depth: depths.len(),
-                    rows: tile_rows.len(),
-                    cols: tile_cols.len(),
-                    a,
-                    a_row_stride,
-                    a_depth_stride,
-                    b,
-                    b_depth_stride,
-                    c: c.wrapping_add((tile_rows.start - rows.start) * c_stride + tile_cols.start - cols.start),
-                    c_stride,
-                    accumulate,
-                };
-                // SAFETY: operands cover the tile's rows, columns and depth, `b` in whole vectors (packed panels are
-                // filled up; in place they are whole); the block of `c` is ours alone.
-                unsafe { self.kernel.run(&tile) }
+    /// Adds to a block, or writes, the product of some depths of the operands.
+    fn tiles(&self, a: &Operand, b: &Operand, block: &Block, depths: &Range<usize>, accumulate: bool) {
+        for rows in ranges(block.rows.clone(), TILES_DOWN * self.kernel.rows) {
+            for tile_cols in ranges(block.cols.clone(), self.kernel.cols) {
+                let (b, _, b_depth_stride) = b.at(tile_cols.start, depths.start);
+                for tile_rows in ranges(rows.clone(), self.kernel.rows) {
+                    let (a, a_row_stride, a_depth_stride) = a.at(tile_rows.start, depths.start);
+                    let tile = Tile {
+                        depth: depths.len(),
+                        rows: tile_rows.len(),
+                        cols: tile_cols.len(),
+                        a,
+                        a_row_stride,
+                        a_depth_stride,
+                        b,
+                        b_depth_stride,
+                        c: block.address(tile_rows.start, tile_cols.start),
+                        c_stride: block.stride,
+                        accumulate,
+                    };
+                    // SAFETY: operands cover the tile's rows, columns and depth, `b` in whole vectors (packed panels are
+                    // filled up; in place they are whole); the block of `c` is ours alone.
+                    unsafe { self.kernel.run(&tile) }
+                }
             }
         }
     }
 }
 
-/// Adds the product of rows, columns and depths of two operands to a block.
-type AddProduct<'f> = dyn FnMut(&Operand, &Operand, Range<usize>, Range<usize>, Range<usize>) + 'f;
+/// A block of the product in f32, exclusive to who computes it.
+struct Block {
+    rows: Range<usize>,
+    cols: Range<usize>,
+    /// Of its first element.
+    c: *mut f32,
+    /// Elements from row to row.
+    stride: usize,
+}
+
+impl Block {
+    /// The address of an element of the product that lies in the block.
+    fn address(&self, row: usize, col: usize) -> *mut f32 {
+        self.c.wrapping_add((row - self.rows.start) * self.stride + col - self.cols.start)
+    }
+}
+
+/// Adds the product of two operands to a block.
+type AddProduct<'f> = dyn FnMut(&Operand, &Operand) + 'f;
 
 /// `range` in pieces of `length`.
 fn ranges(range: Range<usize>, length: usize) -> impl Iterator<Item = Range<usize>> {
@@ -389,39 +414,39 @@ fn ranges(range: Range<usize>, length: usize) -> impl Iterator<Item = Range<usiz
     range.step_by(length).map(move |start| start..end.min(start + length))
 }
 
-/// Lines of an operand (rows of `a`, columns of `b`).
+/// Lines of an operand (rows of `a`, columns of `b`), or some of them at some depths.
 struct Operand {
     pointer: *const f32,
-    lines: usize,
     order: Order,
 }
 
 enum Order {
-    /// Where the matrix is: elements between lines and between depths.
+    /// All of it, where the matrix is: elements between lines and between depths.
     InPlace { line: usize, depth: usize },
-    /// In panels of `width` lines, `panel` elements apart, of which the last is as wide as whole `grain`s must be.
-    Packed { width: usize, grain: usize, panel: usize },
+    /// `lines` at `depths`, in panels of `width` lines, of which the last is as wide as whole `grain`s must be.
+    Packed { lines: Range<usize>, depths: Range<usize>, width: usize, grain: usize },
 }
 
 // SAFETY: it is only read, for as long as what it points to is borrowed by who made it.
 unsafe impl Sync for Operand {}
 
 impl Operand {
-    fn packed(panels: &[f32], lines: usize, depth: usize, width: usize, grain: usize) -> Self {
-        let order = Order::Packed { width, grain, panel: width * depth };
-        Operand { pointer: panels.as_ptr(), lines, order }
+    fn packed(panels: &[f32], lines: Range<usize>, depths: Range<usize>, width: usize, grain: usize) -> Self {
+        Operand { pointer: panels.as_ptr(), order: Order::Packed { lines, depths, width, grain } }
     }
 
     /// The address of an element, the first of a panel, and the elements from it to the next line and the next depth.
     fn at(&self, line: usize, depth: usize) -> (*const f32, usize, usize) {
-        match self.order {
+        match &self.order {
             Order::InPlace { line: line_stride, depth: depth_stride } => {
-                (self.pointer.wrapping_add(line * line_stride + depth * depth_stride), line_stride, depth_stride)
+                (self.pointer.wrapping_add(line * line_stride + depth * depth_stride), *line_stride, *depth_stride)
             }
-            Order::Packed { width, grain, panel } => {
-                debug_assert!(line.is_multiple_of(width) && line < self.lines);
-                let width_here = width.min((self.lines - line).next_multiple_of(grain));
-                (self.pointer.wrapping_add(line / width * panel + depth * width_here), 1, width_here)
+            Order::Packed { lines, depths, width, grain } => {
+                debug_assert!(lines.contains(&line) && depths.contains(&depth));
+                debug_assert!((line - lines.start).is_multiple_of(*width));
+                let width_here = (*width).min((lines.end - line).next_multiple_of(*grain));
+                let panel = (line - lines.start) * depths.len();
+                (self.pointer.wrapping_add(panel + (depth - depths.start) * width_here), 1, width_here)
             }
         }
     }

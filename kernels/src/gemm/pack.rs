@@ -16,6 +16,10 @@ use crate::simd::{Level, level};
 ///
 /// `source` has the lines as its rows.
 pub(super) fn pack<T: Float>(source: Matrix<T>, width: usize, grain: usize, panels: &mut [f32]) {
+    if source.row_stride == 1 {
+        copy_lines(source, width, grain, panels);
+        return;
+    }
     let (lines, depth) = (source.rows, source.cols);
     for (first, panel) in (0..lines).step_by(width).zip(panels.chunks_mut(width * depth)) {
         let count = width.min(lines - first);
@@ -24,11 +28,7 @@ pub(super) fn pack<T: Float>(source: Matrix<T>, width: usize, grain: usize, pane
         if count < width {
             panel.fill(0.0);
         }
-        if source.row_stride == 1 {
-            copy_lines(source, first, count, width, panel);
-        } else {
-            pack_transposed(source, first, count, width, panel);
-        }
+        pack_transposed(source, first, count, width, panel);
     }
 }
 
@@ -47,25 +47,61 @@ pub(super) fn pack_parallel<T: Float>(source: Matrix<T>, width: usize, grain: us
     });
 }
 
+/// Depths whose lines are copied at a time: their cache lines, which are often a power of two apart, fit a set of the
+/// first-level cache.
+const DEPTHS: usize = 8;
+
 multiversion! {
-    /// Copies lines `first..first + count`, which are next to each other at every depth, into a panel.
-    fn copy_lines<T: Float>(source: Matrix<T>, first: usize, count: usize, width: usize, panel: &mut [f32]) {
-        for (k, packed) in panel.chunks_exact_mut(width).enumerate() {
-            // In arrays, because a call to copy memory costs more than so few lines do.
-            let (arrays, rest) = source.contiguous_column(k, first, count).as_chunks::<SQUARE>();
-            let (packed_arrays, packed_rest) = packed[..count].as_chunks_mut::<SQUARE>();
-            for (packed, array) in packed_arrays.iter_mut().zip(arrays) {
-                *packed = array.map(T::to_f32);
-            }
-            for (packed, value) in packed_rest.iter_mut().zip(rest) {
-                *packed = value.to_f32();
+    /// [`pack`] where lines are next to each other at every depth. All panels get some depths before any gets the next,
+    /// so that a cache line of the source, which several panels need, is fetched once.
+    fn copy_lines<T: Float>(source: Matrix<T>, width: usize, grain: usize, panels: &mut [f32]) {
+        let (lines, depth) = (source.rows, source.cols);
+        for start in (0..depth).step_by(DEPTHS) {
+            let depths = start..depth.min(start + DEPTHS);
+            for first in (0..lines).step_by(width) {
+                let count = width.min(lines - first);
+                let width_here = count.next_multiple_of(grain);
+                let panel = &mut panels[first * depth..][..width_here * depth];
+                let packed = panel[depths.start * width_here..depths.end * width_here].chunks_exact_mut(width_here);
+                match count {
+                    // The widths of whole panels: a copy of a length that is known is no call.
+                    12 => copy_some::<T, 12>(source, first, depths.clone().zip(packed)),
+                    24 => copy_some::<T, 24>(source, first, depths.clone().zip(packed)),
+                    32 => copy_some::<T, 32>(source, first, depths.clone().zip(packed)),
+                    _ => depths.clone().zip(packed).for_each(|(k, packed)| {
+                        let (packed, padding) = packed.split_at_mut(count);
+                        let values = source.contiguous_column(k, first, count);
+                        packed.iter_mut().zip(values).for_each(|(packed, value)| *packed = value.to_f32());
+                        padding.fill(0.0);
+                    }),
+                }
             }
         }
     }
 }
 
+/// Copies lines `first..first + N` at each depth to where it goes.
+#[inline(always)]
+fn copy_some<'p, T: Float, const N: usize>(
+    source: Matrix<T>,
+    first: usize,
+    places: impl Iterator<Item = (usize, &'p mut [f32])>,
+) {
+    for (k, place) in places {
+        let (Some(values), Some(place)) =
+            (source.contiguous_column(k, first, N).first_chunk::<N>(), place.first_chunk_mut())
+        else {
+            unreachable!("both are of {N} lines")
+        };
+        *place = values.map(T::to_f32);
+    }
+}
+
 /// Lines and depths of the squares that are turned at a time.
 const SQUARE: usize = 8;
+/// Depths of a panel that are turned before the next.
+#[cfg(target_arch = "x86_64")]
+const TURNED: usize = 64;
 
 /// Copies lines `first..first + count`, whose elements are next to each other, across a panel.
 fn pack_transposed<T: Float>(source: Matrix<T>, first: usize, count: usize, width: usize, panel: &mut [f32]) {
@@ -74,10 +110,14 @@ fn pack_transposed<T: Float>(source: Matrix<T>, first: usize, count: usize, widt
     #[cfg(target_arch = "x86_64")]
     if level() >= Level::Avx2 && source.col_stride == 1 {
         (whole_lines, whole_depth) = (count / SQUARE * SQUARE, depth / SQUARE * SQUARE);
-        for line in (0..whole_lines).step_by(SQUARE) {
-            let lines = source.block(first + line..first + line + SQUARE, 0..depth);
-            // SAFETY: the machine has AVX2.
-            unsafe { turn_squares(lines, &mut panel[line..], width) }
+        // Part of the panel after part of it, so that it is in the first-level cache until all lines are in it.
+        for start in (0..whole_depth).step_by(TURNED) {
+            let depths = start..whole_depth.min(start + TURNED);
+            for line in (0..whole_lines).step_by(SQUARE) {
+                let lines = source.block(first + line..first + line + SQUARE, depths.clone());
+                // SAFETY: the machine has AVX2.
+                unsafe { turn_squares(lines, &mut panel[start * width + line..], width) }
+            }
         }
     }
     copy_elements(source, first, 0..whole_lines, whole_depth..depth, width, panel);

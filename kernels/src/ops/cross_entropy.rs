@@ -130,7 +130,7 @@ fn loss_of_row(logits: &mut [f32], label: u32, loss: CrossEntropy, gradient: boo
 }
 
 multiversion! {
-    fn logsumexp(logits: &[f32], scale: f32) -> f32 {
+    pub(super) fn logsumexp(logits: &[f32], scale: f32) -> f32 {
         let most = max(logits) * scale;
         most + sum(logits.len(), |index| exp(logits[index] * scale - most)).ln()
     }

@@ -3,7 +3,7 @@
 use super::{check_dtype, check_shape};
 use crate::driver::Product;
 use crate::float::{Float, with_float};
-use crate::gemm::{Matrix, MatrixMut, gemm};
+use crate::gemm::{Matrix, MatrixMut, Prepared, gemm, gemm_prepared};
 use crate::{DType, Device, Result, View, ViewMut};
 
 /// `y[N,O] = x[N,I] · w[O,I]ᵀ`, plus the old `y` if `accumulate`. `y` may be f32 where `x` and `w` are bf16.
@@ -20,6 +20,31 @@ pub fn linear_forward(x: View, w: View, y: ViewMut, accumulate: bool) -> Result<
             gemm(x, w, MatrixMut::<Y>::from_view(y), accumulate);
         })),
     }
+    Ok(())
+}
+
+/// A weight `[O,I]` that many products will take: on the CPU a copy in the order in which they read it, in f32.
+pub struct PreparedWeight(Prepared);
+
+impl PreparedWeight {
+    /// Nothing where products are no faster for it: on GPUs.
+    pub fn new(w: View) -> Option<Self> {
+        match w.device() {
+            Device::Gpu(_) => None,
+            Device::Cpu(_) => Some(with_float!(w.dtype(), T => {
+                PreparedWeight(Prepared::new(Matrix::<T>::from_view(w).transposed()))
+            })),
+        }
+    }
+}
+
+/// As [`linear_forward`], with the same bits.
+pub fn linear_forward_prepared(x: View, w: &PreparedWeight, y: ViewMut) -> Result<()> {
+    check_shape!(x, y.rows(), w.0.depth());
+    check_shape!(y, x.rows(), w.0.cols());
+    with_float!(x.dtype(), T => with_float!(y.dtype(), Y => {
+        gemm_prepared(Matrix::<T>::from_view(x), &w.0, MatrixMut::<Y>::from_view(y));
+    }));
     Ok(())
 }
 

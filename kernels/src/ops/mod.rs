@@ -7,6 +7,7 @@ mod activation;
 mod adafactor;
 mod adamw;
 mod attention;
+mod cached_attention;
 mod cast;
 mod cross_entropy;
 mod elementwise;
@@ -18,14 +19,17 @@ mod relative_bias;
 mod residual;
 mod rms_norm;
 mod slots;
+mod top_tokens;
 
 pub use activation::{gated_gelu_backward, gated_gelu_forward, relu_backward, relu_forward};
 pub use adafactor::{Adafactor, adafactor};
 pub use adamw::{AdamW, adamw};
 pub use attention::{Attention, AttentionGradients, attention_backward, attention_forward};
+pub use cached_attention::{CachedAttention, cached_attention};
 pub use cast::cast;
 pub use cross_entropy::{CrossEntropy, IGNORED_LABEL, cross_entropy_forward, cross_entropy_forward_backward};
 pub use embedding::{embedding_backward, embedding_forward};
+pub use linear::{PreparedWeight, linear_forward_prepared};
 pub use linear::{linear_backward_input, linear_backward_input_scaled, linear_backward_weight};
 pub use linear::{linear_forward, linear_forward_scaled};
 pub(crate) use modules::{KernelModule, modules};
@@ -34,6 +38,7 @@ pub use relative_bias::{RelativeBuckets, relative_bias_backward, relative_bias_f
 pub use residual::{dropout, residual_forward};
 pub use rms_norm::{rms_norm_backward, rms_norm_forward};
 pub use slots::{FactoredMoments, TensorSlot, TensorSlots};
+pub use top_tokens::{TopTokens, top_tokens};
 
 /// A wrong shape is a bug of the caller.
 macro_rules! check_shape {

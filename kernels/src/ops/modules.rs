@@ -24,8 +24,8 @@ pub(crate) fn modules() -> Vec<KernelModule> {
 /// The types that an operation compiles its source for.
 fn elements(source: &str) -> &'static [DType] {
     match source {
-        // What the optimizer reads and writes is f32; types of copies are arguments.
-        "adafactor" | "adamw" | "norm" => &[DType::F32],
+        // What the optimizer reads and writes is f32, and so are logits; types of copies are arguments.
+        "adafactor" | "adamw" | "norm" | "top_tokens" => &[DType::F32],
         _ => &[DType::F32, DType::Bf16, DType::F16],
     }
 }
@@ -38,6 +38,7 @@ fn constants(source: &str, element: DType) -> Vec<Vec<(&'static str, u32)>> {
             let of_size = |size| tf32.iter().map(move |&tf32| vec![("HEAD_SIZE", size), ("TF32", tf32)]);
             [32, 64, 128].into_iter().flat_map(of_size).collect()
         }
+        "cached_attention" => [32, 64, 128].map(|size| vec![("HEAD_SIZE", size)]).to_vec(),
         "cast" => (0..3).map(|to| vec![("TO", to)]).collect(),
         "rms_norm" => {
             let mut teams: Vec<_> = [256, 512, 768, 1024, 2048, 4096].map(rms_norm::constants).to_vec();

@@ -36,6 +36,7 @@ pub(super) fn all(bench: &mut Bench) -> Result<()> {
         cross_entropy(bench, rows, width, vocabulary)?;
     }
     relative_bias(bench)?;
+    super::decoding::all(bench)?;
     super::attention::all(bench)
 }
 

@@ -8,6 +8,7 @@
 
 mod attention;
 mod cases;
+mod decoding;
 mod updates;
 
 use std::hash::{DefaultHasher, Hash, Hasher};

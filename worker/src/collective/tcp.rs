@@ -7,11 +7,12 @@
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::ops::Range;
+use std::sync::mpsc::{self, Receiver};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::rendezvous::{self, Interrupter, Listener, Membership};
-use super::tree::{Node, TreeSum, add, merge_plan, nodes_of};
+use super::tree::{Node, TreeSum, merge_plan, nodes_of};
 use super::wire::{Ciphers, Wire};
 use crate::{Error, Result};
 
@@ -201,6 +202,9 @@ impl Mesh {
     }
 
     /// See [`super::Collective::all_reduce_tree`].
+    ///
+    /// A rank sends every other what it has of that one's slice, adds up its own slice chunk by chunk, and sends each
+    /// chunk's total on while the next one comes in.
     pub(super) fn all_reduce_tree(
         &mut self,
         step: u64,
@@ -209,78 +213,52 @@ impl Mesh {
         output: &mut [f32],
     ) -> Result<()> {
         let plan = Plan::new(sum, ranges, self.rank, output.len());
-        self.reduce_scatter(step, sum, &plan, output)?;
-        self.all_gather(step, &plan, output)
-    }
-
-    /// Leaves the total of this rank's slice in `output`.
-    fn reduce_scatter(&mut self, step: u64, sum: &TreeSum, plan: &Plan, output: &mut [f32]) -> Result<()> {
         let (rank, generation) = (self.rank as usize, self.generation);
-        let header = move |length| Header { tag: Tag::Contribution, generation, step, length };
-        let own_slice = plan.slices[rank].clone();
+        let header = move |tag, length| Header { tag, generation, step, length };
+        let total_header = move |slice: &Range<usize>| header(Tag::Total, (slice.len() * size_of::<f32>()) as u64);
+        let mut slices = plan.split(output);
+        let own_totals = std::mem::take(&mut slices[rank]);
+        let (senders, totals): (Vec<_>, Vec<_>) = plan.slices.iter().map(|_| mpsc::channel()).unzip();
+        let totals: Vec<Mutex<Receiver<&[f32]>>> = totals.into_iter().map(Mutex::new).collect();
         let mut scratch = std::mem::take(&mut self.scratch);
-        scratch.resize(plan.nodes.len() * CHUNK.min(own_slice.len()), 0.0);
         let result = self.exchange(
             |writer| {
-                let slice = plan.slices[writer.peer as usize].clone();
-                writer.write_header(header(plan.contribution_bytes(rank, &slice)))?;
+                let peer = writer.peer as usize;
+                let slice = plan.slices[peer].clone();
+                writer.write_header(header(Tag::Contribution, plan.contribution_bytes(rank, &slice)))?;
                 for chunk in chunks(slice) {
                     for (_, partial) in sum.nodes() {
                         writer.write(bytemuck::cast_slice(&partial[chunk.clone()]))?;
                     }
                 }
-                Ok(())
+                writer.write_header(total_header(&plan.slices[rank]))?;
+                let totals = totals[peer].lock().unwrap_or_else(PoisonError::into_inner);
+                totals.iter().try_for_each(|total| writer.write(bytemuck::cast_slice(total)))
             },
             |readers| {
+                // Moved in, so that the writers' channels end when this does, in whatever way.
+                let senders = senders;
                 for reader in readers.iter_mut() {
-                    let bytes = plan.contribution_bytes(reader.peer as usize, &own_slice);
-                    reader.expect_header(header(bytes))?;
+                    let bytes = plan.contribution_bytes(reader.peer as usize, &plan.slices[rank]);
+                    reader.expect_header(header(Tag::Contribution, bytes))?;
                 }
-                for chunk in chunks(own_slice.clone()) {
-                    let mut slots: Vec<&mut [f32]> = scratch.chunks_exact_mut(chunk.len()).collect();
-                    for (slot, (_, partial)) in slots[plan.slots[rank].clone()].iter_mut().zip(sum.nodes()) {
-                        slot.copy_from_slice(&partial[chunk.clone()]);
-                    }
-                    for reader in readers.iter_mut() {
-                        for slot in &mut slots[plan.slots[reader.peer as usize].clone()] {
-                            reader.read(bytemuck::cast_slice_mut(slot))?;
-                        }
-                    }
-                    for &(left, right) in &plan.merges {
-                        let (lefts, rights) = slots.split_at_mut(right);
-                        add(lefts[left], rights[0]);
-                    }
-                    output[chunk].copy_from_slice(slots[0]);
+                for (chunk, total) in chunks(plan.slices[rank].clone()).zip(own_totals.chunks_mut(CHUNK)) {
+                    plan.sum_chunk(rank, sum, chunk, &mut scratch, readers, total)?;
+                    let total: &[f32] = total;
+                    // A writer that is gone has failed, which `exchange` tells.
+                    senders.iter().for_each(|sender| sender.send(total).unwrap_or_default());
+                }
+                drop(senders);
+                for reader in readers {
+                    let peer = reader.peer as usize;
+                    reader.expect_header(total_header(&plan.slices[peer]))?;
+                    reader.read(bytemuck::cast_slice_mut(&mut *slices[peer]))?;
                 }
                 Ok(())
             },
         );
         self.scratch = scratch;
         result
-    }
-
-    /// Sends this rank's slice of `output` to all, and fills in theirs.
-    fn all_gather(&mut self, step: u64, plan: &Plan, output: &mut [f32]) -> Result<()> {
-        let (rank, generation) = (self.rank as usize, self.generation);
-        let header =
-            move |slice: &[f32]| Header { tag: Tag::Total, generation, step, length: size_of_val(slice) as u64 };
-        let mut slices = plan.split(output);
-        let own_slice = std::mem::take(&mut slices[rank]);
-        let own_slice: &[f32] = own_slice;
-        self.exchange(
-            |writer| {
-                writer.write_header(header(own_slice))?;
-                writer.write(bytemuck::cast_slice(own_slice))
-            },
-            |readers| {
-                for reader in readers {
-                    let slice = &mut *slices[reader.peer as usize];
-                    reader.expect_header(header(slice))?;
-                    reader.read(bytemuck::cast_slice_mut(slice))?;
-                }
-                Ok(())
-            },
-        )
     }
 
     /// See [`super::Collective::gather_bytes`].
@@ -411,6 +389,38 @@ impl Plan {
         Self { nodes, slots, merges, slices }
     }
 
+    /// Reads what the others have of a chunk of this rank's slice, and writes the sum of it and what this rank has.
+    fn sum_chunk(
+        &self,
+        rank: usize,
+        sum: &TreeSum,
+        chunk: Range<usize>,
+        scratch: &mut Vec<f32>,
+        readers: &mut [Half],
+        total: &mut [f32],
+    ) -> Result<()> {
+        scratch.resize(self.nodes.len() * CHUNK, 0.0);
+        let mut received: Vec<&mut [f32]> =
+            scratch.chunks_exact_mut(CHUNK).map(|slot| &mut slot[..chunk.len()]).collect();
+        for reader in readers.iter_mut() {
+            for slot in &mut received[self.slots[reader.peer as usize].clone()] {
+                reader.read(bytemuck::cast_slice_mut(slot))?;
+            }
+        }
+        // This rank's own are read where they are, until something is added to them.
+        let mut values: Vec<Value> = received.into_iter().map(Value::Received).collect();
+        for (value, (_, partial)) in values[self.slots[rank].clone()].iter_mut().zip(sum.nodes()) {
+            *value = Value::Own(&partial[chunk.clone()]);
+        }
+        for &(left, right) in &self.merges {
+            let addend = std::mem::replace(&mut values[right], Value::Own(&[]));
+            let augend = std::mem::replace(&mut values[left], Value::Own(&[]));
+            values[left] = augend.plus(addend);
+        }
+        total.copy_from_slice(values[0].as_slice());
+        Ok(())
+    }
+
     /// Bytes that `rank` sends to the owner of `slice`.
     fn contribution_bytes(&self, rank: usize, slice: &Range<usize>) -> u64 {
         (self.slots[rank].len() * slice.len() * size_of::<f32>()) as u64
@@ -424,6 +434,36 @@ impl Plan {
             elements = rest;
         }
         parts
+    }
+}
+
+/// A node's values in a chunk.
+enum Value<'a> {
+    Own(&'a [f32]),
+    /// In memory that a sum may take the place of.
+    Received(&'a mut [f32]),
+}
+
+impl Value<'_> {
+    fn as_slice(&self) -> &[f32] {
+        match self {
+            Value::Own(values) => values,
+            Value::Received(values) => values,
+        }
+    }
+
+    fn plus(self, right: Self) -> Self {
+        match (self, right) {
+            (Value::Received(left), right) => {
+                left.iter_mut().zip(right.as_slice()).for_each(|(left, right)| *left += right);
+                Value::Received(left)
+            }
+            (Value::Own(left), Value::Received(right)) => {
+                right.iter_mut().zip(left).for_each(|(right, left)| *right += left);
+                Value::Received(right)
+            }
+            (Value::Own(_), Value::Own(_)) => unreachable!("siblings inside a rank's range are added up already"),
+        }
     }
 }
 

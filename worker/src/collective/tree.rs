@@ -199,13 +199,6 @@ fn take_blocks(sum: &mut [f32], addend: &mut [f32]) {
     });
 }
 
-/// `sum += addend`, element by element.
-pub(super) fn add(sum: &mut [f32], addend: &[f32]) {
-    for (s, a) in sum.iter_mut().zip(addend) {
-        *s += *a;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,10 +1,9 @@
-//! `quintet bench`: how fast a training step is, as a share of what this machine's matrix products allow.
+//! `quintet bench step`: how fast a training step is, as a share of what this machine's matrix products allow.
 
-use std::path::Path;
 use std::time::Instant;
 
 use quintet_kernels::{DType, Device, inventory, ops};
-use quintet_t5::{Batch, BatchShape, Model, Parameters, preset, training_flops};
+use quintet_t5::{Batch, BatchShape, training_flops};
 use quintet_worker::adapter::Adapter;
 use quintet_worker::collective::Collective;
 use quintet_worker::gradient::StepGradient;
@@ -13,17 +12,12 @@ use quintet_worker::replica::Replica;
 use quintet_worker::{LoraConfig, Precision, TrainingConfig};
 use serde_json::json;
 
-use crate::args::{BenchArguments, BenchCommand, BenchStepArguments};
-use crate::commands::{bench_data, on_threads, print_json};
+use super::model::{batch, length, open, precision, sum};
+use super::{median, require_positive};
+use crate::args::BenchStepArguments;
+use crate::commands::print_json;
 use crate::device::Decision;
-use crate::error::{Failure, Result, exit};
-
-pub(crate) fn run(arguments: BenchArguments) -> Result<u8> {
-    match arguments.command {
-        BenchCommand::Data(arguments) => bench_data::run(&arguments),
-        BenchCommand::Step(arguments) => on_threads(arguments.threads, || step(&arguments).map(|()| exit::DONE)),
-    }
-}
+use crate::error::{Failure, Result};
 
 /// The timed steps are divided into so many rounds, whose median counts: a hiccup of the machine spoils one of them.
 const ROUNDS: usize = 5;
@@ -33,25 +27,16 @@ fn warm_up_steps(device: &Device) -> usize {
     if device.name() == "cuda" { 10 } else { 2 }
 }
 
-fn step(arguments: &BenchStepArguments) -> Result<()> {
-    for (flag, value) in [
+pub(super) fn run(arguments: &BenchStepArguments) -> Result<()> {
+    require_positive(&[
         ("--batch-size", arguments.batch_size),
         ("--source-length", arguments.source_length),
         ("--target-length", arguments.target_length),
         ("--steps", arguments.steps),
-    ] {
-        if value == 0 {
-            return Err(Failure::bad_input(format!("{flag} must be at least 1")));
-        }
-    }
+    ])?;
     let decision = Decision::new(arguments.device.into(), 0)?;
     eprintln!("{}", decision.line());
-    let precision = match &arguments.precision {
-        None => Precision::default_on(decision.choice),
-        Some(name) => {
-            serde_json::from_value(json!(name)).map_err(|error| Failure::bad_input(format!("--precision: {error}")))?
-        }
-    };
+    let precision = precision(arguments.precision.as_deref(), decision.choice)?;
     let device = decision.open()?;
     let (model, weights) = open(&device, &arguments.model)?;
     let training =
@@ -148,8 +133,7 @@ impl Stepper {
             device.synchronize()?;
             seconds.push(started.elapsed().as_secs_f64() / steps as f64);
         }
-        seconds.sort_by(f64::total_cmp);
-        Ok(seconds[rounds / 2])
+        Ok(median(seconds))
     }
 
     fn step(&mut self, batch: &Batch) -> Result<()> {
@@ -166,62 +150,13 @@ impl Stepper {
     }
 }
 
-/// A preset with fresh weights, or a directory.
-fn open(device: &Device, name: &str) -> Result<(Model, Parameters)> {
-    if let Some(config) = preset(name) {
-        let model = Model::new(device, config)?;
-        let mut weights = model.zero_parameters(DType::F32)?;
-        quintet_t5::initialize(model.config(), 42, &mut weights)?;
-        return Ok((model, weights));
-    }
-    let directory = Path::new(name);
-    if !directory.is_dir() {
-        let known = quintet_t5::PRESETS.join(", ");
-        return Err(Failure::bad_input(format!("--model {name}: neither a directory nor one of {known}")));
-    }
-    Ok(quintet_t5::load_pretrained(device, directory)?)
-}
-
-/// How long the examples are: all of full length, or any length from a quarter of it on, spread evenly. The latter by a
-/// formula that benchmarks/step_torch.py has too.
+/// How long the examples are.
 fn shape(arguments: &BenchStepArguments) -> BatchShape {
-    let length = |full: usize, row: usize, spread: u64| {
-        let least = full.div_ceil(4);
-        let fraction = (row as u64 + 1) * spread % (1 << 32);
-        if arguments.ragged { least + ((fraction * (full - least + 1) as u64) >> 32) as usize } else { full }
-    };
     let lengths = |row: usize| {
-        let source = length(arguments.source_length, row, 2_654_435_761);
-        (source, length(arguments.target_length, row, 2_246_822_519))
+        let source = length(arguments.source_length, row, 2_654_435_761, arguments.ragged);
+        (source, length(arguments.target_length, row, 2_246_822_519, arguments.ragged))
     };
     BatchShape { lengths: (0..arguments.batch_size).map(lengths).collect() }
-}
-
-fn sum(shape: &BatchShape, length: impl Fn(&(usize, usize)) -> usize) -> usize {
-    shape.lengths.iter().map(length).sum()
-}
-
-/// Examples of arbitrary tokens.
-fn batch(model: &Model, shape: &BatchShape) -> Result<Batch> {
-    let vocab = model.config().vocab_size as u64;
-    let ids = |count: usize, salt: u64| -> Vec<u32> {
-        (0..count as u64).map(|index| ((index * 2_654_435_761 + salt * 40_503) % vocab) as u32).collect()
-    };
-    let offsets = |length: fn(&(usize, usize)) -> usize| -> Vec<u32> {
-        let ends = shape.lengths.iter().scan(0, |end, lengths| {
-            *end += length(lengths) as u32;
-            Some(*end)
-        });
-        std::iter::once(0).chain(ends).collect()
-    };
-    Ok(Batch::new(
-        model.device(),
-        &ids(sum(shape, |lengths| lengths.0), 1),
-        &offsets(|lengths| lengths.0),
-        &ids(sum(shape, |lengths| lengths.1), 2),
-        &offsets(|lengths| lengths.1),
-        model.config().decoder_start_token_id,
-    )?)
 }
 
 /// What a GPU's tensor cores can do by its datasheet, without sparsity, in FLOP/s: what the published utilisations are

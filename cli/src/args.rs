@@ -32,6 +32,8 @@ pub(crate) enum Command {
     Evaluate(EvaluateArguments),
     /// Text out of a model.
     Generate(GenerateArguments),
+    /// A job file from the arguments of a Hugging Face training.
+    ImportArgs(ImportArguments),
     /// A model with an adapter folded into it, as a model directory.
     Merge(MergeArguments),
     /// Look at a data source, or write a built-in one as JSON lines.
@@ -178,24 +180,27 @@ pub(crate) struct TokensArguments {
 
 #[derive(Args)]
 pub(crate) struct EvaluateArguments {
-    /// A model directory in Hugging Face's layout, or an adapter that names its model.
-    #[arg(long, value_name = "DIR", required_unless_present = "predictions")]
+    /// A model directory in Hugging Face's layout, a repository of the hub, or an adapter that names its model.
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["predictions", "compare"])]
     pub(crate) model: Option<PathBuf>,
     /// An adapter of that model, in PEFT's layout.
     #[arg(long, value_name = "DIR", requires = "model")]
     pub(crate) adapter: Option<PathBuf>,
     /// The examples.
-    #[arg(long, value_name = "FILE", required_unless_present = "predictions")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["predictions", "compare"])]
     pub(crate) data: Option<String>,
     /// Template of the input over a record's fields.
-    #[arg(long, value_name = "TEMPLATE", required_unless_present = "predictions")]
+    #[arg(long, value_name = "TEMPLATE", required_unless_present_any = ["predictions", "compare"])]
     pub(crate) input: Option<String>,
     /// Template of the target.
-    #[arg(long, value_name = "TEMPLATE", required_unless_present = "predictions")]
+    #[arg(long, value_name = "TEMPLATE", required_unless_present_any = ["predictions", "compare"])]
     pub(crate) target: Option<String>,
     /// Score lines of {"prediction", "target"} without a model.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "data", "input", "target"])]
     pub(crate) predictions: Option<PathBuf>,
+    /// Scores of several files of predictions, or directories of runs, side by side and against the first.
+    #[arg(long, value_name = "RUN", num_args = 1.., conflicts_with_all = ["model", "data", "input", "target", "predictions"])]
+    pub(crate) compare: Vec<PathBuf>,
     /// A tokenizer other than the model's.
     #[arg(long)]
     pub(crate) tokenizer: Option<String>,
@@ -222,7 +227,7 @@ pub(crate) struct EvaluateArguments {
 
 #[derive(Args)]
 pub(crate) struct GenerateArguments {
-    /// A model directory in Hugging Face's layout, or an adapter that names its model.
+    /// A model directory in Hugging Face's layout, a repository of the hub, or an adapter that names its model.
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
     /// An adapter of that model, in PEFT's layout.
@@ -296,6 +301,16 @@ pub(crate) struct GenerationFlags {
     /// Of sampling.
     #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,
+}
+
+#[derive(Args)]
+pub(crate) struct ImportArguments {
+    /// TrainingArguments (of to_dict), a LoraConfig (adapter_config.json) or a GenerationConfig, as JSON.
+    #[arg(required = true, value_name = "FILE")]
+    pub(crate) files: Vec<PathBuf>,
+    /// Print the job and what was not converted as one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Args)]

@@ -5,18 +5,21 @@ use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use quintet_coordinator::admission::Admission;
-use quintet_coordinator::files::RunFiles;
+use quintet_coordinator::files::{CutOff, RunFiles};
+use quintet_coordinator::journal::Identity;
 use quintet_coordinator::secret::Secret;
 use quintet_coordinator::server::Run;
-use quintet_coordinator::state::{Selection, Settings};
+use quintet_coordinator::state::{Record, Selection, Settings};
 use quintet_data::{Splits, Tokenizer, TokenizerSpec};
 use quintet_identity::Authority;
 use quintet_kernels::Device;
 use quintet_worker::{Metric, adapter, checkpoint, replica};
 
 use crate::error::{Failure, Result};
+use crate::hub::{self, LocalModel};
 use crate::job::{self, Job};
 
 /// A run that is ready to be served.
@@ -44,10 +47,10 @@ pub(crate) struct Door {
 }
 
 impl Door {
-    /// In plain text on this machine, or where somebody takes the risk; by certificates elsewhere.
-    fn admission(&self, output_dir: &Path) -> Result<Admission> {
+    /// By `run_token` in plain text on this machine, or where somebody takes the risk; by certificates elsewhere.
+    fn admission(&self, output_dir: &Path, run_token: Secret) -> Result<Admission> {
         if quintet_identity::is_private(self.address.ip()) || self.insecure_plaintext {
-            return Ok(Admission::Secret(Secret::generate()?));
+            return Ok(Admission::Secret(run_token));
         }
         let own = security_directory(output_dir);
         let authority = Authority::open(self.authority.as_deref().unwrap_or(&own), &own)?;
@@ -63,23 +66,36 @@ pub(crate) fn security_directory(output_dir: &Path) -> PathBuf {
 /// Every how many steps the replicas' weights are compared, where several could differ.
 const DIGEST_STEPS: u64 = 100;
 
-pub(crate) fn prepare(job: Job, resume: bool, door: Door) -> Result<Prepared> {
+/// How a run is served.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Serving {
+    /// Go on from the newest checkpoint.
+    pub(crate) resume: bool,
+    /// Or, where a coordinator was cut off whose workers may still live, from where that was.
+    pub(crate) take_over: bool,
+    /// That was tried, and nobody came back.
+    pub(crate) from_checkpoint: bool,
+    /// Worker processes are children of this one.
+    pub(crate) launches: bool,
+}
+
+pub(crate) fn prepare(job: Job, serving: Serving, door: &Door) -> Result<Prepared> {
     let base = working_directory()?;
     let splits = Splits::load(&job.data, &base, job.training.seed)?;
+    let pretrained = pretrained(&job, &base)?;
     let lock = lock(&job.output_dir)?;
     // A run that has committed nothing is none: what stopped it can be put right and the job started again.
-    let resume = resume && holds_work(&job.output_dir);
-    let tokenizer = Arc::new(run_tokenizer(&job, &base, &splits, resume)?);
-    let trainable = check_model(&job, &tokenizer)?;
+    let resume = serving.resume && holds_work(&job.output_dir);
+    let tokenizer = Arc::new(run_tokenizer(&job, &base, pretrained.as_ref(), &splits, resume)?);
+    let trainable = check_model(&job, pretrained.as_ref(), &tokenizer)?;
     let splits = splits.tokenized(&tokenizer)?;
     let schedule = job.training.steps(splits.order().positions())?;
     let eval_steps = eval_steps(&job, &splits, schedule.total_steps)?;
-    let directory = RunDirectory::open(&job, resume)?;
-    directory.write(&job, &tokenizer)?;
-    let (files, start_generation) = match resume {
-        true => RunFiles::resume(&job.output_dir, directory.start_step)?,
-        false => (RunFiles::create(&job.output_dir)?, 0),
-    };
+    if resume {
+        check_same_job(&job)?;
+    }
+    let started = Started::open(&job, Serving { resume, ..serving })?;
+    write_job(&job, &tokenizer)?;
     let selection = selection(&job, eval_steps)?;
     let past_evaluations = match selection {
         Some(_) if resume => RunFiles::evaluations(&job.output_dir)?,
@@ -90,27 +106,38 @@ pub(crate) fn prepare(job: Job, resume: bool, door: Door) -> Result<Prepared> {
         dataset_fingerprint: splits.fingerprint(),
         workers_expected: job.cluster.workers(),
         workers_min: job.cluster.min_workers,
-        heartbeat_timeout_ms: job.cluster.heartbeat_timeout_ms(),
-        step_timeout_ms: job.cluster.step_timeout_ms(),
+        join_timeout_ms: milliseconds(job.cluster.join_timeout_seconds),
+        reconnect_timeout_ms: milliseconds(job.cluster.reconnect_timeout_seconds),
+        restarts_max: serving.launches.then_some(job.cluster.max_restarts),
+        heartbeat_timeout_ms: milliseconds(job.cluster.heartbeat_timeout_seconds),
+        step_timeout_ms: milliseconds(job.cluster.step_timeout_seconds),
         logging_steps: job.training.logging_steps,
         eval_steps,
         save_steps: Some(job.training.save_steps.unwrap_or(schedule.total_steps)),
         digest_steps: Some(DIGEST_STEPS),
-        start_step: directory.start_step,
-        start_generation,
+        start_step: started.step,
+        start_step_generation: started.step_generation,
+        start_generation: started.generation,
         selection,
         past_evaluations,
     };
     let run = Run {
         settings,
-        job_json: serde_json::to_string(&job).map_err(|error| Failure::failed(error.to_string()))?,
+        job_json: for_workers(&job, pretrained.as_ref())?,
         tokenizer_json: tokenizer.to_json(),
-        admission: door.admission(&job.output_dir)?,
-        collective_token: Secret::generate()?,
+        admission: door.admission(&job.output_dir, started.identity.run_token)?,
+        collective_token: started.identity.collective_token,
+        taken_over: started.taken_over,
+        storage_timeout: Duration::from_secs_f64(job.cluster.storage_timeout_seconds),
         insecure: door.insecure_plaintext,
     };
-    let RunDirectory { start_step, warnings } = directory;
-    Ok(Prepared { job, run, files, total_steps: schedule.total_steps, start_step, trainable, warnings, lock })
+    let Started { files, step, warnings, .. } = started;
+    let total_steps = schedule.total_steps;
+    Ok(Prepared { job, run, files, total_steps, start_step: step, trainable, warnings, lock })
+}
+
+fn milliseconds(seconds: f64) -> u64 {
+    (seconds * 1000.0) as u64
 }
 
 /// How often to evaluate: at the end, unless the job asks for more, and never without data.
@@ -122,6 +149,11 @@ fn eval_steps(job: &Job, splits: &Splits, total_steps: u64) -> Result<Option<u64
             "training.eval_steps: there is nothing to evaluate on; give data.validation or data.validation_split",
         )),
     }
+}
+
+/// The model that the job begins with, on this machine.
+pub(crate) fn pretrained(job: &Job, base: &Path) -> Result<Option<LocalModel>> {
+    job.model.pretrained.as_ref().map(|name| hub::model("model.pretrained", name, base)).transpose()
 }
 
 /// What follows from the best evaluation, if anything does.
@@ -157,16 +189,22 @@ pub(crate) fn working_directory() -> Result<PathBuf> {
 }
 
 /// The tokenizer of a run: on resuming the one it began with, else the job's, trained on the data if it says so.
-pub(crate) fn run_tokenizer(job: &Job, base: &Path, splits: &Splits, resume: bool) -> Result<Tokenizer> {
+pub(crate) fn run_tokenizer(
+    job: &Job,
+    base: &Path,
+    pretrained: Option<&LocalModel>,
+    splits: &Splits,
+    resume: bool,
+) -> Result<Tokenizer> {
     let kept = tokenizer_file(job);
     if resume && kept.is_file() {
         let text = fs::read_to_string(&kept)
             .map_err(|error| Failure::failed(format!("{}: cannot read: {error}", kept.display())))?;
         return Ok(Tokenizer::from_json(&text)?);
     }
-    let spec = match (&job.model.tokenizer, &job.model.pretrained) {
+    let spec = match (&job.model.tokenizer, pretrained) {
         (Some(tokenizer), _) => TokenizerSpec::parse(tokenizer, base),
-        (None, Some(pretrained)) => TokenizerSpec::Path(base.join(pretrained)),
+        (None, Some(pretrained)) => TokenizerSpec::Path(pretrained.directory.clone()),
         (None, None) => return Err(Failure::bad_input("model.tokenizer: fresh weights need one, such as \"byt5\"")),
     };
     let vocab_size = job.model.architecture.as_ref().and_then(|keys| keys.get("vocab_size")?.as_u64());
@@ -177,20 +215,22 @@ fn tokenizer_file(job: &Job) -> PathBuf {
     job.output_dir.join("tokenizer.json")
 }
 
+/// The job as workers get it: with the commit of a hub's model, so that all of them load the same one.
+fn for_workers(job: &Job, pretrained: Option<&LocalModel>) -> Result<String> {
+    let mut job = job.clone();
+    job.model.pretrained = pretrained.map(|model| model.name.clone());
+    serde_json::to_string(&job).map_err(|error| Failure::failed(error.to_string()))
+}
+
 /// Finds a wrong model before any process starts. A directory's weights are checked by the workers that load them. For a
 /// LoRA run, a line that says how much is trained, as PEFT's `print_trainable_parameters` has it.
-fn check_model(job: &Job, tokenizer: &Tokenizer) -> Result<Option<String>> {
-    let Some(directory) = &job.model.pretrained else {
+fn check_model(job: &Job, pretrained: Option<&LocalModel>, tokenizer: &Tokenizer) -> Result<Option<String>> {
+    let Some(pretrained) = pretrained else {
         replica::fresh_config(&job.model, tokenizer)?;
         return Ok(None);
     };
-    if !Path::new(directory).join("config.json").is_file() {
-        return Err(Failure::bad_input(format!(
-            "model.pretrained: {directory} is no directory with a config.json; download the model first and name its directory"
-        )));
-    }
     let Some(lora) = &job.lora else { return Ok(None) };
-    let model = quintet_t5::open_pretrained(&Device::cpu(), Path::new(directory))?;
+    let model = quintet_t5::open_pretrained(&Device::cpu(), &pretrained.directory)?;
     let trained = adapter::plan(lora, &model)?.1.parameter_count();
     let all = model.layout().parameter_count() + trained;
     let share = 100.0 * trained as f64 / all as f64;
@@ -209,36 +249,72 @@ fn grouped(number: usize) -> String {
     groups.join(",")
 }
 
-/// What an output directory holds already.
-struct RunDirectory {
-    start_step: u64,
+/// A directory that holds a run is of the same job.
+fn check_same_job(job: &Job) -> Result<()> {
+    let directory = &job.output_dir;
+    let job_file = directory.join("job.toml");
+    let Ok(text) = fs::read_to_string(&job_file) else { return Ok(()) };
+    let earlier = job::parse(&job_file, &text)?;
+    match job.conflict(&earlier) {
+        None => Ok(()),
+        Some(conflict) => Err(Failure::bad_input(format!(
+            "{} holds the run of another job: {conflict}; write elsewhere with --output DIR",
+            directory.display()
+        ))),
+    }
+}
+
+/// Where a run starts, and its files.
+struct Started {
+    files: RunFiles,
+    identity: Identity,
+    /// Where another coordinator left it.
+    taken_over: Option<Record>,
+    /// The committed step to go on from; 0 for a fresh run.
+    step: u64,
+    /// The generation in which it was committed.
+    step_generation: u64,
+    /// The last there was.
+    generation: u64,
     warnings: Vec<String>,
 }
 
-impl RunDirectory {
-    /// Refuses a directory with a run in it, unless that run is to be resumed and is of the same job.
-    fn open(job: &Job, resume: bool) -> Result<Self> {
+impl Started {
+    /// Refuses a directory with a run in it, unless that run is to be resumed.
+    fn open(job: &Job, serving: Serving) -> Result<Self> {
         let directory = &job.output_dir;
-        let job_file = directory.join("job.toml");
-        if !resume {
-            if holds_work(directory) {
-                return Err(Failure::bad_input(format!(
-                    "{} already holds a run; continue it with --resume, or write elsewhere with --output DIR",
-                    directory.display()
-                )));
-            }
-            return Ok(RunDirectory { start_step: 0, warnings: Vec::new() });
+        if !serving.resume && holds_work(directory) {
+            return Err(Failure::bad_input(format!(
+                "{} already holds a run; continue it with --resume, or write elsewhere with --output DIR",
+                directory.display()
+            )));
         }
-        if let Ok(text) = fs::read_to_string(&job_file) {
-            let earlier = job::parse(&job_file, &text)?;
-            if let Some(conflict) = job.conflict(&earlier) {
-                return Err(Failure::bad_input(format!(
-                    "{} holds the run of another job: {conflict}; write elsewhere with --output DIR",
-                    directory.display()
-                )));
-            }
+        if serving.resume
+            && serving.take_over
+            && !serving.from_checkpoint
+            && let Some(cut_off) = RunFiles::take_over(directory)?
+        {
+            return Ok(Self::where_it_was(cut_off));
         }
-        let checkpoints = directory.join("checkpoints");
+        // Workers that wait for a coordinator to come back know it by these.
+        let known = if serving.take_over { RunFiles::identity(directory)? } else { None };
+        let identity = known.map_or_else(Identity::generate, Ok)?;
+        if serving.resume {
+            return Self::at_checkpoint(job, identity);
+        }
+        let files = RunFiles::create(directory, &identity)?;
+        let (step, step_generation, generation, warnings) = (0, 0, 0, Vec::new());
+        Ok(Self { files, identity, taken_over: None, step, step_generation, generation, warnings })
+    }
+
+    fn where_it_was(CutOff { files, record, identity }: CutOff) -> Self {
+        let (step, step_generation) = (record.committed_step, record.committed_generation);
+        let generation = record.generation;
+        Self { files, identity, taken_over: Some(record), step, step_generation, generation, warnings: Vec::new() }
+    }
+
+    fn at_checkpoint(job: &Job, identity: Identity) -> Result<Self> {
+        let checkpoints = job.output_dir.join("checkpoints");
         checkpoint::remove_leftovers(&checkpoints)?;
         let latest = checkpoint::latest(&checkpoints).map_err(|error| match error {
             quintet_worker::Error::Checkpoint { .. } => {
@@ -247,20 +323,20 @@ impl RunDirectory {
             other => other.into(),
         })?;
         let warnings = latest.skipped.iter().map(|error| format!("passed over: {error}")).collect();
-        let start_step = latest.checkpoint.map_or(0, |checkpoint| checkpoint.progress.step);
-        Ok(RunDirectory { start_step, warnings })
+        let step = latest.checkpoint.map_or(0, |checkpoint| checkpoint.progress.step);
+        let (files, generation, step_generation) = RunFiles::resume(&job.output_dir, step, &identity)?;
+        Ok(Self { files, identity, taken_over: None, step, step_generation, generation, warnings })
     }
+}
 
-    fn write(&self, job: &Job, tokenizer: &Tokenizer) -> Result<()> {
-        let directory = &job.output_dir;
-        let failure =
-            |path: &Path, error: std::io::Error| Failure::failed(format!("{}: cannot write: {error}", path.display()));
-        let text = toml::to_string(job).map_err(|error| Failure::failed(error.to_string()))?;
-        for (path, text) in [(directory.join("job.toml"), text), (tokenizer_file(job), tokenizer.to_json())] {
-            replace(&path, &text).map_err(|error| failure(&path, error))?;
-        }
-        Ok(())
+/// What a run keeps of its job.
+fn write_job(job: &Job, tokenizer: &Tokenizer) -> Result<()> {
+    let directory = &job.output_dir;
+    let text = toml::to_string(job).map_err(|error| Failure::failed(error.to_string()))?;
+    for (path, text) in [(directory.join("job.toml"), text), (tokenizer_file(job), tokenizer.to_json())] {
+        replace(&path, &text).map_err(|error| Failure::failed(format!("{}: cannot write: {error}", path.display())))?;
     }
+    Ok(())
 }
 
 /// Creates the output directory, and keeps other coordinators out of it for as long as the file is open.

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use quintet_coordinator::state::{EvalMetrics, Event, Recovery, TrainMetrics};
+use quintet_coordinator::state::{EvalMetrics, Event, LostWorker, Recovery, TrainMetrics};
 use serde_json::Value;
 
 /// Shows the events of a run, and remembers what its summary needs.
@@ -71,19 +71,27 @@ impl Reporter {
                 self.last_eval = Some(metrics);
             }
             Event::Saved { step } => self.line(&format!("step {step}: checkpoint saved")),
-            Event::Recovery(recovery) => {
-                let lost: Vec<String> = recovery
-                    .lost
-                    .iter()
-                    .map(|lost| format!("worker {} on {} (pid {}): {}", lost.worker, lost.host, lost.pid, lost.why))
-                    .collect();
-                let what = match lost.is_empty() {
-                    true => "failed, though all workers are alive".to_string(),
-                    false => format!("lost {}", lost.join(", ")),
-                };
-                let Recovery { step, workers, generation, .. } = recovery;
-                self.line(&format!("step {step}: {what}; {workers} go on as generation {generation}"));
+            Event::SaveFailed { step, problem } => {
+                self.line(&format!("warning: step {step}: no checkpoint: {problem}; training goes on"));
             }
+            Event::StorageFull { problem, seconds } => {
+                self.line(&format!("warning: {problem}; waiting up to {seconds:.0} seconds for room"));
+            }
+            Event::Lost { workers, left } => {
+                for lost in workers {
+                    let LostWorker { worker, host, pid, why, .. } = lost;
+                    self.line(&format!("lost worker {worker} on {host} (pid {pid}): {why}; {left} left"));
+                }
+            }
+            Event::TriedAgain { step } => {
+                self.line(&format!("step {step} failed, though all workers are alive; it is computed again"));
+            }
+            Event::Refused { reason } => self.line(&format!("warning: {reason}")),
+            Event::Waiting { workers, needed, seconds } => {
+                let there = format!("{workers} workers there, {needed} needed");
+                self.line(&format!("{there}; waiting up to {seconds:.0} seconds for others"));
+            }
+            Event::Recovery(recovery) => self.line(&recovered(&recovery)),
         }
     }
 
@@ -110,6 +118,31 @@ impl Reporter {
             bar.finish_and_clear();
         }
     }
+}
+
+/// What a change of membership came to.
+fn recovered(recovery: &Recovery) -> String {
+    let Recovery { step, generation, workers, seconds, .. } = recovery;
+    let mut what = Vec::new();
+    if recovery.coordinator_restarted {
+        what.push("the coordinator back".to_string());
+    }
+    match recovery.lost.len() {
+        0 => {}
+        lost => what.push(format!("{lost} lost")),
+    }
+    match (recovery.joined.len(), recovery.joined.iter().filter(|joined| joined.healed).count()) {
+        (0, _) => {}
+        (joined, 0) => what.push(format!("{joined} joined")),
+        (joined, healed) => what.push(format!("{joined} joined ({healed} given the state)")),
+    }
+    if what.is_empty() {
+        what.push("tried again".to_string());
+    }
+    format!(
+        "step {step} committed by {workers} worker(s) as generation {generation}, after {seconds:.2} s: {}",
+        what.join(", ")
+    )
 }
 
 pub(crate) fn scores(metrics: &EvalMetrics) -> String {

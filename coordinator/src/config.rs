@@ -29,6 +29,9 @@ pub struct ClusterConfig {
     pub workers: Option<u32>,
     /// The run goes on while so many are left. Default 1.
     pub min_workers: u32,
+    /// So many dead worker processes `quintet train` replaces before ten steps in a row go well.
+    /// Default 10.
+    pub max_restarts: u32,
     /// `"auto"`, `"cpu"`, `"cuda"` or `"emulated"`. Default `"auto"`.
     pub device: Device,
     /// Address and port for workers to connect to; port 0 takes a free one. Default
@@ -38,6 +41,12 @@ pub struct ClusterConfig {
     pub heartbeat_timeout_seconds: f64,
     /// A step, an evaluation or a checkpoint that takes longer hangs. Default 600.
     pub step_timeout_seconds: f64,
+    /// With fewer than `min_workers`, the run waits for others for so long. Default 300.
+    pub join_timeout_seconds: f64,
+    /// A worker that loses the coordinator tries to reach it again for so long. Default 60.
+    pub reconnect_timeout_seconds: f64,
+    /// With no room for the ledger, the run waits for so long. Default 600.
+    pub storage_timeout_seconds: f64,
 }
 
 impl Default for ClusterConfig {
@@ -45,10 +54,14 @@ impl Default for ClusterConfig {
         Self {
             workers: None,
             min_workers: 1,
+            max_restarts: 10,
             device: Device::Auto,
             listen: "127.0.0.1:0".to_owned(),
             heartbeat_timeout_seconds: 10.0,
             step_timeout_seconds: 600.0,
+            join_timeout_seconds: 300.0,
+            reconnect_timeout_seconds: 60.0,
+            storage_timeout_seconds: 600.0,
         }
     }
 }
@@ -79,6 +92,9 @@ impl ClusterConfig {
         let seconds = [
             ("heartbeat_timeout_seconds", self.heartbeat_timeout_seconds, 3.0..=3600.0),
             ("step_timeout_seconds", self.step_timeout_seconds, 1.0..=604_800.0),
+            ("join_timeout_seconds", self.join_timeout_seconds, 0.0..=604_800.0),
+            ("reconnect_timeout_seconds", self.reconnect_timeout_seconds, 0.0..=604_800.0),
+            ("storage_timeout_seconds", self.storage_timeout_seconds, 0.0..=604_800.0),
         ];
         for (key, value, range) in seconds {
             if !range.contains(&value) {
@@ -104,16 +120,6 @@ impl ClusterConfig {
             problem: format!("{:?} is not an IP address and a port, such as \"127.0.0.1:4700\"", self.listen),
         })
     }
-
-    /// `heartbeat_timeout_seconds` for the state machine.
-    pub fn heartbeat_timeout_ms(&self) -> u64 {
-        (self.heartbeat_timeout_seconds * 1000.0) as u64
-    }
-
-    /// `step_timeout_seconds` for the state machine.
-    pub fn step_timeout_ms(&self) -> u64 {
-        (self.step_timeout_seconds * 1000.0) as u64
-    }
 }
 
 #[cfg(test)]
@@ -133,7 +139,6 @@ mod tests {
         let config: ClusterConfig = serde_json::from_str("{}").unwrap();
         assert_eq!(config, ClusterConfig::default());
         config.validate().unwrap();
-        assert_eq!((config.heartbeat_timeout_ms(), config.step_timeout_ms()), (10_000, 600_000));
         assert!(config.listen_address().unwrap().ip().is_loopback());
     }
 

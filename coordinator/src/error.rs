@@ -128,17 +128,22 @@ impl Error {
         }
     }
 
+    /// Whether somebody has to make room for the same to succeed.
+    pub fn is_storage_full(&self) -> bool {
+        matches!(self, Self::File { source, .. } if is_full(source))
+    }
+
     /// For `map_err` on operations with a file.
     pub(crate) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::File { action, path: path.to_owned(), source }
     }
 }
 
+fn is_full(source: &io::Error) -> bool {
+    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge)
+}
+
 fn hint(source: &io::Error) -> &'static str {
-    match source.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
-            "; make room, then go on with --resume"
-        }
-        _ => "",
-    }
+    if is_full(source) { "; make room, then go on with --resume" } else { "" }
 }

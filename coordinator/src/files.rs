@@ -1,28 +1,47 @@
 //! What a run writes as it goes: `ledger.jsonl`, one line a committed step, and `metrics.jsonl`,
 //! one line an event.
 //!
-//! Lines are appended with one write each and reach the disk for good ([`RunFiles::sync`]) when a
-//! checkpoint is saved: nothing before a checkpoint that is not on disk can be resumed from. A
-//! resumed run cuts both files back to the step it goes on from.
+//! Lines become durable in the coordinator's record ([`crate::journal`]), with one sync for all of
+//! an entry; the files themselves are synced now and then, and at the end. Whoever opens a run
+//! that was cut off writes their ends anew from the record, so that the three always agree. A run
+//! that is resumed from a checkpoint cuts both files back to its step.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::state::{CommitRecord, EvalMetrics, Event};
+use crate::journal::{Content, Identity, Journal, Tail};
+use crate::state::{CommitRecord, Entry, EvalMetrics, Event, Record};
 use crate::{Error, Result};
 
 const LEDGER: &str = "ledger.jsonl";
 const METRICS: &str = "metrics.jsonl";
+/// The files are synced when the record would carry more of them.
+const TAIL_BYTES_MAX: usize = 8 << 10;
 
-/// The ledger and the metrics file of a run, open for appending.
+/// The ledger, the metrics file and the record of a run, open for writing.
 #[derive(Debug)]
 pub struct RunFiles {
+    directory: PathBuf,
+    journal: Journal,
+    content: Content,
     ledger: Lines,
     metrics: Lines,
+}
+
+/// A run that was cut off while it was under way.
+#[derive(Debug)]
+pub struct CutOff {
+    /// Its files, which agree with the record.
+    pub files: RunFiles,
+    /// Where it was.
+    pub record: Record,
+    /// By what its workers know it.
+    pub identity: Identity,
 }
 
 impl RunFiles {
@@ -30,35 +49,36 @@ impl RunFiles {
     ///
     /// # Errors
     /// [`Error::RunExists`] where a step was committed already; [`Error::File`].
-    pub fn create(directory: &Path) -> Result<Self> {
+    pub fn create(directory: &Path, identity: &Identity) -> Result<Self> {
         let ledger = directory.join(LEDGER);
         if fs::metadata(&ledger).is_ok_and(|metadata| metadata.len() > 0) {
             return Err(Error::RunExists { directory: directory.to_owned() });
         }
         replace(&ledger, "")?;
         replace(&directory.join(METRICS), "")?;
-        Self::open(directory)
+        Self::open(directory, identity, None)
     }
 
     /// Files of a run that goes on from committed step `step`, cut back to it, and the last
-    /// generation the run had before.
+    /// generation the run had before, and that of the step.
     ///
     /// # Errors
     /// [`Error::Damaged`] when the ledger does not hold every step up to `step`, or a line other
     /// than a torn last one is not ours; [`Error::File`]. The files are then as they were.
-    pub fn resume(directory: &Path, step: u64) -> Result<(Self, u64)> {
+    pub fn resume(directory: &Path, step: u64, identity: &Identity) -> Result<(Self, u64, u64)> {
+        let recorded = repair(directory)?.and_then(|content| content.record);
         let (ledger, metrics) = (directory.join(LEDGER), directory.join(METRICS));
         let records = read::<CommitRecord>(&ledger)?;
         let events = read::<EventStep>(&metrics)?;
-        let generation = records.iter().map(|(record, _)| record.generation).max().unwrap_or(0);
-        let mut kept = String::new();
-        let mut next = 1;
+        let generations = records.iter().map(|(record, _)| record.generation);
+        let generation = generations.chain(recorded.map(|record| record.generation)).max().unwrap_or(0);
+        let (mut kept, mut next, mut of_step) = (String::new(), 1, 0);
         for (record, line) in records.iter().take_while(|(record, _)| record.step <= step) {
             if record.step != next {
                 let problem = format!("expected step {next}, found {}", record.step);
                 return Err(Error::Damaged { path: ledger, line: next as usize, problem });
             }
-            next += 1;
+            (next, of_step) = (next + 1, record.generation);
             kept.extend([line, "\n"]);
         }
         if next != step + 1 {
@@ -69,7 +89,26 @@ impl RunFiles {
         let events = events.iter().filter(|(event, _)| event.step <= step);
         let kept: String = events.flat_map(|(_, line)| [line, "\n"]).collect();
         replace(&metrics, &kept)?;
-        Ok((Self::open(directory)?, generation))
+        Ok((Self::open(directory, identity, None)?, generation, of_step))
+    }
+
+    /// The run of a coordinator that was killed, as it was; `None` where there is none.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub fn take_over(directory: &Path) -> Result<Option<CutOff>> {
+        let Some(content) = repair(directory)? else { return Ok(None) };
+        let (Some(record), Some(identity)) = (content.record.clone(), content.identity()) else { return Ok(None) };
+        let files = Self::open(directory, &identity, Some(record.clone()))?;
+        Ok(Some(CutOff { files, record, identity }))
+    }
+
+    /// By what the workers of a run that was cut off know it.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub fn identity(directory: &Path) -> Result<Option<Identity>> {
+        Ok(Journal::read(directory)?.and_then(|content| content.identity()))
     }
 
     /// The evaluations that the metrics file of `directory` holds; of lines of other kinds nothing is asked.
@@ -91,68 +130,123 @@ impl RunFiles {
         Ok(lines.into_iter().filter_map(evaluation).collect())
     }
 
-    fn open(directory: &Path) -> Result<Self> {
+    fn open(directory: &Path, identity: &Identity, record: Option<Record>) -> Result<Self> {
         let ledger = Lines::open(directory.join(LEDGER))?;
         let metrics = Lines::open(directory.join(METRICS))?;
-        Ok(Self { ledger, metrics })
+        let content = Content::new(identity, record, ledger.no_tail(), metrics.no_tail());
+        let journal = Journal::open(directory, &content)?;
+        Ok(Self { directory: directory.to_owned(), journal, content, ledger, metrics })
     }
 
-    /// Appends a committed step to the ledger.
+    /// Makes an entry durable and writes its lines. After an error the same entry, and no other,
+    /// may be given again.
     ///
     /// # Errors
-    /// [`Error::File`]: the step must then not be announced as committed.
-    pub fn commit(&mut self, record: &CommitRecord) -> Result<()> {
-        self.ledger.append(record)
-    }
-
-    /// Appends an event to the metrics, if it is of a kind that goes there.
-    ///
-    /// # Errors
-    /// [`Error::File`].
-    pub fn event(&mut self, event: &Event) -> Result<()> {
-        match event {
-            Event::Train(metrics) => self.metrics.append(metrics),
-            Event::Eval(metrics) => self.metrics.append(metrics),
-            Event::Recovery(recovery) => self.metrics.append(recovery),
-            Event::Joined { .. }
-            | Event::Linked { .. }
-            | Event::Started { .. }
-            | Event::Best(_)
-            | Event::Saved { .. } => Ok(()),
+    /// [`Error::File`]: what the entry says must then not be announced.
+    pub fn record(&mut self, entry: &Entry) -> Result<()> {
+        let ledger: String = entry.commit.iter().map(line).collect();
+        let metrics: String = entry.events.iter().map(metrics_line).collect();
+        if self.content.ledger.text.len() + self.content.metrics.text.len() > TAIL_BYTES_MAX {
+            self.sync()?;
         }
+        let mut content = self.content.clone();
+        content.record = Some(entry.record.clone());
+        content.ledger.text += &ledger;
+        content.metrics.text += &metrics;
+        self.journal.write(&content)?;
+        self.ledger.write(&ledger)?;
+        self.metrics.write(&metrics)?;
+        // From here on it cannot fail, so that it is never written twice.
+        self.ledger.bytes += ledger.len() as u64;
+        self.metrics.bytes += metrics.len() as u64;
+        self.content = content;
+        Ok(())
     }
 
-    /// Waits until everything appended is on disk.
+    /// Waits until the files are on disk themselves.
+    fn sync(&mut self) -> Result<()> {
+        self.ledger.sync()?;
+        self.metrics.sync()?;
+        (self.content.ledger, self.content.metrics) = (self.ledger.no_tail(), self.metrics.no_tail());
+        Ok(())
+    }
+
+    /// Ends the record of a run that ends in order.
     ///
     /// # Errors
     /// [`Error::File`].
-    pub fn sync(&mut self) -> Result<()> {
-        self.ledger.sync()?;
-        self.metrics.sync()
+    pub fn finish(mut self) -> Result<()> {
+        self.sync()?;
+        Journal::remove(&self.directory)
     }
 }
 
-/// A file of JSON lines, open for appending.
+fn metrics_line(event: &Event) -> String {
+    match event {
+        Event::Train(metrics) => line(metrics),
+        Event::Eval(metrics) => line(metrics),
+        Event::Recovery(recovery) => line(recovery),
+        // For people only.
+        _ => String::new(),
+    }
+}
+
+fn line(value: &impl Serialize) -> String {
+    // Plain records of numbers and strings always have a JSON form.
+    serde_json::to_string(value).map(|text| text + "\n").unwrap_or_default()
+}
+
+/// Writes the ends of a run's files as its record has them, and answers the record.
+fn repair(directory: &Path) -> Result<Option<Content>> {
+    let Some(content) = Journal::read(directory)? else { return Ok(None) };
+    for (name, tail) in [(LEDGER, &content.ledger), (METRICS, &content.metrics)] {
+        let path = directory.join(name);
+        let mut lines = Lines::open(path.clone())?;
+        if lines.bytes < tail.offset {
+            let problem = format!("the file ends {} bytes before what is on record", tail.offset - lines.bytes);
+            return Err(Error::Damaged { path, line: 0, problem });
+        }
+        lines.bytes = tail.offset;
+        lines.write(&tail.text)?;
+        lines.bytes += tail.text.len() as u64;
+        lines.sync()?;
+    }
+    Ok(Some(content))
+}
+
+/// A file of JSON lines that grows.
 #[derive(Debug)]
 struct Lines {
     file: File,
     path: PathBuf,
+    /// What lies beyond was not written in whole.
+    bytes: u64,
 }
 
 impl Lines {
     fn open(path: PathBuf) -> Result<Self> {
-        let file = OpenOptions::new().append(true).open(&path);
-        Ok(Self { file: file.map_err(Error::file("open", &path))?, path })
+        let open = || {
+            let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path)?;
+            let bytes = file.metadata()?.len();
+            Ok((file, bytes))
+        };
+        let (file, bytes) = open().map_err(Error::file("open", &path))?;
+        Ok(Self { file, path, bytes })
     }
 
-    fn append(&mut self, line: &impl Serialize) -> Result<()> {
-        let text = serde_json::to_string(line).map_err(std::io::Error::from);
-        let written = text.and_then(|text| self.file.write_all((text + "\n").as_bytes()));
-        written.map_err(Error::file("append to", &self.path))
+    fn no_tail(&self) -> Tail {
+        Tail { offset: self.bytes, text: String::new() }
+    }
+
+    /// Puts `text` at the end, without counting it.
+    fn write(&mut self, text: &str) -> Result<()> {
+        self.file.write_all_at(text.as_bytes(), self.bytes).map_err(Error::file("append to", &self.path))
     }
 
     fn sync(&mut self) -> Result<()> {
-        self.file.sync_data().map_err(Error::file("sync", &self.path))
+        // Nothing else writes here; but an attempt may have been given up.
+        let sync = self.file.set_len(self.bytes).and_then(|()| self.file.sync_data());
+        sync.map_err(Error::file("sync", &self.path))
     }
 }
 
@@ -192,146 +286,4 @@ fn replace(path: &Path, content: &str) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::state::{LostWorker, Recovery, TrainMetrics};
-
-    fn record(step: u64) -> CommitRecord {
-        CommitRecord {
-            step,
-            epoch: 0,
-            positions: [4 * (step - 1), 4 * step],
-            generation: 3,
-            workers: 2,
-            weights_digest: (step == 2).then(|| "ab".to_owned()),
-        }
-    }
-
-    fn train(step: u64) -> Event {
-        Event::Train(TrainMetrics {
-            step,
-            epoch: 0,
-            loss: 1.5,
-            grad_norm: 2.0,
-            learning_rate: 0.001,
-            examples: 4,
-            source_tokens: 10,
-            target_tokens: 6,
-            step_seconds: 0.5,
-            tokens_per_second: 32.0,
-            workers: 2,
-            peak_memory_bytes: 1024,
-            loss_scale: None,
-        })
-    }
-
-    fn run_of(directory: &Path, steps: u64) -> RunFiles {
-        let mut files = RunFiles::create(directory).unwrap();
-        for step in 1..=steps {
-            files.commit(&record(step)).unwrap();
-            files.event(&train(step)).unwrap();
-        }
-        files.sync().unwrap();
-        files
-    }
-
-    fn text(directory: &Path, name: &str) -> String {
-        fs::read_to_string(directory.join(name)).unwrap()
-    }
-
-    #[test]
-    fn lines_are_as_documented() {
-        let directory = tempfile::tempdir().unwrap();
-        let mut files = run_of(directory.path(), 2);
-        files.event(&Event::Saved { step: 2 }).unwrap();
-        let metrics = [("exact_match".to_owned(), 0.25)].into();
-        files.event(&Event::Eval(EvalMetrics { step: 2, eval_loss: 0.75, metrics })).unwrap();
-        let lost = LostWorker { worker: 1, host: "h".into(), pid: 9, why: "gone".into() };
-        let recovery = Recovery { step: 3, generation: 4, lost: vec![lost], workers: 1 };
-        files.event(&Event::Recovery(recovery)).unwrap();
-        assert_eq!(
-            text(directory.path(), LEDGER),
-            r#"{"step":1,"epoch":0,"positions":[0,4],"generation":3,"workers":2,"weights_digest":null}
-{"step":2,"epoch":0,"positions":[4,8],"generation":3,"workers":2,"weights_digest":"ab"}
-"#
-        );
-        let metrics = text(directory.path(), METRICS);
-        let lines: Vec<&str> = metrics.lines().skip(1).collect();
-        let expected = [
-            r#"{"event":"train","step":2,"epoch":0,"loss":1.5,"grad_norm":2.0,"learning_rate":0.001,"examples":4,"source_tokens":10,"target_tokens":6,"step_seconds":0.5,"tokens_per_second":32.0,"workers":2,"peak_memory_bytes":1024}"#,
-            r#"{"event":"eval","step":2,"eval_loss":0.75,"metrics":{"exact_match":0.25}}"#,
-            r#"{"event":"recovery","step":3,"generation":4,"lost":[{"worker":1,"host":"h","pid":9,"why":"gone"}],"workers":1}"#,
-        ];
-        assert_eq!(lines, expected);
-        let evaluations = RunFiles::evaluations(directory.path()).unwrap();
-        assert_eq!(evaluations.iter().map(|eval| (eval.step, eval.eval_loss)).collect::<Vec<_>>(), [(2, 0.75)]);
-    }
-
-    #[test]
-    fn resuming_cuts_both_files_back_and_appends() {
-        let directory = tempfile::tempdir().unwrap();
-        drop(run_of(directory.path(), 5));
-        let torn = r#"{"step":6,"epo"#;
-        for name in [LEDGER, METRICS] {
-            let path = directory.path().join(name);
-            fs::write(&path, text(directory.path(), name) + torn).unwrap();
-        }
-        let (mut files, generation) = RunFiles::resume(directory.path(), 3).unwrap();
-        assert_eq!(generation, 3);
-        files.commit(&record(4)).unwrap();
-        files.event(&train(4)).unwrap();
-        let whole = tempfile::tempdir().unwrap();
-        drop(run_of(whole.path(), 4));
-        for name in [LEDGER, METRICS] {
-            assert_eq!(text(directory.path(), name), text(whole.path(), name));
-        }
-    }
-
-    #[test]
-    fn resuming_before_the_first_checkpoint_starts_empty() {
-        let directory = tempfile::tempdir().unwrap();
-        let (_, generation) = RunFiles::resume(directory.path(), 0).unwrap();
-        assert_eq!((generation, text(directory.path(), LEDGER)), (0, String::new()));
-    }
-
-    #[test]
-    fn a_ledger_with_a_gap_is_refused_and_left_alone() {
-        let directory = tempfile::tempdir().unwrap();
-        drop(run_of(directory.path(), 4));
-        let before = text(directory.path(), LEDGER);
-        let error = RunFiles::resume(directory.path(), 9).unwrap_err();
-        assert!(error.is_user_error());
-        assert!(error.to_string().contains("line 5: the checkpoint's step 9 is not recorded"), "{error}");
-        assert_eq!(text(directory.path(), LEDGER), before);
-
-        let gap: String = before.lines().filter(|l| !l.contains("\"step\":2")).map(|l| format!("{l}\n")).collect();
-        fs::write(directory.path().join(LEDGER), &gap).unwrap();
-        let error = RunFiles::resume(directory.path(), 4).unwrap_err();
-        assert!(error.to_string().contains("line 2: expected step 2, found 3"), "{error}");
-
-        fs::write(directory.path().join(LEDGER), "nonsense\n").unwrap();
-        let error = RunFiles::resume(directory.path(), 0).unwrap_err();
-        assert!(error.to_string().contains("line 1: expected"), "{error}");
-    }
-
-    #[test]
-    fn a_fresh_run_does_not_overwrite_another() {
-        let directory = tempfile::tempdir().unwrap();
-        drop(RunFiles::create(directory.path()).unwrap());
-        drop(run_of(directory.path(), 1));
-        let error = RunFiles::create(directory.path()).unwrap_err();
-        assert!(matches!(error, Error::RunExists { .. }) && error.is_user_error());
-        assert_eq!(text(directory.path(), LEDGER).lines().count(), 1);
-    }
-
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn a_full_disk_is_an_error_that_says_what_to_do() {
-        let path = PathBuf::from("/dev/full");
-        let error = Lines::open(path).unwrap().append(&record(1)).unwrap_err();
-        assert!(!error.is_user_error());
-        let text = error.to_string();
-        assert!(text.starts_with("cannot append to /dev/full: No space left"), "{text}");
-        assert!(text.ends_with("go on with --resume"), "{text}");
-    }
-}
+mod tests;

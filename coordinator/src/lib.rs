@@ -3,7 +3,7 @@
 //!
 //! - [`state`]: the state machine, pure; everything that is decided is decided there.
 //! - [`server`]: its shell, the gRPC server that workers connect to.
-//! - [`files`]: the ledger and the metrics file.
+//! - [`files`]: the ledger and the metrics file; [`journal`]: what a coordinator that comes back goes on from.
 //! - [`launch`]: worker processes, here and elsewhere.
 //! - [`admission`], [`secret`]: what tells a run's workers from strangers; `gate` is the door.
 //! - [`config`]: the `[cluster]` table of a job.
@@ -15,6 +15,7 @@ pub mod config;
 mod error;
 pub mod files;
 mod gate;
+pub mod journal;
 pub mod launch;
 pub mod secret;
 pub mod server;

@@ -1,7 +1,8 @@
 //! The shell of the state machine: a gRPC server with one stream a worker.
 //!
 //! One task owns the [`Machine`]. For each input it carries out the effects in their order: first
-//! what must be on disk, then what workers hear. Nothing is decided here.
+//! what must be on disk, then what workers hear. While the disk is full it waits, and so does the
+//! run. Nothing is decided here.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -27,7 +28,7 @@ use crate::files::RunFiles;
 use crate::gate;
 use crate::launch::Death;
 use crate::secret::Secret;
-use crate::state::{Effect, Event, Input, Machine, Settings, WorkerId};
+use crate::state::{Effect, Entry, Event, Input, Machine, Record, Settings, WorkerId};
 use crate::{Error, Result};
 
 /// How long a stranger may take to say hello.
@@ -36,6 +37,8 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 const HELLOS_MAX: usize = 64;
 /// How long workers may take to close their streams at the end.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Pause between attempts to write to a disk that is full.
+const STORAGE_PAUSE: Duration = Duration::from_millis(200);
 /// Commands that may wait for a worker: its session always reads, so that more mean it is stuck.
 const COMMANDS_WAITING_MAX: usize = 64;
 /// Reports of all workers that may wait for the machine.
@@ -61,6 +64,10 @@ pub struct Run {
     pub admission: Admission,
     /// By which ranks know each other in the collective.
     pub collective_token: Secret,
+    /// Where another coordinator left the run, to go on there.
+    pub taken_over: Option<Record>,
+    /// How long the run waits for room on a full disk.
+    pub storage_timeout: Duration,
     /// Listen on other than loopback addresses, though everything is sent in plain text.
     pub insecure: bool,
 }
@@ -81,12 +88,16 @@ pub struct Outcome {
     pub exit_code: u32,
     /// One line for people.
     pub reason: String,
+    /// Nobody came back to a coordinator that did: the run can go on from its last checkpoint, and
+    /// workers that come will find it there.
+    pub abandoned: bool,
 }
 
 /// Serves a run until it ends.
 ///
 /// `events` is for watching: an event that finds it full is dropped there (the files hold them
-/// all). `controls` may be closed at any time.
+/// all). `controls` may be closed at any time. `replacements` are the processes of the local
+/// launcher to start another for, and to kill if they still run.
 ///
 /// # Errors
 /// [`Error::NotLoopback`]; [`Error::File`], after workers were told to stop; trouble with the
@@ -97,6 +108,7 @@ pub async fn serve(
     files: RunFiles,
     events: mpsc::Sender<Event>,
     controls: mpsc::Receiver<Control>,
+    replacements: mpsc::UnboundedSender<u32>,
 ) -> Result<Outcome> {
     let address = listener.local_addr().map_err(Error::Listener)?;
     let tls = match &run.admission {
@@ -108,7 +120,7 @@ pub async fn serve(
     let service = Service {
         admission: run.admission.clone(),
         inbox,
-        workers: AtomicU64::new(0),
+        workers: AtomicU64::new(run.taken_over.as_ref().map_or(0, |record| record.last_worker + 1)),
         hellos: Arc::new(Semaphore::new(HELLOS_MAX)),
     };
     let service = CoordinatorServer::new(service)
@@ -123,10 +135,14 @@ pub async fn serve(
     );
     let mut server = tokio::spawn(server);
     let shell = Shell {
-        machine: Machine::new(run.settings.clone()),
+        machine: match &run.taken_over {
+            Some(record) => Machine::take_over(run.settings.clone(), record),
+            None => Machine::new(run.settings.clone()),
+        },
         run,
         files,
         events,
+        replacements,
         commands: HashMap::new(),
         stuck: VecDeque::new(),
         outcome: None,
@@ -173,6 +189,7 @@ struct Shell {
     run: Run,
     files: RunFiles,
     events: mpsc::Sender<Event>,
+    replacements: mpsc::UnboundedSender<u32>,
     commands: HashMap<WorkerId, CommandSender>,
     /// Workers found not to read their commands, for the machine to hear of.
     stuck: VecDeque<WorkerId>,
@@ -200,12 +217,15 @@ impl Shell {
                 _ = ticks.tick() => Input::Tick,
             };
             let now_ms = start.elapsed().as_millis() as u64;
-            if let Err(error) = self.take(now_ms, input) {
+            if let Err(error) = self.take(now_ms, input).await {
                 self.tell_all_to_stop(&error);
                 return Err(error);
             }
             if let Some(outcome) = self.outcome.take() {
-                self.files.sync()?;
+                // What is abandoned may still be gone on with, by the same workers.
+                if !outcome.abandoned {
+                    self.files.finish()?;
+                }
                 return Ok(outcome);
             }
         }
@@ -215,7 +235,7 @@ impl Shell {
         match message {
             Message::Joined { worker, hello, commands } => {
                 self.commands.insert(worker, commands);
-                Input::Joined { worker, host: hello.host, pid: hello.pid }
+                Input::Joined { worker, host: hello.host, pid: hello.pid, instance: hello.instance }
             }
             Message::Report { worker, report } => Input::Report { worker, report },
             Message::Left { worker, why } => {
@@ -226,11 +246,11 @@ impl Shell {
     }
 
     /// Feeds the machine, and what becomes of its effects again, until it rests.
-    fn take(&mut self, now_ms: u64, input: Input) -> Result<()> {
+    async fn take(&mut self, now_ms: u64, input: Input) -> Result<()> {
         let mut next = Some(input);
         while let Some(input) = next {
             for effect in self.machine.step(now_ms, input) {
-                self.perform(effect)?;
+                self.perform(effect).await?;
             }
             let why = "it does not read its commands".to_owned();
             next = self.stuck.pop_front().map(|worker| Input::Left { worker, why });
@@ -238,37 +258,66 @@ impl Shell {
         Ok(())
     }
 
-    fn perform(&mut self, effect: Effect) -> Result<()> {
+    async fn perform(&mut self, effect: Effect) -> Result<()> {
         match effect {
-            Effect::Commit(record) => self.files.commit(&record)?,
-            Effect::Event(event) => {
-                self.files.event(&event)?;
-                if matches!(event, Event::Saved { .. }) {
-                    self.files.sync()?;
-                }
-                let _ = self.events.try_send(event);
+            Effect::Record(entry) => {
+                self.record(&entry).await?;
+                entry.events.into_iter().for_each(|event| self.tell(event));
             }
-            Effect::Welcome { worker } => {
-                let welcome = self.welcome(worker);
+            Effect::Event(event) => self.tell(event),
+            Effect::Welcome { worker, under_way } => {
+                let welcome = self.welcome(worker, under_way);
                 self.send(worker, Command::Welcome(welcome));
             }
             Effect::Send { worker, command } => self.send(worker, command),
-            Effect::Dismiss { worker, reason } => {
-                self.send(worker, Command::Stop(v1::Stop { exit_code: exit_code::FAILURE, reason }));
+            Effect::Dismiss { worker, reason, rejoin } => {
+                self.send(worker, Command::Stop(v1::Stop { exit_code: exit_code::FAILURE, reason, rejoin }));
                 self.commands.remove(&worker);
             }
-            Effect::Stop { exit_code, reason } => self.outcome = Some(Outcome { exit_code, reason }),
+            // Nobody listens where no worker is ours to start.
+            Effect::Replace { pid } => drop(self.replacements.send(pid)),
+            Effect::Abandon { reason } => {
+                self.outcome = Some(Outcome { exit_code: exit_code::TOO_FEW_WORKERS, reason, abandoned: true });
+            }
+            Effect::Stop { exit_code, reason } => {
+                self.outcome = Some(Outcome { exit_code, reason, abandoned: false });
+            }
         }
         Ok(())
     }
 
-    fn welcome(&self, worker_id: WorkerId) -> v1::Welcome {
+    /// Makes an entry durable. While the disk is full, nothing else happens: the step that the
+    /// entry commits is held, and workers wait.
+    async fn record(&mut self, entry: &Entry) -> Result<()> {
+        let began = Instant::now();
+        let mut told = false;
+        loop {
+            match self.files.record(entry) {
+                Err(error) if error.is_storage_full() && began.elapsed() < self.run.storage_timeout => {
+                    if !std::mem::replace(&mut told, true) {
+                        let seconds = self.run.storage_timeout.as_secs_f64();
+                        self.tell(Event::StorageFull { problem: error.to_string(), seconds });
+                    }
+                    tokio::time::sleep(STORAGE_PAUSE).await;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn tell(&self, event: Event) {
+        let _ = self.events.try_send(event);
+    }
+
+    fn welcome(&self, worker_id: WorkerId, under_way: bool) -> v1::Welcome {
         v1::Welcome {
             worker_id,
             job_json: self.run.job_json.clone(),
             tokenizer_json: self.run.tokenizer_json.clone(),
             collective_token: self.run.collective_token.as_bytes().to_vec(),
             resume_step: self.run.settings.start_step,
+            resume_generation: self.run.settings.start_step_generation,
+            under_way,
         }
     }
 
@@ -290,7 +339,7 @@ impl Shell {
     fn tell_all_to_stop(&mut self, error: &Error) {
         let workers: Vec<WorkerId> = self.commands.keys().copied().collect();
         for worker in workers {
-            let stop = v1::Stop { exit_code: exit_code::FAILURE, reason: error.to_string() };
+            let stop = v1::Stop { exit_code: exit_code::FAILURE, reason: error.to_string(), rejoin: false };
             self.send(worker, Command::Stop(stop));
         }
     }

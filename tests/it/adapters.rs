@@ -10,10 +10,11 @@ use quintet_t5::{
 };
 use quintet_t5::{load_pretrained, save_adapter, with_adapter};
 use quintet_worker::optimizer::{ClippedMean, Hyperparameters, NamedSlot, Optimizer, OptimizerKind};
+use rustix::process::Signal;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use crate::harness::{references, run};
+use crate::harness::{references, run, send_signal};
 use crate::jobs::Workspace;
 use crate::parity::{assert_close, concatenate, floats, mean, relative_distance};
 
@@ -282,6 +283,26 @@ fn adapters_are_the_same_for_any_number_of_workers_and_over_resuming() {
     let optimizer = fs::metadata(resumed.path("checkpoints/step-00000022/optimizer.safetensors")).unwrap().len();
     assert!(optimizer < 60_000, "only adapters have moments: {optimizer} bytes");
     assert!(workspace.trained("seed", "training.seed=43").weights() != whole, "the comparison can fail");
+}
+
+#[test]
+fn an_adapter_survives_the_death_of_a_worker_and_is_handed_to_its_replacement() {
+    const LONG: &str = "training.max_steps=120 training.save_steps=10";
+    let workspace = workspace();
+    let whole = workspace.trained("whole", &format!("--workers 2 {LONG}"));
+    let run = workspace.output("run");
+    let mut process = workspace.start("run", &format!("--workers 2 {LONG}"));
+    assert!(process.wait_for_lines(&run.path("ledger.jsonl"), 15));
+    send_signal(process.children()[0], Signal::KILL);
+    process.wait_for("1 joined (1 given the state)");
+    process.wait().expect(0);
+    assert!(run.weights() == whole.weights());
+    // What a checkpoint beside the training says of its weights is true of them.
+    fs::remove_dir_all(run.path("checkpoints/step-00000120")).unwrap();
+    fs::remove_dir_all(run.path("adapter")).unwrap();
+    let resumed = workspace.train("run", &format!("--workers 1 --resume {LONG}")).expect(0);
+    assert!(resumed.stderr.contains("resuming after step 110\n"), "{}", resumed.stderr);
+    assert!(run.weights() == whole.weights(), "resumed");
 }
 
 #[test]

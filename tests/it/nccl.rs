@@ -112,7 +112,7 @@ fn a_rank_that_dies_in_a_sum_costs_the_step() {
     let workspace = Workspace::new();
     let Some(ended) = train(&workspace, "run", "--workers 2", "kill:1:20") else { return };
     let ended = ended.expect(0);
-    assert!(ended.stderr.contains("1 go on as generation 2"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("committed by 1 worker(s) as generation 2, after "), "{}", ended.stderr);
     assert_same_training(&workspace.output("run"), "a dead rank");
 }
 
@@ -123,10 +123,11 @@ fn a_sum_that_fails_is_tried_again_with_a_new_communicator() {
         let Some(ended) = train(&workspace, output, "--workers 2", fault) else { return };
         let ended = ended.expect(0);
         assert!(
-            ended.stderr.contains("failed, though all workers are alive; 2 go on as generation 2"),
+            ended.stderr.contains("failed, though all workers are alive; it is computed again"),
             "{}",
             ended.stderr
         );
+        assert!(ended.stderr.contains("committed by 2 worker(s) as generation 2, after "), "{}", ended.stderr);
         assert_eq!(ended.stderr.matches(BY_NCCL).count(), 2, "{}", ended.stderr);
         assert_same_training(&workspace.output(output), fault);
     }
@@ -138,7 +139,7 @@ fn a_sum_that_hangs_is_given_up() {
     let arguments = "--workers 2 cluster.step_timeout_seconds=6 cluster.heartbeat_timeout_seconds=6";
     let Some(ended) = train(&workspace, "run", arguments, "hang:1:20") else { return };
     let ended = ended.expect(0);
-    assert!(ended.stderr.contains("2 go on as generation 2"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("committed by 2 worker(s) as generation 2, after "), "{}", ended.stderr);
     assert_same_training(&workspace.output("run"), "a sum that hangs");
 }
 

@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::harness::{Ended, Process, quintet, send_signal};
-use crate::jobs::{RunOutput, Workspace};
+use crate::jobs::{RunOutput, Workspace, words};
 
 /// Long enough that a signal sent in its first half finds it running.
 const STEPS: u64 = 160;
@@ -111,7 +111,7 @@ fn a_terminated_run_saves_and_can_be_resumed() {
 }
 
 #[test]
-fn the_run_goes_on_without_a_killed_worker() {
+fn a_killed_worker_is_replaced_and_the_run_goes_on_meanwhile() {
     for victim in 0..3 {
         let workspace = Workspace::new();
         let run = workspace.output("run");
@@ -120,28 +120,117 @@ fn the_run_goes_on_without_a_killed_worker() {
         let workers = process.children();
         assert_eq!(workers.len(), 3);
         send_signal(workers[victim], Signal::KILL);
+        process.wait_for("lost worker ");
+        // The replacement is there before the end.
+        process.wait_for("1 joined (1 given the state)");
         let ended = process.wait().expect(0);
-        assert!(ended.stderr.contains(": lost worker "), "{}", ended.stderr);
         assert_undisturbed(&run);
         let recoveries = run.events("recovery");
-        assert_eq!(recoveries.len(), 1, "{recoveries:?}");
-        let recovery = &recoveries[0];
-        assert_eq!((recovery["generation"].as_u64(), recovery["workers"].as_u64()), (Some(2), Some(2)));
-        assert_eq!(recovery["lost"][0]["pid"], workers[victim]);
-        let ledger = run.lines("ledger.jsonl");
-        for record in &ledger {
-            let before = record["step"].as_u64() < recovery["step"].as_u64();
-            let (generation, workers) = if before { (1, 3) } else { (2, 2) };
-            assert_eq!((&record["generation"], &record["workers"]), (&generation.into(), &workers.into()), "{record}");
-        }
+        let losses: Vec<&Value> = recoveries.iter().flat_map(|event| event["lost"].as_array().unwrap()).collect();
+        assert_eq!(losses.len(), 1, "{recoveries:?}");
+        assert_eq!(losses[0]["pid"], workers[victim]);
+        let joined: Vec<&Value> = recoveries.iter().flat_map(|event| event["joined"].as_array().unwrap()).collect();
+        assert_eq!((joined.len(), &joined[0]["healed"]), (1, &true.into()), "{recoveries:?}");
+        assert_eq!(run.lines("ledger.jsonl").last().unwrap()["workers"], 3, "{}", ended.stderr);
     }
+}
+
+#[test]
+fn a_worker_that_hangs_is_dropped_and_comes_back() {
+    let workspace = Workspace::new();
+    let coordinator = Coordinator::start(&workspace, &[&["--workers", "2"], &words(LONG)[..]].concat());
+    let workers = [0, 1].map(|_| coordinator.worker(workspace.path(), &coordinator.token));
+    let mut process = coordinator.process;
+    let run = workspace.output("run");
+    assert!(process.wait_for_lines(&run.path("ledger.jsonl"), 15));
+    workers[0].signal(Signal::STOP);
+    process.wait_for("not heard of for ");
+    workers[0].signal(Signal::CONT);
+    process.wait_for("1 joined (1 given the state)");
+    process.wait().expect(0);
+    for worker in workers {
+        worker.wait().expect(0);
+    }
+    assert_undisturbed(&run);
+}
+
+#[test]
+fn a_coordinator_is_killed_and_comes_back_and_no_worker_is_restarted() {
+    let workspace = Workspace::new();
+    let arguments = [&["--workers", "2"], &words(LONG)[..]].concat();
+    let mut coordinator = Coordinator::start(&workspace, &arguments);
+    let (address, token) = (coordinator.url.trim_start_matches("http://").to_string(), coordinator.token.clone());
+    let workers = [0, 1].map(|_| coordinator.worker(workspace.path(), &token));
+    let run = workspace.output("run");
+    for committed in [7, 31, 58, 90] {
+        assert!(coordinator.process.wait_for_lines(&run.path("ledger.jsonl"), committed));
+        coordinator.process.kill();
+        coordinator = Coordinator::start_at(&workspace, &address, &[&["--resume"], &arguments[..]].concat());
+        assert_eq!(coordinator.token, token, "workers know the run by it");
+    }
+    coordinator.process.wait().expect(0);
+    for worker in workers {
+        worker.wait().expect(0);
+    }
+    assert_undisturbed(&run);
+    let restarts = run.events("recovery").iter().filter(|event| event["coordinator_restarted"] == true).count();
+    assert_eq!(restarts, 4);
+    for event in run.events("recovery") {
+        assert!(event["joined"].as_array().unwrap().iter().all(|joined| joined["healed"] == false), "{event}");
+    }
+}
+
+#[test]
+fn a_coordinator_to_whom_nobody_comes_back_goes_on_from_the_checkpoint() {
+    let workspace = Workspace::new();
+    let arguments = [&["--workers", "2"], &words(LONG)[..], &words("cluster.reconnect_timeout_seconds=0")[..]].concat();
+    let mut coordinator = Coordinator::start(&workspace, &arguments);
+    let workers = [0, 1].map(|_| coordinator.worker(workspace.path(), &coordinator.token));
+    assert!(coordinator.process.wait_for_lines(&workspace.output("run").path("ledger.jsonl"), 27));
+    coordinator.process.kill();
+    for worker in workers {
+        let ended = worker.wait().expect(1);
+        assert!(ended.error().starts_with("error: cannot reach the coordinator"), "{}", ended.stderr);
+    }
+    let mut coordinator = Coordinator::start(&workspace, &[&["--resume"], &arguments[..]].concat());
+    coordinator.process.wait_for("going on from the last checkpoint");
+    let (url, token) = announced(&mut coordinator.process);
+    assert_eq!(token, coordinator.token);
+    coordinator.url = url;
+    let workers = [0, 1].map(|_| coordinator.worker(workspace.path(), &coordinator.token));
+    coordinator.process.wait().expect(0);
+    for worker in workers {
+        worker.wait().expect(0);
+    }
+    assert_undisturbed(&workspace.output("run"));
+}
+
+#[test]
+fn a_worker_joins_a_run_under_way() {
+    let workspace = Workspace::new();
+    let coordinator = Coordinator::start(&workspace, &[&["--workers", "2"], &words(LONG)[..]].concat());
+    let run = workspace.output("run");
+    let [leaver, stayer] = [0, 1].map(|_| coordinator.worker(workspace.path(), &coordinator.token));
+    let (url, token) = (coordinator.url.clone(), coordinator.token.clone());
+    let mut process = coordinator.process;
+    assert!(process.wait_for_lines(&run.path("ledger.jsonl"), 15));
+    leaver.kill();
+    process.wait_for("lost worker ");
+    let newcomer = worker(&url, workspace.path(), &token);
+    process.wait_for("1 joined (1 given the state)");
+    process.wait().expect(0);
+    for worker in [stayer, newcomer] {
+        worker.wait().expect(0);
+    }
+    assert_undisturbed(&run);
 }
 
 #[test]
 fn too_few_workers_end_the_run_at_its_last_checkpoint() {
     let workspace = Workspace::new();
     let run = workspace.output("run");
-    let mut process = workspace.start("run", &format!("--workers 3 cluster.min_workers=3 {LONG}"));
+    let mut process =
+        workspace.start("run", &format!("--workers 3 cluster.min_workers=3 cluster.max_restarts=0 {LONG}"));
     process.wait_for("step 20: checkpoint saved");
     send_signal(process.children()[1], Signal::KILL);
     let ended = process.wait().expect(69);
@@ -160,20 +249,34 @@ struct Coordinator {
 
 impl Coordinator {
     fn start(workspace: &Workspace, arguments: &[&str]) -> Self {
+        Self::start_at(workspace, "127.0.0.1:0", arguments)
+    }
+
+    fn start_at(workspace: &Workspace, address: &str, arguments: &[&str]) -> Self {
         let mut command = quintet(workspace.path());
-        command.args(["coordinator", "job.toml", "--listen", "127.0.0.1:0"]).args(arguments);
+        command.args(["coordinator", "job.toml", "--listen", address]).args(arguments);
         let mut process = Process::start(&mut command);
-        let line = process.wait_for("QUINTET_RUN_TOKEN=");
-        let (token, command) = line.trim().split_once(' ').unwrap();
-        let url = command.split(' ').next_back().unwrap().to_string();
-        Coordinator { process, url, token: token.trim_start_matches("QUINTET_RUN_TOKEN=").to_string() }
+        let (url, token) = announced(&mut process);
+        Coordinator { process, url, token }
     }
 
     fn worker(&self, directory: &Path, token: &str) -> Process {
-        let mut command = quintet(directory);
-        command.args(["worker", "--coordinator", &self.url, "--threads", "1"]).env("QUINTET_RUN_TOKEN", token);
-        Process::start(&mut command)
+        worker(&self.url, directory, token)
     }
+}
+
+/// The URL and the token that a coordinator prints.
+fn announced(process: &mut Process) -> (String, String) {
+    let line = process.wait_for("QUINTET_RUN_TOKEN=");
+    let (token, command) = line.trim().split_once(' ').unwrap();
+    let url = command.split(' ').next_back().unwrap().to_string();
+    (url, token.trim_start_matches("QUINTET_RUN_TOKEN=").to_string())
+}
+
+fn worker(url: &str, directory: &Path, token: &str) -> Process {
+    let mut command = quintet(directory);
+    command.args(["worker", "--coordinator", url, "--threads", "1"]).env("QUINTET_RUN_TOKEN", token);
+    Process::start(&mut command)
 }
 
 #[test]
@@ -224,11 +327,12 @@ fn a_run_stopped_before_it_began_leaves_nothing_in_the_way() {
 #[test]
 fn workers_end_with_their_coordinator_and_say_why() {
     let workspace = Workspace::new();
-    let coordinator = Coordinator::start(&workspace, &["--workers", "1", "--set", "training.max_steps=100000"]);
+    let settings = words("--workers 1 training.max_steps=100000 cluster.reconnect_timeout_seconds=0");
+    let coordinator = Coordinator::start(&workspace, &settings);
     let worker = coordinator.worker(workspace.path(), &coordinator.token);
     let mut process = coordinator.process;
     assert!(process.wait_for_lines(&workspace.output("run").path("ledger.jsonl"), 3));
     process.kill();
     let ended = worker.wait().expect(1);
-    assert!(ended.error().starts_with("error: the connection to the coordinator broke"), "{}", ended.stderr);
+    assert!(ended.error().starts_with("error: cannot reach the coordinator at "), "{}", ended.stderr);
 }

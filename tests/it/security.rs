@@ -26,9 +26,13 @@ struct Coordinator {
 
 impl Coordinator {
     fn start(workspace: &Workspace) -> Self {
+        Self::start_at(workspace, COORDINATOR, &[])
+    }
+
+    fn start_at(workspace: &Workspace, address: &str, arguments: &[&str]) -> Self {
         let mut command = quintet(workspace.path());
-        command.args(["coordinator", "job.toml", "--listen", COORDINATOR, "--output", "run", "--workers", "2"]);
-        let mut process = Process::start(command.args(["--set", SETTINGS]));
+        command.args(["coordinator", "job.toml", "--listen", address, "--output", "run", "--workers", "2"]);
+        let mut process = Process::start(command.args(["--set", SETTINGS]).args(arguments));
         let line = process.wait_for("QUINTET_JOIN_TOKEN_FILE=run/security/tokens ");
         let url = line.trim().split(' ').next_back().unwrap().to_string();
         assert!(url.starts_with("https://127.0.0.2:"), "{url}");
@@ -163,4 +167,30 @@ fn plain_text_leaves_the_machine_only_where_it_is_asked_for() {
     };
     refused(&["--coordinator", "http://127.0.0.1:1", "--listen", "0.0.0.0:0"], "--listen 0.0.0.0:0");
     refused(&["--coordinator", "http://127.0.0.2:1", "--listen", "127.0.0.1:0"], "127.0.0.2:1");
+}
+
+#[test]
+fn a_coordinator_that_was_killed_is_known_by_its_authority() {
+    let workspace = Workspace::new();
+    let whole = workspace.trained("local", &format!("--workers 2 {SETTINGS}"));
+    let mut coordinator = Coordinator::start(&workspace);
+    let tokens = std::fs::read_to_string(workspace.path().join("run/security/tokens")).unwrap();
+    let workers: Vec<Process> = WORKERS
+        .iter()
+        .zip(tokens.lines())
+        .map(|(listen, token)| coordinator.worker(&workspace, listen, "QUINTET_JOIN_TOKEN", token))
+        .collect();
+    let run = workspace.output("run");
+    assert!(coordinator.process.wait_for_lines(&run.path("ledger.jsonl"), STEPS as usize / 3));
+    let address = coordinator.address().to_string();
+    coordinator.process.kill();
+    let coordinator = Coordinator::start_at(&workspace, &address, &["--resume"]);
+    coordinator.process.wait().expect(0);
+    for worker in workers {
+        worker.wait().expect(0);
+    }
+    assert!(run.weights() == whole.weights());
+    run.check_ledger(STEPS);
+    let recoveries = run.events("recovery");
+    assert_eq!((recoveries.len(), &recoveries[0]["coordinator_restarted"]), (1, &true.into()), "{recoveries:?}");
 }

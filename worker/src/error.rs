@@ -41,6 +41,10 @@ pub enum Error {
     #[error("rank {rank} broke the collective protocol: {problem}")]
     Protocol { rank: u32, problem: String },
 
+    /// The state that another rank handed over is not what it should be.
+    #[error("rank {rank} could not hand over the state of the run: {problem}")]
+    Healing { rank: u32, problem: String },
+
     #[error(transparent)]
     Data(#[from] quintet_data::Error),
 
@@ -73,11 +77,16 @@ impl Error {
 
     /// Whether the work failed for want of another rank: this one is well, and can go on in a new generation.
     pub fn is_peer_failure(&self) -> bool {
-        use Error::{Device, Interrupted, PeerLost, PeerSilent, Rendezvous};
+        use Error::{Device, Healing, Interrupted, PeerLost, PeerSilent, Rendezvous};
         use quintet_kernels::Error::{PeersLost, Void};
         matches!(
             self,
-            Rendezvous { .. } | PeerLost { .. } | PeerSilent { .. } | Interrupted | Device(PeersLost { .. } | Void)
+            Rendezvous { .. }
+                | PeerLost { .. }
+                | PeerSilent { .. }
+                | Healing { .. }
+                | Interrupted
+                | Device(PeersLost { .. } | Void)
         )
     }
 

@@ -1,7 +1,8 @@
 //! The life of a rank: joins a generation, computes leases, reduces, commits, and does what the coordinator says is due.
 //!
 //! One thread computes. What can block it (a collective whose peer died) is interrupted from the session's thread when a
-//! newer generation or the end arrives.
+//! newer generation or the end arrives. When the stream to the coordinator breaks, the rank keeps what it holds and
+//! connects again: the coordinator may come back, or only the connection may have been lost.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -14,26 +15,29 @@ use quintet_data::{
     DataConfig, Dataset, Loader, PackedBatch, Packer, Schedule as StepSchedule, Splits, Tokenizer, share,
 };
 use quintet_kernels::{Device, WaitLimits, ops};
-use quintet_proto::v1::{Actions, Evaluated, Failed, Finished, Lease, Linked, MicroBatch, NotFinite, Plan};
-use quintet_proto::v1::{Ready, Saved, StepDone, StepFailed, Stop};
+use quintet_proto::v1::{Actions, Commit, Evaluated, Failed, Finished, Lease, Linked, MicroBatch, NotFinite, Plan};
+use quintet_proto::v1::{Ready, SaveFailed, Saved, State, StepDone, StepFailed, Stop};
 use quintet_t5::{Generation, Model, Parameters};
 
 use crate::access::Access;
 use crate::adapter::Adapter;
-use crate::checkpoint::{self, Progress, Snapshot};
+use crate::checkpoint::{self, Progress};
 use crate::collective::{Collective, Interrupter, Listener, Membership, Mesh};
 use crate::config::{EvaluationConfig, LoraConfig, ModelSection, Precision, TrainingConfig};
 use crate::evaluation::{self, BatchEvaluation, EvaluationTask};
 use crate::gradient::StepGradient;
-use crate::output;
 use crate::replica::{self, Replica, Update};
-use crate::session::{Command, Report, Session};
+use crate::saver::{self, Image, Saver};
+use crate::session::{self, Command, Report, Session, SessionError};
 use crate::{DeviceChoice, Error, Result};
+use crate::{healing, output};
 
 /// What a rank is told about its job.
 #[derive(Clone, Debug)]
 pub struct RankJob {
     pub model: ModelSection,
+    /// What the job calls the model that it begins with, if it begins with one: its adapter is to name it.
+    pub base_name: Option<String>,
     pub lora: Option<LoraConfig>,
     pub data: DataConfig,
     pub training: TrainingConfig,
@@ -51,8 +55,11 @@ pub struct RankJob {
     pub shares_gpu: bool,
     /// Where other ranks connect to.
     pub listen: SocketAddr,
-    /// The committed step whose checkpoint to load; 0 to start afresh.
-    pub resume_step: u64,
+    /// The state to start with: the committed step whose checkpoint to load, or 0 to start afresh. `None` in a run that is
+    /// under way, where another rank hands it over.
+    pub start: Option<State>,
+    /// How long to try to reach a coordinator that was lost.
+    pub reconnect_timeout: Duration,
     /// Of what decides the numbers of a run; a checkpoint of another is refused.
     pub fingerprint: String,
     /// How long a peer may be silent inside a collective: longer than the slowest step lags.
@@ -75,7 +82,7 @@ const TOKENIZER_THREADS: usize = 1;
 ///
 /// # Errors
 /// What keeps this worker from going on; the coordinator has been told.
-pub fn run(session: &Session, job: RankJob) -> Result<(u8, String)> {
+pub fn run(session: &mut Session, job: RankJob) -> Result<(u8, String)> {
     let outcome = Rank::prepare(session, job).and_then(|mut rank| rank.serve(session));
     if let Err(error) = &outcome {
         let exit_code = if error.is_user_error() { 2 } else { 1 };
@@ -88,6 +95,10 @@ pub fn run(session: &Session, job: RankJob) -> Result<(u8, String)> {
 struct Rank {
     job: RankJob,
     replica: Replica,
+    /// Of the data.
+    fingerprint: String,
+    /// The state that the replica is in; `None` where it is of no use.
+    held: Option<State>,
     validation: Option<Arc<Dataset>>,
     /// Of an evaluation's predictions.
     generation: Generation,
@@ -99,7 +110,8 @@ struct Rank {
     listener: Listener,
     /// Of the step under way, or of the one that waits for its commit.
     gradient: StepGradient,
-    pending: Option<(u64, Update)>,
+    pending: Option<(State, Update)>,
+    saver: Saver,
     /// The digest that the next report carries.
     digest: Option<blake3::Hash>,
 }
@@ -127,29 +139,17 @@ impl Rank {
         let train = Arc::new(splits.train);
         let validation = splits.validation.map(Arc::new);
         let schedule = job.training.steps(order.positions())?;
-        let device = job.device.open()?;
-        let (model, parameters) = replica::load_model(&device, &job.model, &tokenizer, job.training.seed)?;
+        let replica = new_replica(&job, &tokenizer, schedule.total_steps)?;
         let pretrained = job.model.pretrained.as_deref().map(Path::new);
-        let generation = job.evaluation.resolve_generation(model.config(), pretrained)?;
-        let precision = job.training.precision.unwrap_or(Precision::default_on(job.device));
-        let tokens_max = u64::from(job.training.global_batch_size) * job.data.max_target_length as u64;
-        let adapter = open_adapter(&job, &model, &parameters)?;
-        let (training, total_steps) = (&job.training, schedule.total_steps);
-        let mut replica = Replica::new(model, parameters, adapter, training, precision, total_steps, tokens_max)?;
-        if job.resume_step > 0 {
-            restore(&job, &mut replica)?;
-        }
+        let generation = job.evaluation.resolve_generation(replica.model().config(), pretrained)?;
         let listener = Listener::bind(job.listen)?;
-        session.send(Report::Ready(Ready {
-            dataset_fingerprint: fingerprint,
-            collective_address: listener.local_addr().to_string(),
-            committed_step: replica.step(),
-            weights_digest: replica.digest()?.as_bytes().to_vec(),
-        }))?;
         let packer = Packer::new(train, tokenizer.clone(), order, job.data.limits());
         let loader = Loader::new(packer, TOKENIZER_THREADS);
-        let gradient = StepGradient::new(&device, replica.master().layout().len())?;
-        Ok(Rank {
+        let gradient = StepGradient::new(replica.model().device(), replica.master().layout().len())?;
+        let saver = Saver::new(job.checkpoints(), job.training.save_total_limit.map(|keep| keep as usize));
+        let rank = Rank {
+            held: job.start,
+            fingerprint,
             job,
             replica,
             validation,
@@ -161,58 +161,111 @@ impl Rank {
             listener,
             gradient,
             pending: None,
+            saver,
             digest: None,
-        })
+        };
+        rank.say_ready(session)?;
+        Ok(rank)
+    }
+
+    /// Tells a coordinator what this rank holds.
+    fn say_ready(&self, session: &Session) -> Result<()> {
+        // No commit is of this generation.
+        let held = self.held.unwrap_or(State { step: 0, generation: u64::MAX });
+        Ok(session.send(Report::Ready(Ready {
+            dataset_fingerprint: self.fingerprint.clone(),
+            collective_address: self.listener.local_addr().to_string(),
+            committed_step: held.step,
+            committed_generation: held.generation,
+            weights_digest: self.replica.digest()?.as_bytes().to_vec(),
+            pending: self.pending.map(|(state, _)| state),
+        }))?)
     }
 
     /// Obeys commands until the last.
-    fn serve(&mut self, session: &Session) -> Result<(u8, String)> {
+    fn serve(&mut self, session: &mut Session) -> Result<(u8, String)> {
         let mut place: Option<Place> = None;
         loop {
-            let due = match session.recv()? {
-                Command::Stop(Stop { exit_code, reason }) => return Ok((exit_code as u8, reason)),
-                Command::Plan(plan) => {
-                    // A step that was reduced but not committed in the old generation is void.
-                    self.pending = None;
-                    self.forget_requests();
-                    assert_eq!(plan.committed_step, self.replica.step(), "replicas stand at the committed step");
-                    // Ends what the old generation still has under way on the device.
-                    drop(place.take());
-                    place = match self.join(session, &plan) {
-                        Ok(joined) => Some(joined),
-                        Err(error) if error.is_peer_failure() => {
-                            session.send(step_failed(plan.generation, plan.committed_step, &error))?;
-                            None
-                        }
-                        Err(error) => return Err(error),
-                    };
-                    (plan.actions.unwrap_or_default(), plan.next)
-                }
-                Command::Commit(commit) => {
-                    let Some(place) = &place else { continue };
-                    if commit.generation != place.generation {
-                        continue;
-                    }
-                    self.commit(commit.step)?;
-                    (commit.actions.unwrap_or_default(), commit.next)
-                }
-            };
-            let Some(joined) = &mut place else { continue };
-            let (actions, lease) = due;
-            match self.act(session, joined, actions, lease) {
-                Ok(()) => {}
-                Err(error) if error.is_peer_failure() => {
-                    session.send(step_failed(joined.generation, self.replica.step() + 1, &error))?;
+            let obeyed = match session.recv() {
+                Ok(Command::Stop(Stop { exit_code, reason, .. })) => return Ok((exit_code as u8, reason)),
+                Ok(Command::Plan(plan)) => self.begin(session, &mut place, plan),
+                Ok(Command::Commit(commit)) => self.advance(session, &mut place, commit),
+                Err(SessionError::Disconnected(_)) => {
                     place = None;
+                    self.rejoin(session)?;
+                    Ok(())
                 }
-                Err(error) => return Err(error),
+                Err(error) => Err(error.into()),
+            };
+            match obeyed {
+                // Whoever receives next finds out.
+                Err(Error::Session(SessionError::Disconnected(_))) => place = None,
+                obeyed => obeyed?,
             }
         }
     }
 
+    /// Connects to a coordinator that was lost, with all that this rank holds.
+    fn rejoin(&mut self, session: &mut Session) -> Result<()> {
+        let welcome = session.reconnect(self.job.reconnect_timeout)?;
+        if let Ok(token) = welcome.collective_token.as_slice().try_into() {
+            self.job.collective_token = token;
+        }
+        if let Some(start) = session::start_of(&welcome) {
+            // It begins anew, from a checkpoint; what came later is void.
+            self.pending = None;
+            if self.held != Some(start) {
+                self.job.start = Some(start);
+                self.replica = new_replica(&self.job, &self.tokenizer, self.schedule.total_steps)?;
+                self.held = Some(start);
+            }
+        }
+        self.say_ready(session)
+    }
+
+    /// Takes its place in a new generation, and does what is due there.
+    fn begin(&mut self, session: &Session, place: &mut Option<Place>, plan: Plan) -> Result<()> {
+        self.settle(&plan)?;
+        self.forget_requests();
+        // Ends what the old generation still has under way on the device.
+        drop(place.take());
+        match self.join(session, &plan) {
+            Ok(joined) => self.act_in(session, place.insert(joined), plan.actions, plan.next)?,
+            Err(error) if error.is_peer_failure() => {
+                session.send(step_failed(plan.generation, plan.committed_step, &error))?;
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(())
+    }
+
+    /// A step that was reduced but not committed is void; unless its commit is on record, and was not heard of.
+    fn settle(&mut self, plan: &Plan) -> Result<()> {
+        let committed = State { step: plan.committed_step, generation: plan.committed_generation };
+        if self.pending.is_some_and(|(state, _)| state == committed) && self.held.is_some() {
+            self.commit(committed)?;
+        }
+        self.pending = None;
+        if plan.healed.contains(&plan.rank) {
+            self.held = None;
+        } else {
+            assert_eq!(self.held, Some(committed), "the coordinator knows what this rank holds");
+        }
+        Ok(())
+    }
+
+    /// Goes on from a committed step.
+    fn advance(&mut self, session: &Session, place: &mut Option<Place>, commit: Commit) -> Result<()> {
+        let Some(joined) = place.as_mut().filter(|place| place.generation == commit.generation) else { return Ok(()) };
+        self.commit(State { step: commit.step, generation: commit.generation })?;
+        self.act_in(session, joined, commit.actions, commit.next)
+    }
+
     fn join(&mut self, session: &Session, plan: &Plan) -> Result<Place> {
+        let _waiting = session.wait();
         let world_size = plan.members.len() as u32;
-        let collective = if world_size == 1 {
+        let mut collective = if world_size == 1 {
             Collective::local()
         } else {
             let members = plan.members.iter().map(|member| Ok((member.rank, address(&member.address)?)));
@@ -229,34 +282,55 @@ impl Rank {
             let for_session = interrupter.clone();
             session.on_interrupt(plan.generation, Box::new(move || for_session.interrupt()));
             let deadline = Instant::now() + RENDEZVOUS_TIMEOUT;
-            self.link(
-                session,
-                Mesh::connect(&self.listener, membership, deadline, self.job.silence_limit, interrupter)?,
-            )?
+            let mesh = Mesh::connect(&self.listener, membership, deadline, self.job.silence_limit, interrupter)?;
+            self.link(session, mesh, plan.committed_step)?
         };
+        healing::heal(&mut collective, &mut self.replica, plan.committed_step, plan.source, &plan.healed)?;
+        if plan.healed.contains(&plan.rank) {
+            self.held = Some(State { step: plan.committed_step, generation: plan.committed_generation });
+        }
         Ok(Place { generation: plan.generation, rank: plan.rank, world_size, collective })
     }
 
-    /// The collective of ranks that have met.
-    fn link(&self, session: &Session, mesh: Mesh) -> Result<Collective> {
+    /// The collective of ranks that have met to go on from `step`, which some do not hold yet.
+    fn link(&self, session: &Session, mesh: Mesh, step: u64) -> Result<Collective> {
         let Device::Gpu(gpu) = self.replica.model().device() else { return Ok(Collective::tcp(mesh)) };
         let silence_limit = self.job.silence_limit;
         // Ranks that give up sooner than the mesh and the coordinator do can try again together.
         let limits = WaitLimits { meeting: RENDEZVOUS_TIMEOUT.min(silence_limit / 2), sum: silence_limit / 2 };
         let (generation, rank) = (mesh.generation(), mesh.rank());
-        let (collective, gradients) =
-            Collective::between_gpus(mesh, gpu, self.replica.step(), self.job.shares_gpu, limits)?;
+        let (collective, gradients) = Collective::between_gpus(mesh, gpu, step, self.job.shares_gpu, limits)?;
         if rank == 0 {
             session.send(Report::Linked(Linked { generation, gradients }))?;
         }
         Ok(collective)
     }
 
-    /// Applies the update of the step that was just recorded.
-    fn commit(&mut self, step: u64) -> Result<()> {
-        let pending = self.pending.take().filter(|&(pending, _)| pending == step);
+    /// Applies the update of a step that is recorded.
+    fn commit(&mut self, committed: State) -> Result<()> {
+        let pending = self.pending.take().filter(|(state, _)| *state == committed);
         let (_, update) = pending.expect("a step is committed after this rank reported it"); // why: the coordinator waits
-        self.replica.update(step, self.gradient.total(), update)
+        self.replica.update(committed.step, self.gradient.total(), update)?;
+        self.held = Some(committed);
+        Ok(())
+    }
+
+    /// What is due in a generation, which a lost peer makes void.
+    fn act_in(
+        &mut self,
+        session: &Session,
+        place: &mut Place,
+        actions: Option<Actions>,
+        lease: Option<Lease>,
+    ) -> Result<()> {
+        match self.act(session, place, actions.unwrap_or_default(), lease) {
+            Err(error) if error.is_peer_failure() => {
+                // Peers are to notice at once.
+                place.collective = Collective::local();
+                Ok(session.send(step_failed(place.generation, self.replica.step() + 1, &error))?)
+            }
+            acted => acted,
+        }
     }
 
     /// What is due on the committed weights, then the next step.
@@ -271,9 +345,12 @@ impl Rank {
             self.evaluate(session, place, step)?;
         }
         if actions.save && place.rank == 0 {
-            self.save(actions.best_step)?;
-            session.send(Report::Saved(Saved { step }))?;
+            self.begin_save(session, step, actions.best_step)?;
         }
+        // Where no step follows, nothing else is left to wait for.
+        let saved =
+            if actions.finish || actions.save && lease.is_none() { self.saver.wait() } else { self.saver.poll() };
+        tell_saved(session, saved)?;
         if actions.finish {
             if place.rank == 0 {
                 let best = self.read_best(actions.best_step)?;
@@ -285,23 +362,28 @@ impl Rank {
             }))?;
         }
         let Some(lease) = lease else { return Ok(()) };
-        let report = match self.attempt(place, &lease)? {
+        let report = match self.attempt(session, place, &lease)? {
             Attempt::Done(done) => Report::StepDone(done),
             Attempt::Poisoned(what) => {
                 Report::NotFinite(NotFinite { generation: place.generation, step: lease.step, what })
             }
         };
+        tell_saved(session, self.saver.poll())?;
         Ok(session.send(report)?)
     }
 
     /// Computes and reduces the gradient of a lease's step.
-    fn attempt(&mut self, place: &mut Place, lease: &Lease) -> Result<Attempt> {
+    fn attempt(&mut self, session: &Session, place: &mut Place, lease: &Lease) -> Result<Attempt> {
         let started = Instant::now();
         let plan = self.schedule.step(lease.step);
         let range = lease.first_micro_batch..lease.last_exclusive;
         self.gradient.begin(range.clone(), plan.micro_batches)?;
         let mut reports = Vec::with_capacity(range.len());
         for index in range {
+            if session.is_void(place.generation) {
+                return Err(Error::Interrupted);
+            }
+            session.count_progress();
             let packed = self.next_batch(lease.step, index)?;
             let batch = evaluation::upload(self.replica.model(), &packed)?;
             let is_last = index + 1 == lease.last_exclusive;
@@ -328,16 +410,18 @@ impl Rank {
         {
             return Ok(Attempt::Poisoned(format!("the gradient of {}", self.tensor_at(index))));
         }
+        let waiting = session.wait();
         let target_tokens = self.global_target_tokens(place, lease.step, &reports)?;
         let ranges: Vec<Range<u32>> =
             (0..place.world_size).map(|rank| share(plan.micro_batches, rank, place.world_size)).collect();
         self.gradient.reduce(&mut place.collective, lease.step, &ranges)?;
+        drop(waiting);
         let Some(update) = self.replica.plan_update(self.gradient.total(), target_tokens)? else {
             // Squares of f32 do not overflow the norm's f64, so there is one.
             let index = ops::find_not_finite(self.gradient.total())?.unwrap_or_default();
             return Ok(Attempt::Poisoned(format!("the global gradient of {}", self.tensor_at(index))));
         };
-        self.pending = Some((lease.step, update));
+        self.pending = Some((State { step: lease.step, generation: place.generation }, update));
         Ok(Attempt::Done(StepDone {
             generation: place.generation,
             step: lease.step,
@@ -407,35 +491,25 @@ impl Rank {
         self.replica.read_weights(|name, shape, values| loaded.model.read(name, shape, values)).map(Some)
     }
 
-    /// A checkpoint of the committed step, and as many older ones as the job keeps; one of them is that of `best_step`.
-    fn save(&self, best_step: u64) -> Result<()> {
-        let replica = &self.replica;
-        let plan = self.schedule.step(replica.step());
-        let layout = replica.master().layout();
-        let model: Vec<checkpoint::NamedTensor> = layout
-            .tensors()
-            .iter()
-            .map(|tensor| checkpoint::NamedTensor {
-                name: tensor.name.clone(),
-                shape: tensor.shape.clone(),
-                values: replica.master().range(tensor.range.clone()),
-            })
-            .collect();
+    /// Copies the state of the committed step for a checkpoint, which is then written while training goes on. The one of
+    /// `best_step` is kept.
+    fn begin_save(&mut self, session: &Session, step: u64, best_step: u64) -> Result<()> {
+        if self.saver.step() == Some(step) {
+            return Ok(());
+        }
+        tell_saved(session, self.saver.wait())?;
+        let plan = self.schedule.step(step);
         let progress = Progress {
-            step: plan.step,
+            step,
             epoch: plan.epoch,
             position: plan.positions.end,
             seed: self.job.training.seed,
             job_fingerprint: self.job.fingerprint.clone(),
-            weights_digest: replica.digest()?.to_hex().to_string(),
-            loss_scaler: replica.loss_scaler(),
+            weights_digest: String::new(),
+            loss_scaler: self.replica.loss_scaler(),
         };
-        let directory = self.job.checkpoints();
-        checkpoint::save(&directory, &Snapshot { progress, model: &model, optimizer: &replica.optimizer().state() })?;
-        match self.job.training.save_total_limit {
-            Some(keep) => checkpoint::prune(&directory, keep as usize, (best_step > 0).then_some(best_step)),
-            None => Ok(()),
-        }
+        let best = (best_step > 0).then_some(best_step);
+        self.saver.begin(step, Image::of(&self.replica, progress)?, best)
     }
 
     /// Every rank evaluates its share; rank 0 puts the whole together and reports it.
@@ -465,18 +539,30 @@ impl Rank {
     }
 }
 
+/// The replica of a rank, in the state to start with.
+fn new_replica(job: &RankJob, tokenizer: &Tokenizer, total_steps: u64) -> Result<Replica> {
+    let device = job.device.open()?;
+    let (model, parameters) = replica::load_model(&device, &job.model, tokenizer, job.training.seed)?;
+    let precision = job.training.precision.unwrap_or(Precision::default_on(job.device));
+    let tokens_max = u64::from(job.training.global_batch_size) * job.data.max_target_length as u64;
+    let adapter = open_adapter(job, &model, &parameters)?;
+    let mut replica = Replica::new(model, parameters, adapter, &job.training, precision, total_steps, tokens_max)?;
+    if let Some(start) = job.start.filter(|start| start.step > 0) {
+        restore(job, start.step, &mut replica)?;
+    }
+    Ok(replica)
+}
+
 /// What a LoRA run trains.
 fn open_adapter(job: &RankJob, model: &Model, base: &Parameters) -> Result<Option<Adapter>> {
-    let open = |lora| {
-        let name = job.model.pretrained.as_deref().unwrap_or_default();
-        Adapter::open(lora, model, base, name, job.training.seed)
-    };
+    let name = job.base_name.as_deref().unwrap_or_default();
+    let open = |lora| Adapter::open(lora, model, base, name, job.training.seed);
     job.lora.as_ref().map(open).transpose()
 }
 
 /// Takes over the checkpoint that the coordinator resumes from.
-fn restore(job: &RankJob, replica: &mut Replica) -> Result<()> {
-    let loaded = checkpoint::load(&checkpoint::path(&job.checkpoints(), job.resume_step))?;
+fn restore(job: &RankJob, step: u64, replica: &mut Replica) -> Result<()> {
+    let loaded = checkpoint::load(&checkpoint::path(&job.checkpoints(), step))?;
     if loaded.progress.job_fingerprint != job.fingerprint {
         let problem = "belongs to a job with other data, model or training settings".to_string();
         return Err(Error::Checkpoint { path: loaded.path, problem });
@@ -497,6 +583,15 @@ fn restore(job: &RankJob, replica: &mut Replica) -> Result<()> {
 
 fn address(text: &str) -> Result<SocketAddr> {
     text.parse().map_err(|_| Error::Protocol { rank: 0, problem: format!("{text:?} is no address") })
+}
+
+fn tell_saved(session: &Session, saved: Option<saver::Saved>) -> Result<()> {
+    let report = match saved {
+        None => return Ok(()),
+        Some((step, Ok(()))) => Report::Saved(Saved { step }),
+        Some((step, Err(error))) => Report::SaveFailed(SaveFailed { step, message: error.to_string() }),
+    };
+    Ok(session.send(report)?)
 }
 
 fn step_failed(generation: u64, step: u64, error: &Error) -> Report {

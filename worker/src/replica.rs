@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use quintet_data::Tokenizer;
-use quintet_kernels::{DType, Device, Tensor, View, ops};
+use quintet_kernels::{DType, Device, Tensor, View, ViewMut, ops};
 use quintet_t5::{Batch, Config, LoraSpec, LossSums, Model, OnFinished, Parameters, TrainOptions, Weights};
 
 use crate::adapter::Adapter;
 use crate::config::{ModelSection, Precision, TrainingConfig};
-use crate::optimizer::{ClippedMean, NamedSlot, Optimizer};
+use crate::optimizer::{ClippedMean, NamedSlot, Optimizer, Piece};
 use crate::scaler::LossScaler;
 use crate::schedule::Schedule;
 use crate::{Error, Result};
@@ -153,6 +153,14 @@ impl Scaling {
     }
 }
 
+/// The digest of a replica whose trained weights have the digest `trained`: of an adapter, with its base's.
+pub fn digest_over(trained: blake3::Hash, base_fingerprint: Option<&str>) -> blake3::Hash {
+    match base_fingerprint {
+        Some(base) => blake3::hash(format!("{} over {base}", trained.to_hex()).as_bytes()),
+        None => trained,
+    }
+}
+
 /// What a step does to the weights when it is committed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Update {
@@ -289,11 +297,47 @@ impl Replica {
         Ok(())
     }
 
+    /// All that updates change, but for what [`Replica::resume_at`] sets: the master weights, then the optimizer's arenas.
+    pub fn arenas(&self) -> Vec<View<'_>> {
+        let mut arenas = vec![self.master.view()];
+        arenas.extend(self.optimizer.arenas());
+        arenas
+    }
+
+    /// [`Replica::arenas`], to be overwritten with another replica's.
+    pub fn arenas_mut(&mut self) -> Vec<ViewMut<'_>> {
+        let mut arenas = vec![self.master.view_mut()];
+        arenas.extend(self.optimizer.arenas_mut());
+        arenas
+    }
+
+    /// Where the model's tensors lie in the first of [`Replica::arenas`].
+    pub fn pieces(&self) -> Vec<Piece> {
+        let tensors = self.master.layout().tensors().iter();
+        tensors
+            .map(|tensor| Piece {
+                name: tensor.name.clone(),
+                arena: 0,
+                shape: tensor.shape.clone(),
+                range: tensor.range.clone(),
+            })
+            .collect()
+    }
+
+    /// Goes on from arenas that were overwritten with those of a replica at `step`, after so many updates.
+    pub fn resume_at(&mut self, step: u64, updates: u64, loss_scaler: Option<LossScaler>) -> Result<()> {
+        self.optimizer.set_steps(updates);
+        if let Some((scaling, scaler)) = self.scaling.as_mut().zip(loss_scaler) {
+            scaling.scaler = scaler;
+        }
+        self.step = step;
+        self.refresh_compute()
+    }
+
     /// BLAKE3 of the weights' bytes, an adapter's with its base's: equal on all replicas, or something is broken.
     pub fn digest(&self) -> Result<blake3::Hash> {
-        let digest = self.master.digest()?;
-        let Some(frozen) = &self.frozen else { return Ok(digest) };
-        Ok(blake3::hash(format!("{} over {}", digest.to_hex(), frozen.about.base_fingerprint).as_bytes()))
+        let base_fingerprint = self.adapter().map(|about| about.base_fingerprint.as_str());
+        Ok(digest_over(self.master.digest()?, base_fingerprint))
     }
 
     /// Takes over the weights and optimizer state that `read` fills in, by name and shape.
@@ -305,13 +349,9 @@ impl Replica {
         read_state: impl FnMut(&str, &[usize], &mut [f32]) -> Result<()>,
     ) -> Result<()> {
         read_into(&mut self.master, &mut read_weight)?;
-        if let Some((scaling, scaler)) = self.scaling.as_mut().zip(loss_scaler) {
-            scaling.scaler = scaler;
-        }
         let skipped = loss_scaler.map_or(0, |scaler| scaler.skipped_steps());
         self.optimizer.load_state(step - skipped, read_state)?;
-        self.step = step;
-        self.refresh_compute()
+        self.resume_at(step, step - skipped, loss_scaler)
     }
 
     /// Other weights of this model, beside those at hand.
@@ -338,7 +378,6 @@ impl From<&quintet_t5::NamedTensor> for NamedSlot {
     }
 }
 
-/// One seed a step for dropout: the finaliser of SplitMix64.
 /// Fills an arena tensor by tensor.
 fn read_into(
     parameters: &mut Parameters,
@@ -353,6 +392,7 @@ fn read_into(
     Ok(())
 }
 
+/// One seed a step for dropout: the finaliser of SplitMix64.
 fn step_seed(seed: u64, step: u64) -> u64 {
     let mut state = seed.wrapping_add(step.wrapping_mul(0x9E37_79B9_7F4A_7C15));
     state = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

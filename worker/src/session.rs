@@ -2,15 +2,18 @@
 //!
 //! A thread of its own keeps the stream alive: it sends heartbeats while the computing thread is
 //! busy, and it interrupts the computing thread, which may be blocked in a collective with a dead
-//! peer, as soon as the coordinator says that the work has become void.
+//! peer, as soon as the coordinator says that the work has become void. A stream that breaks can
+//! be replaced by another ([`Session::reconnect`]): coordinators come back.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use quintet_proto::PROTOCOL_VERSION;
-use quintet_proto::v1::{Commit, FromWorker, Heartbeat, Hello, Interrupted, Plan, Stop, ToWorker, to_worker};
+use quintet_proto::v1::{Commit, FromWorker, Heartbeat, Hello, Interrupted, Plan, State, Stop, ToWorker, to_worker};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Uri;
@@ -25,6 +28,8 @@ pub use quintet_proto::v1::from_worker::Report;
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// For connecting, and again for the coordinator's answer.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+/// Pauses between attempts to connect again.
+const RECONNECT_PAUSES: std::ops::RangeInclusive<Duration> = Duration::from_millis(50)..=Duration::from_secs(1);
 /// How long the coordinator may take to read the last reports of a session that ends.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(5);
 /// A coordinator whose machine does not answer for longer is gone.
@@ -100,13 +105,51 @@ pub enum Command {
     Stop(Stop),
 }
 
+/// The state that a welcomed worker is to start with; `None` where it gets that of a run under way later.
+pub fn start_of(welcome: &Welcome) -> Option<State> {
+    let state = State { step: welcome.resume_step, generation: welcome.resume_generation };
+    (!welcome.under_way).then_some(state)
+}
+
 /// A stream to the coordinator. Dropping it delivers what was sent, then leaves the run.
 pub struct Session {
+    dial: Dial,
+    vitals: Arc<Vitals>,
+    stream: Stream,
+    /// The stream's reports, for other threads.
+    reports: Arc<Mutex<async_mpsc::WeakUnboundedSender<FromWorker>>>,
+}
+
+/// How to reach the coordinator, and who is calling.
+struct Dial {
+    address: SocketAddr,
+    access: Access,
+    hello: Hello,
+}
+
+/// The session's end of one stream.
+struct Stream {
     reports: Option<async_mpsc::UnboundedSender<FromWorker>>,
     commands: mpsc::Receiver<Result<Command>>,
     interrupt: Arc<Mutex<Interrupt>>,
     goodbye: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What heartbeats tell of the computing thread.
+#[derive(Default)]
+struct Vitals {
+    waiting: AtomicBool,
+    progress: AtomicU64,
+}
+
+/// While it lives, the computing thread waits for others.
+pub struct Waiting<'a>(&'a Vitals);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.store(false, Ordering::Relaxed);
+    }
 }
 
 impl Session {
@@ -119,37 +162,65 @@ impl Session {
     /// See [`SessionError`].
     pub fn connect(url: &str, access: &Access, host: &str) -> Result<(Self, Welcome)> {
         let address = access.address(url)?;
-        let (reports, outgoing) = async_mpsc::unbounded_channel();
         let hello = Hello {
             protocol_version: PROTOCOL_VERSION,
             run_token: access.run_token(),
             host: host.to_owned(),
             pid: std::process::id(),
+            // The hasher's keys are the system's random numbers.
+            instance: RandomState::new().build_hasher().finish(),
         };
-        // The receiver is at hand, so that this cannot fail.
-        let _ = reports.send(FromWorker { report: Some(Report::Hello(hello)) });
-        let (incoming, commands) = mpsc::channel();
-        let (admit, admitted) = mpsc::channel();
-        let (goodbye, leaving) = oneshot::channel();
-        let interrupt = Arc::new(Mutex::new(Interrupt::default()));
-        let line = Line { incoming, interrupt: Arc::clone(&interrupt), heartbeats: reports.downgrade() };
-        let access = access.clone();
-        let thread = thread::Builder::new()
-            .name("session".to_owned())
-            .spawn(move || line.run(address, &access, outgoing, &admit, leaving))
-            .map_err(|error| SessionError::Thread(error.to_string()))?;
-        let session =
-            Self { reports: Some(reports), commands, interrupt, goodbye: Some(goodbye), thread: Some(thread) };
-        let welcome = admitted.recv().map_err(|_| ended())??;
-        Ok((session, welcome))
+        let dial = Dial { address, access: access.clone(), hello };
+        let vitals = Arc::new(Vitals::default());
+        let (stream, welcome) = Stream::open(&dial, &vitals, CONNECT_TIMEOUT)?;
+        let reports = Arc::new(Mutex::new(stream.weak_reports()));
+        Ok((Self { dial, vitals, stream, reports }, welcome))
+    }
+
+    /// Joins again after the stream has broken, trying for as long as `patience`.
+    ///
+    /// # Errors
+    /// See [`SessionError`]; the last attempt's.
+    pub fn reconnect(&mut self, patience: Duration) -> Result<Welcome> {
+        let deadline = Instant::now() + patience;
+        let mut pause = *RECONNECT_PAUSES.start();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = left.clamp(Duration::from_secs(1), CONNECT_TIMEOUT);
+            match Stream::open(&self.dial, &self.vitals, timeout) {
+                Ok((stream, welcome)) => {
+                    *self.reports.lock().unwrap_or_else(PoisonError::into_inner) = stream.weak_reports();
+                    self.stream = stream;
+                    return Ok(welcome);
+                }
+                Err(SessionError::Unreachable { .. } | SessionError::Disconnected(_)) if left > pause => {
+                    thread::sleep(pause);
+                    pause = (2 * pause).min(*RECONNECT_PAUSES.end());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Says in heartbeats that the computing thread waits for peers, until the answer is dropped.
+    pub fn wait(&self) -> Waiting<'_> {
+        self.vitals.waiting.store(true, Ordering::Relaxed);
+        Waiting(&self.vitals)
+    }
+
+    /// Says in heartbeats that the computing thread has got on.
+    pub fn count_progress(&self) {
+        self.vitals.progress.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Waits for the next command.
     ///
     /// # Errors
-    /// [`SessionError::Disconnected`] or [`SessionError::Protocol`]: the worker must exit.
+    /// [`SessionError::Disconnected`], after which it may [`Session::reconnect`];
+    /// [`SessionError::Protocol`].
     pub fn recv(&self) -> Result<Command> {
-        self.commands.recv().map_err(|_| ended())?
+        let _waiting = self.wait();
+        self.stream.commands.recv().map_err(|_| ended())?
     }
 
     /// Sends a report, without waiting.
@@ -158,15 +229,15 @@ impl Session {
     /// [`SessionError::Disconnected`]; [`Session::recv`] knows more.
     pub fn send(&self, report: Report) -> Result<()> {
         let message = FromWorker { report: Some(report) };
-        self.reports.as_ref().and_then(|reports| reports.send(message).ok()).ok_or_else(ended)
+        self.stream.reports.as_ref().and_then(|reports| reports.send(message).ok()).ok_or_else(ended)
     }
 
     /// For another thread: tells the coordinator that this worker's host wants it gone, so that the run is saved while
     /// there is time. Does nothing when the session has ended.
     pub fn interrupter(&self) -> impl Fn() + Send + 'static {
-        let reports = self.reports.as_ref().map(async_mpsc::UnboundedSender::downgrade);
+        let reports = Arc::clone(&self.reports);
         move || {
-            if let Some(reports) = reports.as_ref().and_then(async_mpsc::WeakUnboundedSender::upgrade) {
+            if let Some(reports) = reports.lock().unwrap_or_else(PoisonError::into_inner).upgrade() {
                 // Whoever has left needs to save nothing.
                 let _ = reports.send(FromWorker { report: Some(Report::Interrupted(Interrupted {})) });
             }
@@ -180,7 +251,7 @@ impl Session {
     /// The callback must release the computing thread and return quickly; the computing thread
     /// then finds the cause by [`Session::recv`], behind commands that came earlier.
     pub fn on_interrupt(&self, generation: u64, callback: Box<dyn Fn() + Send>) {
-        let mut interrupt = lock(&self.interrupt);
+        let mut interrupt = lock(&self.stream.interrupt);
         if interrupt.newest_generation > generation {
             callback();
         }
@@ -189,11 +260,45 @@ impl Session {
 
     /// Whether the work of `generation` is void, so that one need not begin with it.
     pub fn is_void(&self, generation: u64) -> bool {
-        lock(&self.interrupt).newest_generation > generation
+        lock(&self.stream.interrupt).newest_generation > generation
     }
 }
 
-impl Drop for Session {
+impl Stream {
+    /// Connects, says hello and waits to be admitted.
+    fn open(dial: &Dial, vitals: &Arc<Vitals>, timeout: Duration) -> Result<(Self, Welcome)> {
+        let (reports, outgoing) = async_mpsc::unbounded_channel();
+        // The receiver is at hand, so that this cannot fail.
+        let _ = reports.send(FromWorker { report: Some(Report::Hello(dial.hello.clone())) });
+        let (incoming, commands) = mpsc::channel();
+        let (admit, admitted) = mpsc::channel();
+        let (goodbye, leaving) = oneshot::channel();
+        let interrupt = Arc::new(Mutex::new(Interrupt::default()));
+        let line = Line {
+            incoming,
+            interrupt: Arc::clone(&interrupt),
+            heartbeats: reports.downgrade(),
+            vitals: Arc::clone(vitals),
+        };
+        let (address, access) = (dial.address, dial.access.clone());
+        let thread = thread::Builder::new()
+            .name("session".to_owned())
+            .spawn(move || line.run(address, &access, timeout, outgoing, &admit, leaving))
+            .map_err(|error| SessionError::Thread(error.to_string()))?;
+        let stream = Self { reports: Some(reports), commands, interrupt, goodbye: Some(goodbye), thread: Some(thread) };
+        let welcome = admitted.recv().map_err(|_| ended())??;
+        Ok((stream, welcome))
+    }
+
+    fn weak_reports(&self) -> async_mpsc::WeakUnboundedSender<FromWorker> {
+        // Only a stream that is dropped has none.
+        self.reports
+            .as_ref()
+            .map_or_else(|| async_mpsc::unbounded_channel().0.downgrade(), |reports| reports.downgrade())
+    }
+}
+
+impl Drop for Stream {
     fn drop(&mut self) {
         self.goodbye = None;
         self.reports = None;
@@ -237,6 +342,7 @@ struct Line {
     interrupt: Arc<Mutex<Interrupt>>,
     /// Weak, so that the stream ends when the session lets go of it.
     heartbeats: async_mpsc::WeakUnboundedSender<FromWorker>,
+    vitals: Arc<Vitals>,
 }
 
 impl Line {
@@ -244,6 +350,7 @@ impl Line {
         self,
         address: SocketAddr,
         access: &Access,
+        timeout: Duration,
         outgoing: async_mpsc::UnboundedReceiver<FromWorker>,
         admit: &mpsc::Sender<Result<Welcome>>,
         leaving: oneshot::Receiver<()>,
@@ -256,7 +363,7 @@ impl Line {
             }
         };
         runtime.block_on(async {
-            match join(address, access, outgoing).await {
+            match join(address, access, timeout, outgoing).await {
                 Ok((welcome, commands)) => {
                     let _ = admit.send(Ok(welcome));
                     self.carry(commands, leaving).await;
@@ -276,7 +383,7 @@ impl Line {
             tokio::select! {
                 message = commands.message() => if !self.deliver(message) { return },
                 _ = heartbeat.tick() => if let Some(reports) = self.heartbeats.upgrade() {
-                    let _ = reports.send(FromWorker { report: Some(Report::Heartbeat(Heartbeat {})) });
+                    let _ = reports.send(FromWorker { report: Some(Report::Heartbeat(self.heartbeat())) });
                 },
                 _ = &mut leaving => break,
             }
@@ -286,6 +393,11 @@ impl Line {
         let _ = tokio::time::timeout(GOODBYE_TIMEOUT, drained).await;
     }
 
+    fn heartbeat(&self) -> Heartbeat {
+        let Vitals { waiting, progress } = &*self.vitals;
+        Heartbeat { waiting: waiting.load(Ordering::Relaxed), progress: progress.load(Ordering::Relaxed) }
+    }
+
     /// Passes a command to the computing thread, and interrupts it if what it does is now void.
     /// Answers whether more can come.
     fn deliver(&self, message: std::result::Result<Option<ToWorker>, Status>) -> bool {
@@ -293,6 +405,8 @@ impl Line {
             Ok(Some(ToWorker { command: Some(command) })) => match command {
                 to_worker::Command::Plan(plan) => Ok(Command::Plan(plan)),
                 to_worker::Command::Commit(commit) => Ok(Command::Commit(commit)),
+                // The run goes on, and this stream is none of it any more.
+                to_worker::Command::Stop(stop) if stop.rejoin => Err(SessionError::Disconnected(stop.reason)),
                 to_worker::Command::Stop(stop) => Ok(Command::Stop(stop)),
                 to_worker::Command::Welcome(_) => Err(SessionError::Protocol("it said welcome twice")),
             },
@@ -319,6 +433,7 @@ impl Line {
 async fn join(
     address: SocketAddr,
     access: &Access,
+    timeout: Duration,
     outgoing: async_mpsc::UnboundedReceiver<FromWorker>,
 ) -> Result<(Welcome, Streaming<ToWorker>)> {
     let unreachable = |problem: String| SessionError::Unreachable { address, problem };
@@ -334,9 +449,9 @@ async fn join(
             None => Err(SessionError::Disconnected("the coordinator closed it".to_owned())),
         }
     };
-    tokio::time::timeout(CONNECT_TIMEOUT, admission)
+    tokio::time::timeout(timeout, admission)
         .await
-        .map_err(|_| unreachable(format!("no answer within {} seconds", CONNECT_TIMEOUT.as_secs())))?
+        .map_err(|_| unreachable(format!("no answer within {:.0} seconds", timeout.as_secs_f64())))?
 }
 
 /// The address that a URL of this scheme names.

@@ -18,19 +18,48 @@ use crate::args::CoordinatorArguments;
 use crate::commands::tokens;
 use crate::error::{Failure, Result, exit};
 use crate::job::Job;
-use crate::prepare::{Door, Prepared, prepare, security_directory};
+use crate::prepare::{Door, Prepared, Serving, prepare, security_directory};
 use crate::report::{self, Reporter};
 
 pub(crate) fn run(arguments: CoordinatorArguments) -> Result<u8> {
     let job = Job::load(&arguments.job)?;
+    let mut serving = Serving { resume: arguments.job.resume, take_over: true, ..Serving::default() };
     let address = match arguments.listen {
         Some(address) => address,
         None => job.cluster.listen_address()?,
     };
     let (insecure_plaintext, authority) = (arguments.insecure_plaintext, arguments.authority);
-    let prepared = prepare(job, arguments.job.resume, Door { address, insecure_plaintext, authority })?;
-    let options = RunOptions { address, json: arguments.json, announce: true, device: None, by_hand: true };
-    serve(prepared, options, |_, _| Ok(Workers::Elsewhere))
+    let mut door = Door { address, insecure_plaintext, authority };
+    loop {
+        let prepared = prepare(job.clone(), serving, &door)?;
+        let address = door.address;
+        let options = RunOptions { address, json: arguments.json, announce: true, by_hand: true, device: None };
+        match serve(prepared, &options, |_, _| Ok(Workers::Elsewhere))? {
+            Served::Ended(code) => return Ok(code),
+            Served::Abandoned { address: listened, reason } => {
+                eprintln!("{reason}; going on from the last checkpoint");
+                (door.address, serving.from_checkpoint) = (listened, true);
+            }
+        }
+    }
+}
+
+/// What became of a run that was served.
+pub(crate) enum Served {
+    /// It ended, with this exit code.
+    Ended(u8),
+    /// Nobody came back to it, at this address; its workers have it to connect to.
+    Abandoned { address: SocketAddr, reason: String },
+}
+
+impl Served {
+    /// Of a run whose workers cannot come back by themselves.
+    pub(crate) fn exit_code(self) -> Result<u8> {
+        match self {
+            Served::Ended(code) => Ok(code),
+            Served::Abandoned { reason, .. } => Err(Failure::failed(reason)),
+        }
+    }
 }
 
 /// Who computes a run.
@@ -115,9 +144,9 @@ pub(crate) struct RunOptions {
 /// Serves a run to its end and sums it up; `launch` starts workers once the address is known.
 pub(crate) fn serve(
     prepared: Prepared,
-    options: RunOptions,
+    options: &RunOptions,
     launch: impl FnOnce(SocketAddr, &Admission) -> Result<Workers>,
-) -> Result<u8> {
+) -> Result<Served> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -142,14 +171,22 @@ pub(crate) fn serve(
     if let Some(trainable) = &prepared.trainable {
         reporter.line(trainable);
     }
-    if prepared.start_step > 0 {
-        reporter.line(&format!("resuming after step {}", prepared.start_step));
+    match &prepared.run.taken_over {
+        Some(record) => reporter.line(&format!(
+            "taking over after step {}; {} worker(s) of it are to come back",
+            record.committed_step, record.workers
+        )),
+        None if prepared.start_step > 0 => reporter.line(&format!("resuming after step {}", prepared.start_step)),
+        None => {}
     }
     let job = prepared.job.clone();
-    let outcome = runtime.block_on(drive(prepared, &options, launch, &mut reporter))?;
+    let (outcome, address) = runtime.block_on(drive(prepared, options, launch, &mut reporter))?;
     reporter.finish();
+    if outcome.abandoned {
+        return Ok(Served::Abandoned { address, reason: outcome.reason });
+    }
     summarize(&job, &outcome, &reporter, options.json);
-    Ok(outcome.exit_code as u8)
+    Ok(Served::Ended(outcome.exit_code as u8))
 }
 
 /// How long workers that were told to stop may take to finish a checkpoint.
@@ -162,7 +199,7 @@ async fn drive(
     options: &RunOptions,
     launch: impl FnOnce(SocketAddr, &Admission) -> Result<Workers>,
     reporter: &mut Reporter,
-) -> Result<Outcome> {
+) -> Result<(Outcome, SocketAddr)> {
     // Before anybody is told where to join: whoever sees a run may want to stop it.
     let mut stop = StopSignals::new()?;
     // Until the last worker is gone.
@@ -182,7 +219,8 @@ async fn drive(
     let mut workers = launch(address, &prepared.run.admission)?;
     let (events, mut shown) = mpsc::channel::<Event>(EVENTS_WAITING_MAX);
     let (control, controls) = mpsc::channel(CONTROLS_WAITING_MAX);
-    let serving = server::serve(listener, prepared.run, prepared.files, events, controls);
+    let (replace, mut replacements) = mpsc::unbounded_channel();
+    let serving = server::serve(listener, prepared.run, prepared.files, events, controls, replace);
     tokio::pin!(serving);
     let outcome = loop {
         tokio::select! {
@@ -191,6 +229,12 @@ async fn drive(
             outcome = &mut serving => break outcome,
             Some(news) = workers.next() => if let Some(death) = show(news, reporter) {
                 // A full queue means that the run is ending; it will find the stream closed.
+                let _ = control.try_send(Control::WorkerDied(death));
+            },
+            Some(pid) = replacements.recv() => if let Workers::Local(workers) = &mut workers
+                && let Err(error) = workers.replace(pid)
+            {
+                let death = Death { pid, exit_code: None, status: error.to_string() };
                 let _ = control.try_send(Control::WorkerDied(death));
             },
             () = stop.next() => {
@@ -203,7 +247,7 @@ async fn drive(
         reporter.show(event);
     }
     workers.end(reporter).await;
-    Ok(outcome?)
+    Ok((outcome?, address))
 }
 
 /// The variable that lets workers in, for a shell. Join tokens are in a file, so that no log has them.

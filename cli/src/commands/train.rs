@@ -9,7 +9,7 @@ use crate::commands::coordinator::{RunOptions, Workers, serve};
 use crate::device::Decision;
 use crate::error::{Failure, Result};
 use crate::job::Job;
-use crate::prepare::{Door, prepare};
+use crate::prepare::{Door, Serving, prepare};
 
 pub(crate) fn run(arguments: TrainArguments) -> Result<u8> {
     let mut job = Job::load(&arguments.job)?;
@@ -17,11 +17,12 @@ pub(crate) fn run(arguments: TrainArguments) -> Result<u8> {
     job.settle(&device);
     let address = job.cluster.listen_address()?;
     let door = Door { address, insecure_plaintext: false, authority: None };
-    let prepared = prepare(job, arguments.job.resume, door)?;
+    let serving = Serving { resume: arguments.job.resume, launches: true, ..Serving::default() };
+    let prepared = prepare(job, serving, &door)?;
     let workers = prepared.run.settings.workers_expected;
     let options =
         RunOptions { address, json: arguments.json, announce: false, by_hand: false, device: Some(device.line()) };
-    serve(prepared, options, |address, admission| {
+    let served = serve(prepared, &options, |address, admission| {
         let executable = std::env::current_exe()
             .map_err(|error| Failure::failed(format!("cannot find this program's own file: {error}")))?;
         // Workers on one machine share its cores.
@@ -38,6 +39,9 @@ pub(crate) fn run(arguments: TrainArguments) -> Result<u8> {
         let interface = ("NCCL_SOCKET_IFNAME", "lo");
         let variables: Vec<_> = [interface].into_iter().filter(|(name, _)| std::env::var_os(name).is_none()).collect();
         let arguments: Vec<_> = (0..workers).map(worker).collect();
-        Ok(Workers::Local(LocalWorkers::spawn(&executable, &arguments, &variables, || admission.ticket())?))
-    })
+        let admission = admission.clone();
+        let ticket = Box::new(move || admission.ticket());
+        Ok(Workers::Local(LocalWorkers::spawn(&executable, &arguments, &variables, ticket)?))
+    })?;
+    served.exit_code()
 }

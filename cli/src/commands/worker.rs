@@ -14,7 +14,7 @@ use quintet_coordinator::launch::{LocalWorkers, address};
 use quintet_coordinator::secret::Secret;
 use quintet_worker::access::{Access, Pass};
 use quintet_worker::rank::{self, RankJob};
-use quintet_worker::session::{Session, SessionError, Welcome};
+use quintet_worker::session::{self, Session, SessionError, Welcome};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -23,6 +23,7 @@ use crate::args::WorkerArguments;
 use crate::commands::{on_threads, tokens};
 use crate::device::Decision;
 use crate::error::{Failure, Result, exit};
+use crate::hub;
 use crate::job::Job;
 use crate::prepare::working_directory;
 
@@ -142,7 +143,7 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
     check_encryption(arguments, joining)?;
     let url = &joining.coordinator;
     let joined = join(arguments, joining);
-    let (access, session, welcome) = match joined {
+    let (access, mut session, welcome) = match joined {
         Ok(joined) => joined,
         // Mostly the run was over before this worker came.
         Err(failure) if arguments.supervised && failure.exit_code != exit::BAD_INPUT => return Ok(exit::FAILURE),
@@ -152,8 +153,17 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
     if !arguments.supervised {
         pass_on_signals(session.interrupter())?;
     }
-    let job: Job = serde_json::from_str(&welcome.job_json)
+    let start = session::start_of(&welcome);
+    let mut job: Job = serde_json::from_str(&welcome.job_json)
         .map_err(|error| Failure::failed(format!("the coordinator sent a job that is not understood: {error}")))?;
+    let fingerprint = job.fingerprint();
+    let base_dir = working_directory()?;
+    let base_name = job.model.pretrained.as_deref().map(hub::without_commit);
+    if let Some(name) = &job.model.pretrained {
+        // Of another machine's hub: at the commit that the coordinator chose.
+        let model = hub::model("model.pretrained", name, &base_dir)?;
+        job.model.pretrained = Some(model.directory.display().to_string());
+    }
     let collective_token = welcome.collective_token.as_slice().try_into();
     let collective_token = collective_token.map_err(|_| Failure::failed("the coordinator sent a bad token"))?;
     let wanted = arguments.device.map_or(job.cluster.device, Into::into);
@@ -164,24 +174,26 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
     let job = RankJob {
         device: device.choice,
         shares_gpu: std::env::var("NCCL_MULTI_RANK_GPU_ENABLE").is_ok_and(|value| value == "1"),
-        fingerprint: job.fingerprint(),
+        fingerprint,
         silence_limit: Duration::from_secs_f64(job.cluster.step_timeout_seconds),
         model: job.model,
+        base_name,
         lora: job.lora,
         data: job.data,
         training: job.training,
         evaluation: job.evaluation,
         output_dir: job.output_dir,
-        base_dir: working_directory()?,
+        base_dir,
         tokenizer_json: welcome.tokenizer_json,
         collective_token,
         access,
         listen,
-        resume_step: welcome.resume_step,
+        start,
+        reconnect_timeout: Duration::from_secs_f64(job.cluster.reconnect_timeout_seconds),
     };
     // How the run ended, and what went wrong here, is for the coordinator to tell, which has heard of it; unless it is
     // the coordinator that is gone.
-    match rank::run(&session, job) {
+    match rank::run(&mut session, job) {
         Ok((exit_code, _)) => Ok(exit_code),
         Err(error @ quintet_worker::Error::Session(_)) if !arguments.supervised => Err(error.into()),
         Err(error) => Ok(Failure::from(error).exit_code),
@@ -267,7 +279,9 @@ fn supervise(arguments: &WorkerArguments, place: &Place, joining: &Joining, coun
             let child = child_arguments(arguments, joining, index);
             let variables = place.child(index, count);
             let variables = variables.each_ref().map(|(name, value)| (*name, value.as_str()));
-            let worker = LocalWorkers::spawn(&executable, &[child], &variables, || Ok(joining.ticket(index as usize)))?;
+            let ticket = joining.ticket(index as usize);
+            let ticket = Box::new(move || Ok(ticket.clone()));
+            let worker = LocalWorkers::spawn(&executable, &[child], &variables, ticket)?;
             running.spawn(watch_over(worker, told.subscribe()));
         }
         let mut code = exit::DONE;

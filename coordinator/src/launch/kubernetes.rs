@@ -327,11 +327,8 @@ fn failure_policy() -> PodFailurePolicy {
         }),
         ..PodFailurePolicyRule::default()
     };
-    let disrupted = PodFailurePolicyOnPodConditionsPattern {
-        type_: "DisruptionTarget".to_owned(),
-        status: "True".to_owned(),
-        ..PodFailurePolicyOnPodConditionsPattern::default()
-    };
+    let disrupted =
+        PodFailurePolicyOnPodConditionsPattern { type_: "DisruptionTarget".to_owned(), status: "True".to_owned() };
     let rules = vec![
         // Trying again is no use.
         on_codes("FailJob", &[BAD_INPUT, NUMERIC_GUARD]),

@@ -1,12 +1,14 @@
 //! Worker processes on this machine.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
-use std::path::Path;
+use std::fmt;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use tokio::process::{Child, Command};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{Error, Result};
 
@@ -24,11 +26,31 @@ pub struct Death {
 /// Running worker processes. They end with this value, and with this process.
 #[derive(Debug)]
 pub struct LocalWorkers {
+    launch: Launch,
+    /// By process: its arguments, and what has it killed when dropped.
+    started: HashMap<u32, (Vec<OsString>, oneshot::Sender<()>)>,
     /// Dropped to have all killed.
     alive: watch::Sender<()>,
     /// Changed to have all told to stop.
     terminate: watch::Sender<()>,
+    report: mpsc::UnboundedSender<Death>,
     deaths: mpsc::UnboundedReceiver<Death>,
+}
+
+/// What lets a worker in, anew for each that is started: an environment variable and its value.
+pub type Ticket = Box<dyn FnMut() -> Result<(&'static str, String)> + Send>;
+
+/// What all processes are started with.
+struct Launch {
+    executable: PathBuf,
+    variables: Vec<(String, String)>,
+    ticket: Ticket,
+}
+
+impl fmt::Debug for Launch {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("Launch").field("executable", &self.executable).finish_non_exhaustive()
+    }
 }
 
 impl LocalWorkers {
@@ -37,29 +59,51 @@ impl LocalWorkers {
     /// ours, and so is their environment but for `variables`; their standard output and input are closed. Each is a process group of its own, so
     /// that Ctrl-C in a terminal reaches the coordinator alone, which then ends the run in order.
     ///
-    /// Call it inside a tokio runtime, in a thread that lives as long as the run (the main one):
-    /// on Linux, workers die when that thread does.
+    /// Call it, and [`LocalWorkers::replace`], inside a tokio runtime, in a thread that lives as
+    /// long as the run (the main one): on Linux, workers die when that thread does.
     ///
     /// # Errors
-    /// [`Error::Spawn`]; what was started already is killed.
+    /// [`Error::Spawn`]; the ticket's. What was started already is killed.
     pub fn spawn(
         executable: &Path,
         arguments: &[Vec<OsString>],
         variables: &[(&str, &str)],
-        ticket: impl Fn() -> Result<(&'static str, String)>,
+        ticket: Ticket,
     ) -> Result<Self> {
         let (report, deaths) = mpsc::unbounded_channel();
         let (alive, _) = watch::channel(());
         let (terminate, _) = watch::channel(());
-        for arguments in arguments {
-            let child = spawn(executable, arguments, variables, ticket()?)
-                .map_err(|source| Error::Spawn { executable: executable.to_owned(), source })?;
-            tokio::spawn(supervise(child, alive.subscribe(), terminate.subscribe(), report.clone()));
-        }
-        Ok(Self { alive, terminate, deaths })
+        let variables = variables.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect();
+        let launch = Launch { executable: executable.to_owned(), variables, ticket };
+        let mut workers = Self { launch, started: HashMap::new(), alive, terminate, report, deaths };
+        arguments.iter().try_for_each(|arguments| workers.start(arguments.clone()))?;
+        Ok(workers)
     }
 
-    /// The next process to end; `None` when all have.
+    /// Starts another process in place of one, with the same arguments; kills the one if it still
+    /// runs.
+    ///
+    /// # Errors
+    /// [`Error::Spawn`]; the ticket's.
+    pub fn replace(&mut self, pid: u32) -> Result<()> {
+        match self.started.remove(&pid) {
+            Some((arguments, _kill)) => self.start(arguments),
+            // Not one of ours.
+            None => Ok(()),
+        }
+    }
+
+    fn start(&mut self, arguments: Vec<OsString>) -> Result<()> {
+        let child = self.launch.spawn(&arguments)?;
+        let Some(pid) = child.id() else { return Ok(()) };
+        let (kill, killed) = oneshot::channel();
+        let signals = Signals { alive: self.alive.subscribe(), terminate: self.terminate.subscribe(), killed };
+        tokio::spawn(supervise(child, pid, signals, self.report.clone()));
+        self.started.insert(pid, (arguments, kill));
+        Ok(())
+    }
+
+    /// The next process to end.
     pub async fn next_death(&mut self) -> Option<Death> {
         self.deaths.recv().await
     }
@@ -72,34 +116,35 @@ impl LocalWorkers {
 
     /// Waits until all have ended; after `grace`, kills what still runs. A worker that is told to stop may be in the
     /// middle of a checkpoint.
-    pub async fn end(mut self, grace: Duration) {
-        let all_ended = async { while self.deaths.recv().await.is_some() {} };
+    pub async fn end(self, grace: Duration) {
+        let Self { started, alive, report, mut deaths, .. } = self;
+        // What is left of it is held by the processes that run.
+        drop(report);
+        let all_ended = async { while deaths.recv().await.is_some() {} };
         // Who is late is killed.
         let _ = tokio::time::timeout(grace, all_ended).await;
-        drop(self.alive);
-        while self.deaths.recv().await.is_some() {}
+        drop((alive, started));
+        while deaths.recv().await.is_some() {}
     }
 }
 
-fn spawn(
-    executable: &Path,
-    arguments: &[OsString],
-    variables: &[(&str, &str)],
-    ticket: (&str, String),
-) -> std::io::Result<Child> {
-    let mut command = Command::new(executable);
-    command
-        .args(arguments)
-        .envs(variables.iter().copied())
-        .env(ticket.0, ticket.1)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .kill_on_drop(true);
-    #[cfg(unix)]
-    command.process_group(0);
-    #[cfg(target_os = "linux")]
-    die_with_parent(&mut command);
-    command.spawn()
+impl Launch {
+    fn spawn(&mut self, arguments: &[OsString]) -> Result<Child> {
+        let (name, value) = (self.ticket)()?;
+        let mut command = Command::new(&self.executable);
+        command
+            .args(arguments)
+            .envs(self.variables.iter().map(|(name, value)| (name, value)))
+            .env(name, value)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .kill_on_drop(true);
+        #[cfg(unix)]
+        command.process_group(0);
+        #[cfg(target_os = "linux")]
+        die_with_parent(&mut command);
+        command.spawn().map_err(|source| Error::Spawn { executable: self.executable.clone(), source })
+    }
 }
 
 /// A coordinator that is killed closes no stream in order: have the kernel end its workers. (They
@@ -119,22 +164,26 @@ pub(super) fn die_with_parent(command: &mut Command) {
     unsafe { command.pre_exec(in_child) };
 }
 
-async fn supervise(
-    mut child: Child,
-    mut alive: watch::Receiver<()>,
-    mut terminate: watch::Receiver<()>,
-    report: mpsc::UnboundedSender<Death>,
-) {
-    let Some(pid) = child.id() else { return };
+/// What a process may be told.
+struct Signals {
+    alive: watch::Receiver<()>,
+    terminate: watch::Receiver<()>,
+    killed: oneshot::Receiver<()>,
+}
+
+async fn supervise(mut child: Child, pid: u32, signals: Signals, report: mpsc::UnboundedSender<Death>) {
+    let Signals { mut alive, mut terminate, mut killed } = signals;
     let status = loop {
         tokio::select! {
             biased;
             status = child.wait() => break status,
-            // Nothing is ever sent: the sender is gone.
-            _ = alive.changed() => break match child.kill().await {
-                Ok(()) => child.wait().await,
-                Err(error) => Err(error),
-            },
+            // Nothing is ever sent: the senders are gone.
+            _ = async { tokio::select! { _ = alive.changed() => {}, _ = &mut killed => {} } } => {
+                break match child.kill().await {
+                    Ok(()) => child.wait().await,
+                    Err(error) => Err(error),
+                };
+            }
             Ok(()) = terminate.changed() => send_terminate(&child),
         }
     };
@@ -177,7 +226,7 @@ mod tests {
 
     fn shell(script: &str, count: usize) -> LocalWorkers {
         let arguments = vec![["-c", script].map(OsString::from).to_vec(); count];
-        LocalWorkers::spawn(Path::new("/bin/sh"), &arguments, &[("GREETING", "hello")], ticket).unwrap()
+        LocalWorkers::spawn(Path::new("/bin/sh"), &arguments, &[("GREETING", "hello")], Box::new(ticket)).unwrap()
     }
 
     #[tokio::test]
@@ -191,7 +240,6 @@ mod tests {
         let death = workers.next_death().await.unwrap();
         assert_eq!(death.exit_code, None);
         assert!(death.status.contains("SIGKILL"), "{}", death.status);
-        assert_eq!(workers.next_death().await, None);
     }
 
     #[tokio::test]
@@ -222,6 +270,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_process_that_runs_is_killed_for_its_replacement() {
+        let mut workers = shell("exec tail -f /dev/null", 1);
+        let first = *workers.started.keys().next().unwrap();
+        workers.replace(first).unwrap();
+        assert_eq!(workers.next_death().await.unwrap().pid, first);
+        let second = *workers.started.keys().next().unwrap();
+        assert_ne!(first, second);
+        workers.replace(first).unwrap();
+        assert_eq!(workers.started.len(), 1, "replaced twice");
+        workers.end(Duration::ZERO).await;
+    }
+
+    #[tokio::test]
     async fn who_ends_by_itself_is_not_killed() {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("written");
@@ -232,7 +293,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_absent_executable_is_named() {
-        let error = LocalWorkers::spawn(Path::new("/absent/quintet"), &[vec![]], &[], ticket).unwrap_err();
+        let error = LocalWorkers::spawn(Path::new("/absent/quintet"), &[vec![]], &[], Box::new(ticket)).unwrap_err();
         assert!(error.to_string().starts_with("cannot start /absent/quintet: "), "{error}");
     }
 }

@@ -1,5 +1,5 @@
 //! Where the workers of a run come from. Each engine is a pure rendering of a plan to command lines or manifests,
-//! which `--dry-run` shows; what runs command lines is [`local`] for workers on this machine, [`remote`] for all others.
+//! which `--dry-run` shows; what runs command lines is [`LocalWorkers`] for workers on this machine, [`remote`] for all others.
 //!
 //! - [`environment`]: where a process stands, from the variables of schedulers and of `torchrun`.
 //! - [`hosts`]: host files and lists.
@@ -17,4 +17,4 @@ pub mod remote;
 pub mod slurm;
 pub mod ssh;
 
-pub use local::{Death, LocalWorkers};
+pub use local::{Death, LocalWorkers, Ticket};

@@ -10,6 +10,8 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Channel;
 
 use super::*;
+use crate::files::CutOff;
+use crate::journal::Identity;
 
 mod certificates;
 
@@ -21,6 +23,9 @@ fn settings(workers: u32, steps: u64) -> Settings {
         dataset_fingerprint: "data".to_owned(),
         workers_expected: workers,
         workers_min: 1,
+        join_timeout_ms: 1_000,
+        reconnect_timeout_ms: 1_000,
+        restarts_max: None,
         heartbeat_timeout_ms: 60_000,
         step_timeout_ms: 60_000,
         logging_steps: 1,
@@ -28,6 +33,7 @@ fn settings(workers: u32, steps: u64) -> Settings {
         save_steps: None,
         digest_steps: None,
         start_step: 0,
+        start_step_generation: 0,
         start_generation: 0,
         selection: None,
         past_evaluations: Vec::new(),
@@ -42,11 +48,19 @@ struct Served {
     outcome: JoinHandle<Result<Outcome>>,
 }
 
+fn identity() -> Identity {
+    Identity { run_token: Secret::from_bytes(TOKEN), collective_token: Secret::from_bytes([6; 32]) }
+}
+
 async fn start(settings: Settings, directory: &Path) -> Served {
-    start_with(settings, directory, Admission::Secret(Secret::from_bytes(TOKEN))).await
+    start_with(settings, directory, Admission::Secret(identity().run_token)).await
 }
 
 async fn start_with(settings: Settings, directory: &Path, admission: Admission) -> Served {
+    serve_files(settings, RunFiles::create(directory, &identity()).unwrap(), None, admission).await
+}
+
+async fn serve_files(settings: Settings, files: RunFiles, taken_over: Option<Record>, admission: Admission) -> Served {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let run = Run {
@@ -54,13 +68,14 @@ async fn start_with(settings: Settings, directory: &Path, admission: Admission) 
         job_json: "{}".to_owned(),
         tokenizer_json: "t".repeat(10 << 20),
         admission,
-        collective_token: Secret::from_bytes([6; 32]),
+        collective_token: identity().collective_token,
+        taken_over,
+        storage_timeout: Duration::from_secs(60),
         insecure: false,
     };
-    let files = RunFiles::create(directory).unwrap();
     let (controls, receiver) = mpsc::channel(8);
     let (sender, events) = mpsc::channel(1024);
-    let outcome = tokio::spawn(serve(listener, run, files, sender, receiver));
+    let outcome = tokio::spawn(serve(listener, run, files, sender, receiver, mpsc::unbounded_channel().0));
     Served { url, controls, events, outcome }
 }
 
@@ -73,10 +88,18 @@ struct Worker {
 
 impl Worker {
     async fn join(url: &str, hello: Hello) -> std::result::Result<Self, Status> {
-        Self::join_by(CoordinatorClient::connect(url.to_owned()).await.unwrap(), hello).await
+        Self::join_with(url, hello, Ready::default()).await
     }
 
-    async fn join_by(client: CoordinatorClient<Channel>, hello: Hello) -> std::result::Result<Self, Status> {
+    async fn join_with(url: &str, hello: Hello, ready: Ready) -> std::result::Result<Self, Status> {
+        Self::join_by(CoordinatorClient::connect(url.to_owned()).await.unwrap(), hello, ready).await
+    }
+
+    async fn join_by(
+        client: CoordinatorClient<Channel>,
+        hello: Hello,
+        ready: Ready,
+    ) -> std::result::Result<Self, Status> {
         let (reports, outgoing) = mpsc::unbounded_channel();
         reports.send(FromWorker { report: Some(Report::Hello(hello)) }).unwrap();
         let mut client = client.max_decoding_message_size(TO_WORKER_BYTES_MAX);
@@ -85,7 +108,7 @@ impl Worker {
         let Command::Welcome(welcome) = worker.recv().await else { panic!("no welcome") };
         assert_eq!((welcome.tokenizer_json.len(), welcome.collective_token.as_slice()), (10 << 20, &[6; 32][..]));
         let dataset_fingerprint = "data".to_owned();
-        worker.send(Report::Ready(Ready { dataset_fingerprint, ..Ready::default() }));
+        worker.send(Report::Ready(Ready { dataset_fingerprint, ..ready }));
         Ok(worker)
     }
 
@@ -148,7 +171,9 @@ impl Worker {
 }
 
 fn hello() -> Hello {
-    Hello { protocol_version: PROTOCOL_VERSION, run_token: TOKEN.to_vec(), host: "h".to_owned(), pid: 1 }
+    static INSTANCES: AtomicU64 = AtomicU64::new(0);
+    let instance = INSTANCES.fetch_add(1, Ordering::Relaxed);
+    Hello { protocol_version: PROTOCOL_VERSION, run_token: TOKEN.to_vec(), host: "h".to_owned(), pid: 1, instance }
 }
 
 fn steps_in(directory: &Path, name: &str) -> Vec<u64> {
@@ -172,7 +197,8 @@ async fn workers_train_to_the_end() {
         assert_eq!(worker.await.unwrap().exit_code, exit_code::DONE);
     }
     let outcome = served.outcome.await.unwrap().unwrap();
-    assert_eq!(outcome, Outcome { exit_code: 0, reason: "trained to step 40".to_owned() });
+    let expected = Outcome { exit_code: 0, reason: "trained to step 40".to_owned(), abandoned: false };
+    assert_eq!(outcome, expected);
     assert!(steps_in(directory.path(), "ledger.jsonl").into_iter().eq(1..=40));
     assert!(steps_in(directory.path(), "metrics.jsonl").into_iter().eq(1..=40));
     let mut trained = 0;
@@ -201,6 +227,55 @@ async fn a_broken_stream_is_a_lost_worker_and_the_others_go_on() {
     let metrics = std::fs::read_to_string(directory.path().join("metrics.jsonl")).unwrap();
     let recovery = metrics.lines().nth(1).unwrap();
     assert!(recovery.starts_with(r#"{"event":"recovery","step":2,"generation":2,"lost":[{"worker":0,"#), "{recovery}");
+}
+
+#[tokio::test]
+async fn a_coordinator_that_is_cut_off_is_taken_over_without_losing_or_repeating_a_step() {
+    let directory = tempfile::tempdir().unwrap();
+    let settings = settings(2, 9);
+    let schedule = settings.schedule.clone();
+    let served = start(settings.clone(), directory.path()).await;
+    let mut first = [0, 1].map(|_| None);
+    for worker in &mut first {
+        *worker = Some(Worker::join(&served.url, hello()).await.unwrap());
+    }
+    let mut first = first.map(Option::unwrap);
+    for _ in 0..4 {
+        for worker in &mut first {
+            let lease = worker.lease().await.unwrap();
+            worker.compute(&schedule, &lease);
+        }
+    }
+    // The fourth commit is on record; one has heard of it, the other may not.
+    first[0].lease().await.unwrap();
+    served.outcome.abort();
+    assert!(served.outcome.await.unwrap_err().is_cancelled());
+
+    let CutOff { files, record, .. } = RunFiles::take_over(directory.path()).unwrap().unwrap();
+    assert_eq!((record.committed_step, record.generation, record.workers), (4, 1, 2));
+    let served = serve_files(settings, files, Some(record), Admission::Secret(identity().run_token)).await;
+    let state = |step| v1::State { step, generation: 1 };
+    let heard = Ready { committed_step: 4, committed_generation: 1, ..Ready::default() };
+    let unheard = Ready { committed_step: 3, committed_generation: 1, pending: Some(state(4)), ..Ready::default() };
+    let mut second = Vec::new();
+    for ready in [heard, unheard] {
+        second.push(Worker::join_with(&served.url, hello(), ready).await.unwrap());
+    }
+    for mut worker in second {
+        let Command::Plan(plan) = worker.recv().await else { panic!("no plan") };
+        assert_eq!((plan.generation, plan.committed_step, plan.committed_generation), (2, 4, 1));
+        assert!(plan.healed.is_empty(), "both hold the committed state");
+        worker.generation = 2;
+        worker.compute(&schedule, &plan.next.unwrap());
+        tokio::spawn(worker.work(schedule.clone()));
+    }
+    assert_eq!(served.outcome.await.unwrap().unwrap().exit_code, exit_code::DONE);
+    assert!(steps_in(directory.path(), "ledger.jsonl").into_iter().eq(1..=9));
+    let metrics = std::fs::read_to_string(directory.path().join("metrics.jsonl")).unwrap();
+    let (recoveries, trained): (Vec<&str>, Vec<&str>) = metrics.lines().partition(|line| line.contains("recovery"));
+    assert_eq!((recoveries.len(), trained.len()), (1, 9));
+    assert!(recoveries[0].contains("\"step\":5,\"generation\":2") && recoveries[0].contains("_restarted\":true"));
+    assert!(RunFiles::take_over(directory.path()).unwrap().is_none(), "the run has ended");
 }
 
 #[tokio::test]
@@ -259,16 +334,18 @@ async fn a_process_that_dies_before_it_joins_ends_the_run() {
 async fn plain_text_stays_on_the_machine() {
     let directory = tempfile::tempdir().unwrap();
     let listener = TcpListener::bind("0.0.0.0:0").await.unwrap();
-    let secret = Secret::from_bytes(TOKEN);
     let run = Run {
         settings: settings(1, 1),
         job_json: String::new(),
         tokenizer_json: String::new(),
-        admission: Admission::Secret(secret.clone()),
-        collective_token: secret,
+        admission: Admission::Secret(identity().run_token),
+        collective_token: identity().collective_token,
+        taken_over: None,
+        storage_timeout: Duration::ZERO,
         insecure: false,
     };
-    let files = RunFiles::create(directory.path()).unwrap();
-    let error = serve(listener, run, files, mpsc::channel(1).0, mpsc::channel(1).1).await.unwrap_err();
+    let files = RunFiles::create(directory.path(), &identity()).unwrap();
+    let (events, controls) = (mpsc::channel(1).0, mpsc::channel(1).1);
+    let error = serve(listener, run, files, events, controls, mpsc::unbounded_channel().0).await.unwrap_err();
     assert!(matches!(error, Error::NotLoopback(_)) && error.is_user_error());
 }

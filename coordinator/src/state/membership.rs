@@ -1,69 +1,115 @@
-//! Who takes part: joining, leaving, time running out, and the plan of a new generation.
+//! Who takes part: joining, leaving, and the plan of a new generation.
 
 use quintet_proto::v1::{self, Actions, Finished, Lease, Linked, Plan, Ready, StepFailed, to_worker::Command};
 
-use super::{ATTEMPTS_MAX, Effect, Event, LostWorker, Machine, Member, Phase, Recovery, WorkerId, hex};
+use super::{ATTEMPTS_MAX, Effect, Event, JoinedWorker, LostWorker, Machine, Member, Notice, Phase, Trouble};
+use super::{WorkerId, hex};
 use crate::exit_code;
 
+/// A worker that is taken for lost.
+pub(super) struct Loss {
+    pub(super) worker: WorkerId,
+    pub(super) noticed_by: Notice,
+    pub(super) why: String,
+}
+
 impl Machine {
-    pub(super) fn on_joined(&mut self, worker: WorkerId, host: String, pid: u32) {
+    pub(super) fn on_joined(&mut self, worker: WorkerId, host: String, pid: u32, instance: u64) {
+        let earlier = self.members.iter().find(|(_, member)| member.instance == instance);
+        if let Some((&earlier, _)) = earlier {
+            let why = "it connected anew".to_owned();
+            self.lose(vec![Loss { worker: earlier, noticed_by: Notice::Connection, why }]);
+            if self.phase == Phase::Done {
+                return;
+            }
+        }
         let expected = self.settings.workers_expected;
-        let refusal = if self.phase != Phase::Gathering {
-            Some("the run has started; workers cannot join it any more".to_owned())
-        } else if self.world() == expected {
-            Some(format!("the run already has its {expected} workers (cluster.workers)"))
-        } else {
-            None
-        };
-        if let Some(reason) = refusal {
-            self.effects.push(Effect::Dismiss { worker, reason });
+        if self.members.len() as u32 == expected {
+            let reason = format!("the run already has its {expected} workers (cluster.workers)");
+            self.effects.push(Effect::Dismiss { worker, reason, rejoin: false });
             return;
+        }
+        match self.absent.iter().position(|&absent| absent == pid) {
+            Some(index) => drop(self.absent.swap_remove(index)),
+            None => self.coming = self.coming.saturating_sub(1),
         }
         let member = Member {
             host: host.clone(),
             pid,
+            instance,
             heard_ms: self.now_ms,
+            waiting: false,
+            progress: (0, self.now_ms),
             ready: None,
-            rank: 0,
+            holds: false,
+            rank: None,
             done: None,
             failed: None,
             finished: None,
+            exited: None,
         };
         let known = self.members.insert(worker, member);
         assert!(known.is_none(), "worker number {worker} was given twice");
-        self.effects.push(Effect::Welcome { worker });
-        let joined = self.world();
+        self.last_worker = self.last_worker.max(worker);
+        self.effects.push(Effect::Welcome { worker, under_way: self.phase != Phase::Gathering });
+        let joined = self.members.len() as u32;
         self.event(Event::Joined { worker, host, pid, joined, expected });
     }
 
     pub(super) fn on_ready(&mut self, worker: WorkerId, ready: Ready) {
-        if self.phase != Phase::Gathering || self.members[&worker].ready.is_some() {
+        if self.members[&worker].ready.is_some() {
             return self.stop_on_violation(worker, "said twice that it is ready");
         }
         if ready.dataset_fingerprint != self.settings.dataset_fingerprint {
-            let reason = format!(
-                "{} reads other data than the coordinator (fingerprint {}, not {}): \
-                 give every machine the same files",
-                self.name(worker),
-                ready.dataset_fingerprint,
-                self.settings.dataset_fingerprint,
-            );
-            return self.stop(exit_code::BAD_INPUT, reason);
+            return self.refuse_other_data(worker, &ready.dataset_fingerprint);
         }
-        if ready.committed_step != self.settings.start_step {
-            let what = format!("holds the weights of step {}, not {}", ready.committed_step, self.settings.start_step);
+        let holds = self.has_committed_state(&ready);
+        if self.phase == Phase::Gathering && !holds {
+            let what = format!("holds the weights of step {}, not {}", ready.committed_step, self.committed_step);
             return self.stop_on_violation(worker, &what);
         }
         if let Some(member) = self.members.get_mut(&worker) {
-            member.ready = Some(ready);
+            (member.ready, member.holds) = (Some(ready), holds);
         }
-        let all_ready = self.members.values().all(|member| member.ready.is_some());
-        if all_ready && self.world() == self.settings.workers_expected {
-            self.start();
+        match self.phase {
+            Phase::Gathering => {
+                let all_ready = self.members.values().all(|member| member.ready.is_some());
+                if all_ready && self.members.len() as u32 == self.settings.workers_expected {
+                    self.start();
+                }
+            }
+            Phase::Waiting => self.go_on_if_possible(),
+            // At the end of the step in flight.
+            Phase::Running | Phase::Preempted | Phase::Finishing | Phase::Done => {}
         }
     }
 
+    /// With other data the run cannot begin; one that is under way can do without the worker.
+    fn refuse_other_data(&mut self, worker: WorkerId, fingerprint: &str) {
+        let reason = format!(
+            "{} reads other data than the coordinator (fingerprint {fingerprint}, not {}): \
+             give every machine the same files",
+            self.name(worker),
+            self.settings.dataset_fingerprint,
+        );
+        if self.phase == Phase::Gathering {
+            return self.stop(exit_code::BAD_INPUT, reason);
+        }
+        self.members.remove(&worker);
+        self.event(Event::Refused { reason: reason.clone() });
+        self.effects.push(Effect::Dismiss { worker, reason, rejoin: false });
+    }
+
+    /// Whether a worker holds the committed state, or will when it applies what it has at hand.
+    fn has_committed_state(&self, ready: &Ready) -> bool {
+        let held = v1::State { step: ready.committed_step, generation: ready.committed_generation };
+        let committed = self.committed();
+        let one_behind = held.step + 1 == committed.step;
+        held == committed || one_behind && ready.pending == Some(committed)
+    }
+
     fn start(&mut self) {
+        self.assign_ranks();
         let digest = |member: &Member| member.ready.as_ref().map(|ready| ready.weights_digest.clone());
         let show = |digest: &Option<Vec<u8>>| hex(digest.as_deref().unwrap_or_default());
         if !self.replicas_agree("the digest of the weights to start with", digest, show) {
@@ -79,32 +125,77 @@ impl Machine {
         };
         let (workers, step) = (self.world(), self.committed_step + 1);
         self.event(Event::Started { workers, step });
-        self.plan();
+        self.announce_plan();
     }
 
-    /// Begins a generation of the present members: ranks, the actions still due, and the step in
+    /// Begins a generation of all who are ready: ranks, the actions still due, and the step in
     /// flight leased anew.
     pub(super) fn plan(&mut self) {
+        let newcomers = self.assign_ranks();
+        let computes = self.phase == Phase::Running;
+        if computes && newcomers > 0 {
+            self.due.digest = self.settings.digest_steps.is_some();
+        }
+        self.announce_plan();
+    }
+
+    /// Gives ranks to all who are ready. What remains after the last step is for those who hold
+    /// the state. Answers how many had none.
+    fn assign_ranks(&mut self) -> usize {
+        let computes = !matches!(self.phase, Phase::Preempted | Phase::Finishing);
+        let (mut rank, mut joined) = (0, Vec::new());
+        for (&worker, member) in &mut self.members {
+            let before = member.rank.take();
+            if member.ready.is_none() || !member.holds && !computes {
+                continue;
+            }
+            if before.is_none() {
+                let (host, pid) = (member.host.clone(), member.pid);
+                joined.push(JoinedWorker { worker, host, pid, healed: !member.holds });
+            }
+            member.rank = Some(rank);
+            rank += 1;
+            (member.done, member.failed, member.finished) = (None, None, None);
+            member.progress.1 = self.now_ms;
+        }
+        let newcomers = joined.len();
+        if self.phase != Phase::Gathering && newcomers > 0 {
+            self.trouble().joined.extend(joined);
+        }
+        newcomers
+    }
+
+    fn announce_plan(&mut self) {
         self.generation += 1;
+        self.wait = None;
         self.failed_ms = None;
         self.progress_ms = self.now_ms;
-        let mut ranks = Vec::with_capacity(self.members.len());
-        for (rank, (&worker_id, member)) in (0..).zip(&mut self.members) {
-            member.rank = rank;
-            member.done = None;
-            member.failed = None;
-            member.finished = None;
-            let address = member.ready.as_ref().map(|ready| ready.collective_address.clone());
-            ranks.push(v1::Member { rank, worker_id, address: address.unwrap_or_default() });
-        }
-        for member in ranks.clone() {
+        self.pace.begin_generation(self.now_ms);
+        let address = |member: &Member| member.ready.as_ref().map(|ready| ready.collective_address.clone());
+        let members: Vec<v1::Member> = (0..)
+            .zip(self.ranks())
+            .map(|(rank, (worker_id, member))| v1::Member {
+                rank,
+                worker_id,
+                address: address(member).unwrap_or_default(),
+            })
+            .collect();
+        let healed: Vec<u32> = (0..).zip(self.ranks()).filter(|(_, (_, m))| !m.holds).map(|(rank, _)| rank).collect();
+        let source = (0..).zip(self.ranks()).find(|(_, (_, m))| m.holds).map(|(rank, _)| rank);
+        let source = source.expect("a generation begins only with one who holds the committed state");
+        self.count_save(members[0].worker_id);
+        self.persist(None, Vec::new());
+        for member in members.clone() {
             let plan = Plan {
                 generation: self.generation,
                 rank: member.rank,
-                members: ranks.clone(),
+                members: members.clone(),
                 committed_step: self.committed_step,
                 actions: Some(self.due),
                 next: self.lease(member.rank),
+                committed_generation: self.committed_generation,
+                healed: healed.clone(),
+                source,
             };
             self.send(member.worker_id, Command::Plan(plan));
         }
@@ -122,19 +213,12 @@ impl Machine {
     }
 
     pub(super) fn on_left(&mut self, worker: WorkerId, why: String) {
-        if self.members.contains_key(&worker) {
-            self.lose(vec![(worker, why)]);
-        }
-    }
-
-    /// The stream tells of a worker that had joined, and in order with what it said last. Only one
-    /// that never came that far leaves no other trace.
-    pub(super) fn on_process_exited(&mut self, pid: u32, code: Option<u32>, why: String) {
-        let joined = self.members.values().any(|member| member.pid == pid);
-        if self.phase == Phase::Gathering && !joined {
-            let code = code.filter(|&code| code != 0).unwrap_or(exit_code::FAILURE);
-            self.stop(code, format!("worker process {pid} ended before it joined: {why}"));
-        }
+        let Some(member) = self.members.get(&worker) else { return };
+        let (noticed_by, why) = match &member.exited {
+            Some(status) => (Notice::Process, format!("its process ended: {status}")),
+            None => (Notice::Connection, why),
+        };
+        self.lose(vec![Loss { worker, noticed_by, why }]);
     }
 
     pub(super) fn on_linked(&mut self, report: Linked) {
@@ -143,51 +227,77 @@ impl Machine {
         }
     }
 
+    /// What the report behind the next commit will tell.
+    pub(super) fn trouble(&mut self) -> &mut Trouble {
+        let noticed_ms = self.now_ms;
+        self.trouble.get_or_insert_with(|| Trouble {
+            noticed_ms,
+            lost: Vec::new(),
+            joined: Vec::new(),
+            micro_batches: 0,
+        })
+    }
+
     /// Takes workers out and goes on with the others, if enough are left.
-    fn lose(&mut self, workers: Vec<(WorkerId, String)>) {
-        let names: Vec<String> = workers.iter().map(|(worker, why)| format!("{}: {why}", self.name(*worker))).collect();
-        let mut lost = Vec::with_capacity(workers.len());
-        let mut all_had_finished = true;
-        for (worker, why) in workers {
-            let Some(member) = self.members.remove(&worker) else {
-                continue;
-            };
-            all_had_finished &= member.finished.is_some();
-            self.effects.push(Effect::Dismiss { worker, reason: format!("taken for lost: {why}") });
-            lost.push(LostWorker { worker, host: member.host, pid: member.pid, why });
-        }
+    pub(super) fn lose(&mut self, losses: Vec<Loss>) {
+        let names: Vec<String> =
+            losses.iter().map(|loss| format!("{}: {}", self.name(loss.worker), loss.why)).collect();
         let names = names.join("; ");
+        let (mut lost, mut took_part, mut all_had_finished) = (Vec::new(), false, true);
+        for Loss { worker, noticed_by, why } in losses {
+            let Some(member) = self.members.remove(&worker) else { continue };
+            took_part |= member.rank.is_some();
+            all_had_finished &= member.finished.is_some();
+            let reason = format!("taken for lost: {why}");
+            self.effects.push(Effect::Dismiss { worker, reason, rejoin: true });
+            self.replace_if_dead(&member, noticed_by);
+            self.forget_saver(worker);
+            let (host, pid) = (member.host, member.pid);
+            lost.push(LostWorker { worker, host, pid, why, noticed_by });
+        }
         if self.phase == Phase::Gathering {
             let reason = format!("a worker left before training began: {names}");
             return self.stop(exit_code::TOO_FEW_WORKERS, reason);
         }
+        (self.attempts_failed, self.calm_steps) = (0, 0);
+        self.event(Event::Lost { workers: lost.clone(), left: self.world() });
+        self.trouble().lost.extend(lost);
+        if self.phase == Phase::Waiting {
+            return self.go_on_if_possible();
+        }
+        if !took_part {
+            return;
+        }
         if self.phase == Phase::Finishing && all_had_finished {
             return self.stop_when_all_finished();
         }
-        // What remains after the last step, one can do.
-        let needed = if self.phase == Phase::Running { self.settings.workers_min } else { 1 };
-        if self.world() < needed {
-            let reason = format!("{} workers left, {needed} needed: {names}", self.world());
-            return self.stop(exit_code::TOO_FEW_WORKERS, reason);
+        self.void_step();
+        if self.can_go_on() {
+            return self.plan();
         }
-        self.attempts_failed = 0;
-        self.recover(lost);
+        self.wait_for_workers(names);
     }
 
-    fn recover(&mut self, lost: Vec<LostWorker>) {
-        self.event(Event::Recovery(Recovery {
-            step: self.committed_step + 1,
-            generation: self.generation + 1,
-            lost,
-            workers: self.world(),
-        }));
-        self.plan();
+    /// What was computed of the step in flight counts for nothing.
+    fn void_step(&mut self) {
+        if self.phase == Phase::Running {
+            let micro_batches = self.settings.schedule.step(self.committed_step + 1).micro_batches;
+            self.trouble().micro_batches += u64::from(micro_batches);
+        }
+    }
+
+    /// Writers of checkpoints take them along; what is lost is saved anew, as of now.
+    fn forget_saver(&mut self, worker: WorkerId) {
+        if self.saver == Some(worker) {
+            self.saver = None;
+            self.due.save |= !std::mem::take(&mut self.saving).is_empty();
+        }
     }
 
     /// A worker lost contact with a peer. It is well itself: mostly the peer is dead and will be
     /// found so. When nobody turns out to be, everybody tries again.
     pub(super) fn on_step_failed(&mut self, worker: WorkerId, report: StepFailed) {
-        if self.phase == Phase::Gathering || report.generation != self.generation {
+        if !self.is_under_way() || report.generation != self.generation {
             return;
         }
         if let Some(member) = self.members.get_mut(&worker) {
@@ -195,20 +305,22 @@ impl Machine {
         }
         self.failed_ms.get_or_insert(self.now_ms);
         // The dead report nothing: if all did, nobody is.
-        if self.members.values().all(|member| member.failed.is_some()) {
+        if self.ranks().all(|(_, member)| member.failed.is_some()) {
             self.try_again();
         }
     }
 
-    fn try_again(&mut self) {
+    pub(super) fn try_again(&mut self) {
         self.attempts_failed += 1;
         if self.attempts_failed < ATTEMPTS_MAX {
-            return self.recover(Vec::new());
+            self.event(Event::TriedAgain { step: self.committed_step + 1 });
+            self.void_step();
+            self.trouble();
+            return self.plan();
         }
         let details: Vec<String> = self
-            .members
-            .iter()
-            .filter_map(|(&worker, member)| {
+            .ranks()
+            .filter_map(|(worker, member)| {
                 member.failed.as_ref().map(|detail| format!("{}: {detail}", self.name(worker)))
             })
             .collect();
@@ -235,7 +347,7 @@ impl Machine {
     }
 
     fn stop_when_all_finished(&mut self) {
-        if !self.members.values().all(|member| member.finished.is_some()) {
+        if !self.ranks().all(|(_, member)| member.finished.is_some()) {
             return;
         }
         if self.due.evaluate || self.due.save {
@@ -249,68 +361,5 @@ impl Machine {
         if self.replicas_agree("the digest of the final weights", digest, show) {
             self.stop(exit_code::DONE, self.success());
         }
-    }
-
-    pub(super) fn on_tick(&mut self) {
-        let silent = self.late(self.settings.heartbeat_timeout_ms, "not heard of", |member| member.heard_ms);
-        if !silent.is_empty() {
-            return self.lose(silent);
-        }
-        if self.phase == Phase::Gathering {
-            return;
-        }
-        // By now a dead peer would have been found silent.
-        if self.failed_ms.is_some_and(|ms| self.now_ms - ms > self.settings.heartbeat_timeout_ms) {
-            return self.try_again();
-        }
-        if self.now_ms - self.progress_ms > self.settings.step_timeout_ms {
-            self.on_step_timeout();
-        }
-    }
-
-    /// The members last heard of too long ago, with the reason.
-    fn late(&self, timeout_ms: u64, what: &str, since_ms: impl Fn(&Member) -> u64) -> Vec<(WorkerId, String)> {
-        let late = self.members.iter().filter(|(_, member)| self.now_ms - since_ms(member) > timeout_ms);
-        late.map(|(&worker, member)| {
-            let seconds = (self.now_ms - since_ms(member)) as f64 / 1000.0;
-            (worker, format!("{what} for {seconds:.1} seconds"))
-        })
-        .collect()
-    }
-
-    /// Nothing moves, yet all send heartbeats. If some have answered, the others hang; if none
-    /// has, nobody can tell who does.
-    fn on_step_timeout(&mut self) {
-        let seconds = self.settings.step_timeout_ms as f64 / 1000.0;
-        let answered = |member: &Member| member.done.is_some() || member.failed.is_some() || member.finished.is_some();
-        let hung: Vec<(WorkerId, String)> = self
-            .members
-            .iter()
-            .filter(|(_, member)| !answered(member))
-            .map(|(&worker, _)| (worker, format!("hung: no report of the step for {seconds} seconds")))
-            .collect();
-        if !hung.is_empty() && hung.len() < self.members.len() {
-            return self.lose(hung);
-        }
-        let reason = format!(
-            "no progress after step {} for {seconds} seconds, though all workers are alive; \
-             if steps may take so long, raise cluster.step_timeout_seconds",
-            self.committed_step
-        );
-        self.stop(exit_code::FAILURE, reason);
-    }
-
-    /// A coordinator that did not run for a while (stopped, swapped out, a closed lid) has heard
-    /// of nobody for that long, which says nothing about the workers.
-    pub(super) fn forgive_own_pause(&mut self, now_ms: u64) {
-        let pause_ms = now_ms - self.now_ms;
-        if pause_ms <= self.settings.heartbeat_timeout_ms / 2 {
-            return;
-        }
-        for member in self.members.values_mut() {
-            member.heard_ms += pause_ms;
-        }
-        self.progress_ms += pause_ms;
-        self.failed_ms = self.failed_ms.map(|ms| ms + pause_ms);
     }
 }

@@ -1,27 +1,34 @@
 //! The state machine of a run: who takes part, which step is in flight, what is committed.
 //!
 //! Pure: time comes in as an argument, everything to be done goes out as effects, in the order in
-//! which they must happen. The shell ([`crate::server`]) persists a commit record before it sends
-//! the effects behind it, as a Raft shell persists entries before messages.
+//! which they must happen. The shell ([`crate::server`]) persists an entry before it carries out
+//! the effects behind it, as a Raft shell persists entries before messages; a machine that is
+//! made anew from the last one's [`Record`] goes on where it was.
 //!
 //! ```text
 //! Gathering --all ready--> Running --last commit--> Finishing --all finished--> Done (0)
-//!                             |  ^
-//!                             |  '-- worker lost: next generation, the same step
-//!                             '--preempted--> Preempted --checkpoint saved--> Done (75)
+//!                          |  ^  ^
+//!                          |  |  '-- worker lost, or newcomer ready at the end of a step:
+//!                          |  |      next generation
+//!                          |  '-- enough workers again -- Waiting --in vain--> Done (69)
+//!                          |          too few workers left --^  ^-- the coordinator came back
+//!                          '--preempted--> Preempted --checkpoint saved--> Done (75)
 //! ```
 //!
 //! What always holds:
 //! - a step is committed once, in order, and only when every member of the current generation
 //!   reported it under that generation;
 //! - the generation rises with every change of membership and never falls;
-//! - the leases of a generation cover each micro-batch of a step exactly once.
+//! - the leases of a generation cover each micro-batch of a step exactly once;
+//! - nobody computes on a state other than the committed one.
 
+mod deadlines;
 mod membership;
 mod record;
 mod selection;
 mod steps;
 mod tally;
+mod waiting;
 
 #[cfg(test)]
 mod simulation;
@@ -31,11 +38,15 @@ mod tests;
 use std::collections::BTreeMap;
 
 use quintet_data::Schedule;
-use quintet_proto::v1::{Actions, Ready, StepDone, Stop, from_worker::Report, to_worker::Command};
+use quintet_proto::v1::{Actions, Ready, State, StepDone, Stop, from_worker::Report, to_worker::Command};
 
-pub use self::record::{CommitRecord, EvalMetrics, Event, LostWorker, Recovery, TrainMetrics};
+use self::deadlines::Pace;
+pub use self::record::{
+    CommitRecord, Entry, EvalMetrics, Event, JoinedWorker, LostWorker, Notice, Record, Recovery, TrainMetrics,
+};
 pub use self::selection::Selection;
 use self::selection::Tracker;
+use self::waiting::Wait;
 use crate::exit_code;
 
 /// Number of a worker, given by the shell in the order of joining and never reused.
@@ -43,6 +54,8 @@ pub type WorkerId = u64;
 
 /// How often a step is tried again while all workers are alive, before the run gives up.
 const ATTEMPTS_MAX: u32 = 3;
+/// With so many steps committed and nobody lost meanwhile, what was lost before is forgotten.
+const CALM_STEPS: u64 = 10;
 
 /// What a run is, for the state machine.
 #[derive(Clone, Debug)]
@@ -51,10 +64,17 @@ pub struct Settings {
     pub schedule: Schedule,
     /// What every worker must find its data to be.
     pub dataset_fingerprint: String,
-    /// The run starts when so many workers are ready.
+    /// The run starts when so many workers are ready, and never has more.
     pub workers_expected: u32,
     /// It goes on while so many are left.
     pub workers_min: u32,
+    /// How long it waits for others when fewer are left.
+    pub join_timeout_ms: u64,
+    /// For so long workers try to reach a coordinator that they lost.
+    pub reconnect_timeout_ms: u64,
+    /// How many dead worker processes are replaced before ten steps go well; `None`
+    /// where workers are started by somebody else.
+    pub restarts_max: Option<u32>,
     /// A worker not heard of for longer is lost.
     pub heartbeat_timeout_ms: u64,
     /// A step, or the actions before it, without any progress for longer is hung.
@@ -69,6 +89,8 @@ pub struct Settings {
     pub digest_steps: Option<u64>,
     /// The committed step to go on from; 0 for a fresh run.
     pub start_step: u64,
+    /// The generation in which it was committed.
+    pub start_step_generation: u64,
     /// The last generation of the run so far; 0 for a fresh run.
     pub start_generation: u64,
     /// Which evaluation is the best, and what follows; where anything does.
@@ -90,6 +112,8 @@ pub enum Input {
         host: String,
         /// Its process there.
         pid: u32,
+        /// Drawn by the process: the same again is the same process on a new connection.
+        instance: u64,
     },
     /// A worker reported.
     Report {
@@ -121,14 +145,16 @@ pub enum Input {
 /// What the shell must do, in the order given.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
-    /// Append to the ledger, before anything that follows.
-    Commit(CommitRecord),
-    /// Tell the one who watches; `train`, `eval` and `recovery` also go to the metrics file.
+    /// Make durable, before anything that follows.
+    Record(Entry),
+    /// Tell the one who watches.
     Event(Event),
     /// Admit a worker: send it the job.
     Welcome {
         /// Whom.
         worker: WorkerId,
+        /// The run is under way: it need not load the state to start with.
+        under_way: bool,
     },
     /// Send a command.
     Send {
@@ -142,6 +168,19 @@ pub enum Effect {
         /// Whom.
         worker: WorkerId,
         /// Why.
+        reason: String,
+        /// Whether it may join again.
+        rejoin: bool,
+    },
+    /// Start a worker process in place of another, which is killed if it still runs.
+    Replace {
+        /// The other.
+        pid: u32,
+    },
+    /// Nobody came back to a coordinator that did: the state is lost, and the run can go on from
+    /// its last checkpoint. Comes last; workers are told nothing, and will connect again.
+    Abandon {
+        /// For people: one line.
         reason: String,
     },
     /// The run is over. Comes last, after the workers were told.
@@ -157,6 +196,8 @@ pub enum Effect {
 enum Phase {
     /// Waiting for the expected workers.
     Gathering,
+    /// Waiting for workers to come, or to come back.
+    Waiting,
     /// Step `committed_step + 1` is in flight.
     Running,
     /// Waiting for the checkpoint that a preempted run leaves.
@@ -167,21 +208,40 @@ enum Phase {
     Done,
 }
 
-/// A worker that takes part.
+/// A worker that is connected.
 #[derive(Debug)]
 struct Member {
     host: String,
     pid: u32,
+    instance: u64,
     heard_ms: u64,
+    /// Its computing thread waits for others, as far as it said.
+    waiting: bool,
+    /// How far its computing thread has got, and when that last changed.
+    progress: (u64, u64),
     ready: Option<Ready>,
-    /// Place among the members of the generation, by rising worker number.
-    rank: u32,
+    /// It holds the committed state.
+    holds: bool,
+    /// Place among the members of the generation, by rising worker number; `None` for one who
+    /// joined since.
+    rank: Option<u32>,
     /// Its report of the step in flight.
     done: Option<StepDone>,
     /// Why it could not complete the step in flight.
     failed: Option<String>,
     /// It wrote what the run leaves; with its digest of the final weights.
     finished: Option<Vec<u8>>,
+    /// Its process has ended, in this way; its stream is about to.
+    exited: Option<String>,
+}
+
+/// What has gone wrong since the last commit, for the report behind the next.
+#[derive(Debug)]
+struct Trouble {
+    noticed_ms: u64,
+    lost: Vec<LostWorker>,
+    joined: Vec<JoinedWorker>,
+    micro_batches: u64,
 }
 
 /// The state machine. See the module's description.
@@ -190,19 +250,40 @@ pub struct Machine {
     settings: Settings,
     phase: Phase,
     members: BTreeMap<WorkerId, Member>,
+    last_worker: WorkerId,
     generation: u64,
     committed_step: u64,
+    /// The generation in which it was committed.
+    committed_generation: u64,
     /// Asked for on the committed step's weights, and not answered yet.
     due: Actions,
     /// The evaluations so far, where something follows from them.
     tracker: Option<Tracker>,
+    /// Checkpoints under way, and who writes them.
+    saving: Vec<u64>,
+    saver: Option<WorkerId>,
     preempting: bool,
+    /// What the run waits for, while it does.
+    wait: Option<Wait>,
+    trouble: Option<Trouble>,
+    /// This coordinator goes on in place of one that died, and has not committed a step yet.
+    took_over: bool,
+    /// Processes of lost workers that are not known to have ended.
+    absent: Vec<u32>,
+    /// Processes that were replaced while they may still have run.
+    retired: Vec<u32>,
+    /// Processes started as replacements that have not joined yet.
+    coming: u32,
+    /// Replacements, and steps committed, since the last loss.
+    restarts: u32,
+    calm_steps: u64,
     /// Attempts at the step in flight that failed with all workers alive.
     attempts_failed: u32,
     /// When the first member of the generation reported that it could not complete the step.
     failed_ms: Option<u64>,
     /// When the run last moved.
     progress_ms: u64,
+    pace: Pace,
     now_ms: u64,
     effects: Vec<Effect>,
 }
@@ -216,14 +297,27 @@ impl Machine {
         Self {
             phase: Phase::Gathering,
             members: BTreeMap::new(),
+            last_worker: 0,
             generation: settings.start_generation,
             committed_step: settings.start_step,
+            committed_generation: settings.start_step_generation,
             due: Actions::default(),
             tracker: settings.selection.clone().map(|wanted| Tracker::new(wanted, &settings.past_evaluations)),
+            saving: Vec::new(),
+            saver: None,
             preempting: false,
+            wait: None,
+            trouble: None,
+            took_over: false,
+            absent: Vec::new(),
+            retired: Vec::new(),
+            coming: 0,
+            restarts: 0,
+            calm_steps: 0,
             attempts_failed: 0,
             failed_ms: None,
             progress_ms: 0,
+            pace: Pace::default(),
             now_ms: 0,
             effects: Vec::new(),
             settings,
@@ -239,7 +333,7 @@ impl Machine {
         if self.phase != Phase::Done {
             match input {
                 Input::Tick => self.on_tick(),
-                Input::Joined { worker, host, pid } => self.on_joined(worker, host, pid),
+                Input::Joined { worker, host, pid, instance } => self.on_joined(worker, host, pid, instance),
                 Input::Report { worker, report } => self.on_report(worker, report),
                 Input::Left { worker, why } => self.on_left(worker, why),
                 Input::ProcessExited { pid, exit_code, why } => {
@@ -257,7 +351,12 @@ impl Machine {
         };
         member.heard_ms = self.now_ms;
         match report {
-            Report::Heartbeat(_) => {}
+            Report::Heartbeat(heartbeat) => {
+                member.waiting = heartbeat.waiting;
+                if member.progress.0 != heartbeat.progress {
+                    member.progress = (heartbeat.progress, self.now_ms);
+                }
+            }
             Report::Hello(_) => self.stop_on_violation(worker, "said hello twice"),
             Report::Ready(ready) => self.on_ready(worker, ready),
             Report::Linked(linked) => self.on_linked(linked),
@@ -266,7 +365,8 @@ impl Machine {
             Report::NotFinite(report) => self.on_not_finite(worker, &report),
             Report::StepFailed(report) => self.on_step_failed(worker, report),
             Report::Evaluated(report) => self.on_evaluated(report),
-            Report::Saved(report) => self.on_saved(&report),
+            Report::Saved(report) => self.on_saved(worker, &report),
+            Report::SaveFailed(report) => self.on_save_failed(worker, report),
             Report::Finished(report) => self.on_finished(worker, report),
             Report::Failed(report) => {
                 let code = if report.exit_code == 0 { exit_code::FAILURE } else { report.exit_code };
@@ -282,6 +382,10 @@ impl Machine {
                 self.stop(exit_code::PREEMPTED, reason);
             }
             Phase::Running => self.preempting = true,
+            Phase::Waiting => {
+                self.preempting = true;
+                self.go_on_if_possible();
+            }
             // The end is near and leaves a complete run.
             Phase::Preempted | Phase::Finishing | Phase::Done => {}
         }
@@ -299,7 +403,7 @@ impl Machine {
         self.phase = Phase::Done;
         let workers: Vec<WorkerId> = self.members.keys().copied().collect();
         for worker in workers {
-            self.send(worker, Command::Stop(Stop { exit_code, reason: reason.clone() }));
+            self.send(worker, Command::Stop(Stop { exit_code, reason: reason.clone(), rejoin: false }));
         }
         self.effects.push(Effect::Stop { exit_code, reason });
     }
@@ -317,19 +421,34 @@ impl Machine {
         format!("worker {worker} ({}, process {})", member.host, member.pid)
     }
 
-    fn world(&self) -> u32 {
-        self.members.len() as u32
+    /// The members of the generation, by rising rank.
+    fn ranks(&self) -> impl Iterator<Item = (WorkerId, &Member)> {
+        self.members.iter().filter(|(_, member)| member.rank.is_some()).map(|(&worker, member)| (worker, member))
     }
 
-    /// Stops the run if the members do not all answer `value` alike; `what` names the value.
+    /// Their number.
+    fn world(&self) -> u32 {
+        self.ranks().count() as u32
+    }
+
+    /// Whether the members work as a generation.
+    fn is_under_way(&self) -> bool {
+        matches!(self.phase, Phase::Running | Phase::Preempted | Phase::Finishing)
+    }
+
+    /// The state on which the step in flight is computed.
+    fn committed(&self) -> State {
+        State { step: self.committed_step, generation: self.committed_generation }
+    }
+
+    /// Stops the run if the members of the generation do not all answer `value` alike; `what` names the value.
     fn replicas_agree<T: PartialEq>(
         &mut self,
         what: &str,
         value: impl Fn(&Member) -> T,
         show: impl Fn(&T) -> String,
     ) -> bool {
-        let answers: Vec<(WorkerId, T)> =
-            self.members.iter().map(|(&worker, member)| (worker, value(member))).collect();
+        let answers: Vec<(WorkerId, T)> = self.ranks().map(|(worker, member)| (worker, value(member))).collect();
         if answers.windows(2).all(|pair| pair[0].1 == pair[1].1) {
             return true;
         }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use quintet_proto::v1::Actions;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::WorkerId;
@@ -23,6 +24,46 @@ pub struct CommitRecord {
     /// Hexadecimal digest of the weights the step *began* with, equal on all workers; `None` on
     /// steps where it was not taken. (Those it ends with exist only after the record.)
     pub weights_digest: Option<String>,
+}
+
+/// What a coordinator must know to go on in place of another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Record {
+    /// The newest.
+    pub generation: u64,
+    /// The last committed step.
+    pub committed_step: u64,
+    /// The generation in which it was committed.
+    pub committed_generation: u64,
+    /// Members of the newest generation.
+    pub workers: u32,
+    /// An evaluation is due on the committed step.
+    pub evaluate: bool,
+    /// A checkpoint is due, or was being written.
+    pub save: bool,
+    /// What is left is to write what the run leaves.
+    pub finish: bool,
+    /// The highest number that was given to a worker.
+    pub last_worker: WorkerId,
+}
+
+impl Record {
+    /// What is due on the committed step.
+    pub(super) fn due(&self, best_step: u64) -> Actions {
+        Actions { digest: false, evaluate: self.evaluate, save: self.save, finish: self.finish, best_step }
+    }
+}
+
+/// What becomes durable at once: a new record, and the lines of the run's files that go with it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Entry {
+    /// A line of the ledger.
+    pub commit: Option<CommitRecord>,
+    /// For the one who watches; `train`, `eval` and `recovery` are also lines of the metrics.
+    pub events: Vec<Event>,
+    /// What holds from here on.
+    pub record: Record,
 }
 
 /// What a run tells the one who watches it.
@@ -64,7 +105,47 @@ pub enum Event {
         /// The step it holds.
         step: u64,
     },
-    /// Membership changed; the step in flight is computed anew.
+    /// A checkpoint could not be written; those before it are whole, and the run goes on.
+    SaveFailed {
+        /// The step it would have held.
+        step: u64,
+        /// What went wrong.
+        problem: String,
+    },
+    /// The record or the ledger cannot be written, and the run waits for room.
+    StorageFull {
+        /// What went wrong.
+        problem: String,
+        /// For so long.
+        seconds: f64,
+    },
+    /// Workers were lost.
+    Lost {
+        /// Who, and how.
+        workers: Vec<LostWorker>,
+        /// How many go on.
+        left: u32,
+    },
+    /// The step in flight failed, though nobody is lost; it is computed once more.
+    TriedAgain {
+        /// Which.
+        step: u64,
+    },
+    /// A worker that wanted to join cannot.
+    Refused {
+        /// Why.
+        reason: String,
+    },
+    /// Too few workers are there, and the run waits for others.
+    Waiting {
+        /// So many are there.
+        workers: u32,
+        /// So many it takes.
+        needed: u32,
+        /// For so long.
+        seconds: f64,
+    },
+    /// The first step after a change of membership is committed.
     Recovery(Recovery),
 }
 
@@ -126,18 +207,41 @@ fn nans_for_nulls<'de, D: Deserializer<'de>>(values: D) -> Result<BTreeMap<Strin
     Ok(values.into_iter().map(|(name, value)| (name, value.unwrap_or(f64::NAN))).collect())
 }
 
-/// The `recovery` event of `metrics.jsonl`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+/// The `recovery` event of `metrics.jsonl`: what happened between two commits, in the second's
+/// step, and what it cost.
+#[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename = "recovery")]
 pub struct Recovery {
-    /// The step that was in flight.
+    /// The first step committed by the new generation.
     pub step: u64,
     /// The new generation.
     pub generation: u64,
-    /// Who left; empty when all stay and only try again.
+    /// Who left; empty when others came, or all stayed and only tried again.
     pub lost: Vec<LostWorker>,
-    /// Workers that go on.
+    /// Workers of the new generation.
     pub workers: u32,
+    /// Who came.
+    pub joined: Vec<JoinedWorker>,
+    /// The coordinator itself came back.
+    pub coordinator_restarted: bool,
+    /// From noticing the first change to this commit.
+    pub seconds: f64,
+    /// Micro-batches that were leased and computed in vain.
+    pub micro_batches_recomputed: u64,
+}
+
+/// How a loss was noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Notice {
+    /// Its connection ended.
+    Connection,
+    /// Its process ended.
+    Process,
+    /// It sent no heartbeats.
+    Silence,
+    /// It sent heartbeats, and got nowhere.
+    Watchdog,
 }
 
 /// A worker that left, and why.
@@ -151,4 +255,19 @@ pub struct LostWorker {
     pub pid: u32,
     /// What was seen of its end.
     pub why: String,
+    /// By what.
+    pub noticed_by: Notice,
+}
+
+/// A worker that came, or came back.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct JoinedWorker {
+    /// Its number.
+    pub worker: WorkerId,
+    /// Its machine.
+    pub host: String,
+    /// Its process there.
+    pub pid: u32,
+    /// Whether it was given the state by another.
+    pub healed: bool,
 }

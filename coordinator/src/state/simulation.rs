@@ -1,9 +1,11 @@
-//! Seeded simulations: workers that join, compute, die, repeat themselves and speak late, in any
-//! interleaving, against what must always hold. A failure names its seed, which replays it.
+//! Seeded simulations: workers that join, compute, die, hang, come back, repeat themselves and
+//! speak late, and a coordinator that is killed between any two effects and goes on from its
+//! record, in any interleaving, against what must always hold. A failure names its seed, which
+//! replays it.
 
 use std::collections::{BTreeMap, VecDeque};
 
-use quintet_proto::v1::{Evaluated, Finished, Heartbeat, Lease, Saved, StepFailed};
+use quintet_proto::v1::{Evaluated, Finished, Heartbeat, Lease, SaveFailed, Saved, State, StepFailed};
 
 use super::tests::{ready, schedule, settings, step_done};
 use super::*;
@@ -33,40 +35,78 @@ impl Random {
     }
 }
 
-/// A worker, with both directions of its stream: each keeps its order, none waits for another's.
-struct Worker {
-    alive: bool,
-    /// Steps its weights have seen.
-    weights: u64,
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Life {
+    Runs,
+    /// Stopped by a signal: it does nothing, and may go on later.
+    Hangs,
+    Dead,
+}
+
+/// A worker process.
+struct Process {
+    life: Life,
+    /// The state of its replica.
+    held: Option<State>,
+    /// Reduced and reported, and not known to be committed.
+    pending: Option<State>,
+    /// Its number on the stream that it has, if it has one.
+    worker: Option<WorkerId>,
     generation: u64,
     rank: u32,
     digest_due: bool,
     lease: Option<Lease>,
+    /// A checkpoint that it writes.
+    saving: Option<u64>,
+}
+
+/// Both directions of a stream: each keeps its order, none waits for another's.
+struct Stream {
+    process: usize,
     commands: VecDeque<Command>,
     reports: VecDeque<Input>,
-    /// What the machine has heard of it, to repeat.
+    /// What the machine has heard on it, to repeat.
     past: Vec<Report>,
+    open: bool,
+}
+
+/// A generation, as its plan was sent out.
+#[derive(Default)]
+struct Generation {
+    number: u64,
+    members: Vec<WorkerId>,
+    /// The step that is leased, and what of it to whom.
+    leased: Vec<Lease>,
+    reported: Vec<WorkerId>,
 }
 
 struct World {
-    machine: Machine,
+    /// None while the coordinator is dead.
+    machine: Option<Machine>,
     settings: Settings,
     random: Random,
+    /// Of the coordinator, which begins anew at zero.
     now_ms: u64,
-    workers: BTreeMap<WorkerId, Worker>,
+    processes: Vec<Process>,
+    streams: BTreeMap<WorkerId, Stream>,
     next_worker: WorkerId,
-    /// The members of the newest generation.
-    members: Vec<WorkerId>,
-    generation: u64,
-    /// Who reported which step under which generation, as far as the machine has heard.
-    reported: Vec<(WorkerId, u64, u64)>,
+    generation: Generation,
+    // What is on disk.
     ledger: Vec<CommitRecord>,
-    saved: Option<u64>,
+    trained: Vec<u64>,
+    record: Option<Record>,
+    saved: u64,
+    /// Steps whose checkpoint could not be written.
+    unsaved: Vec<u64>,
+    evaluations: Vec<EvalMetrics>,
     /// With the step whose weights it has, if not those of the end.
     model_written: Option<u64>,
-    evaluations: Vec<(u64, f64)>,
+    // What is expected.
     preempted: bool,
-    deaths: u32,
+    faults: u32,
+    crashes: u32,
+    abandoned: u32,
+    healed: u32,
     end: Option<u32>,
 }
 
@@ -80,10 +120,12 @@ impl World {
             schedule: schedule(1 + random.below(40), 8, [1, 2, 4, 8][random.below(4) as usize], 20),
             workers_expected,
             workers_min: 1 + random.below(u64::from(workers_expected)) as u32,
+            restarts_max: random.chance(40).then(|| random.below(6) as u32),
             eval_steps: every(&mut random),
             save_steps: every(&mut random),
             digest_steps: every(&mut random),
             start_step,
+            start_step_generation: start_step,
             start_generation: start_step,
             selection: random.chance(40).then(|| Selection {
                 metric: "loss".to_owned(),
@@ -99,151 +141,327 @@ impl World {
             // As the configuration sees to it.
             None => Settings { selection: None, ..settings },
         };
-        let machine = Machine::new(settings.clone());
+        let generation = Generation { number: settings.start_generation, ..Generation::default() };
         Self {
-            machine,
+            machine: Some(Machine::new(settings.clone())),
             random,
             now_ms: 0,
-            workers: BTreeMap::new(),
+            processes: Vec::new(),
+            streams: BTreeMap::new(),
             next_worker: 0,
-            members: Vec::new(),
-            generation: settings.start_generation,
-            reported: Vec::new(),
+            generation,
             ledger: Vec::new(),
-            saved: None,
-            model_written: None,
+            trained: Vec::new(),
+            record: None,
+            saved: settings.start_step,
+            unsaved: Vec::new(),
             evaluations: Vec::new(),
+            model_written: None,
             preempted: false,
-            deaths: 0,
+            faults: 0,
+            crashes: 0,
+            abandoned: 0,
+            healed: 0,
             end: None,
             settings,
         }
     }
 
+    fn committed(&self) -> State {
+        let start = State { step: self.settings.start_step, generation: self.settings.start_step_generation };
+        self.ledger.last().map_or(start, |last| State { step: last.step, generation: last.generation })
+    }
+
     /// One random event.
     fn event(&mut self) {
-        let ids: Vec<WorkerId> = self.workers.keys().copied().collect();
-        let worker = self.random.pick(&ids);
-        match (self.random.below(1000), worker) {
-            (0..450, Some(worker)) => self.deliver_report(worker),
-            (450..900, Some(worker)) => self.obey(worker),
-            (900..960, _) => self.pass_time(),
-            (960..970, Some(worker)) => self.repeat(worker),
-            (970..974, Some(worker)) => self.die(worker),
-            (974, _) => {
+        let process = match self.processes.len() as u64 {
+            0 => None,
+            count => Some(self.random.below(count) as usize),
+        };
+        match (self.random.below(2000), process) {
+            (0..900, _) => self.deliver_report(),
+            (900..1800, Some(process)) => self.run_process(process),
+            (1800..1920, _) => self.pass_time(),
+            (1920..1940, _) => self.repeat(),
+            (1940..1946, Some(process)) => self.die(process),
+            (1946..1950, Some(process)) => self.hang_or_go_on(process),
+            (1950..1954, Some(process)) => self.cut_stream(process),
+            (1954, _) => {
                 self.preempted = true;
                 self.input(Input::Preempt);
             }
-            _ => self.join(),
+            (1955..1957, _) => self.crash(),
+            (1957..1960, _) => self.now_ms += self.random.below(3_600_000),
+            _ => self.start_process(),
         }
     }
 
-    fn join(&mut self) {
-        // Now and then one too many, or too late.
-        if self.next_worker >= u64::from(self.settings.workers_expected) && !self.random.chance(2) {
+    /// A process is started: at the beginning, in place of a dead one, or one too many.
+    fn start_process(&mut self) {
+        let alive = self.processes.iter().filter(|process| process.life != Life::Dead).count() as u32;
+        let launched =
+            self.settings.restarts_max.is_some() && self.processes.len() as u32 >= self.settings.workers_expected;
+        if launched || alive >= self.settings.workers_expected && !self.random.chance(2) {
             return;
         }
-        let worker = self.next_worker;
-        self.next_worker += 1;
-        let fresh = Worker {
-            alive: true,
-            weights: self.settings.start_step,
+        self.spawn();
+    }
+
+    fn spawn(&mut self) {
+        self.processes.push(Process {
+            life: Life::Runs,
+            held: None,
+            pending: None,
+            worker: None,
             generation: 0,
             rank: 0,
             digest_due: false,
             lease: None,
-            commands: VecDeque::new(),
-            reports: VecDeque::new(),
-            past: Vec::new(),
-        };
-        self.workers.insert(worker, fresh);
-        self.input(Input::Joined { worker, host: "h".to_owned(), pid: worker as u32 });
+            saving: None,
+        });
     }
 
-    fn deliver_report(&mut self, id: WorkerId) {
-        let Some(worker) = self.workers.get_mut(&id) else { return };
-        let Some(input) = worker.reports.pop_front() else { return };
+    /// A process takes its next command, goes on with its lease, or connects.
+    fn run_process(&mut self, process: usize) {
+        if self.processes[process].life != Life::Runs {
+            return;
+        }
+        let Some(worker) = self.processes[process].worker else { return self.connect(process) };
+        let stream = self.streams.get_mut(&worker).unwrap();
+        match stream.commands.pop_front() {
+            Some(command) => self.obey(process, command),
+            // What the coordinator had sent is read before the end is noticed.
+            None if !stream.open => self.processes[process].worker = None,
+            None => self.compute(process),
+        }
+    }
+
+    fn connect(&mut self, process: usize) {
+        if self.machine.is_none() {
+            return;
+        }
+        let worker = self.next_worker;
+        self.next_worker += 1;
+        let stream =
+            Stream { process, commands: VecDeque::new(), reports: VecDeque::new(), past: Vec::new(), open: true };
+        self.streams.insert(worker, stream);
+        let running = &mut self.processes[process];
+        (running.worker, running.lease, running.generation) = (Some(worker), None, 0);
+        let (pid, instance) = (process as u32, process as u64);
+        self.input(Input::Joined { worker, host: "h".to_owned(), pid, instance });
+    }
+
+    fn deliver_report(&mut self) {
+        let waiting: Vec<WorkerId> =
+            self.streams.iter().filter(|(_, stream)| !stream.reports.is_empty()).map(|(&id, _)| id).collect();
+        let Some(worker) = self.random.pick(&waiting) else { return };
+        let stream = self.streams.get_mut(&worker).unwrap();
+        let Some(input) = stream.reports.pop_front() else { return };
         if let Input::Report { report, .. } = &input {
-            worker.past.push(report.clone());
+            stream.past.push(report.clone());
         }
         self.input(input);
     }
 
     /// An earlier report once more, out of turn. (Saying ready twice is a violation of its own.)
-    fn repeat(&mut self, worker: WorkerId) {
-        let past: Vec<usize> = (0..self.workers[&worker].past.len()).collect();
-        let Some(index) = self.random.pick(&past) else { return };
-        let report = self.workers[&worker].past[index].clone();
-        if self.workers[&worker].alive && !matches!(report, Report::Ready(_)) {
+    fn repeat(&mut self) {
+        let ids: Vec<WorkerId> = self.streams.keys().copied().collect();
+        let Some(worker) = self.random.pick(&ids) else { return };
+        let past = &self.streams[&worker].past;
+        if past.is_empty() {
+            return;
+        }
+        let report = past[self.random.below(past.len() as u64) as usize].clone();
+        if !matches!(report, Report::Ready(_)) {
             self.input(Input::Report { worker, report });
         }
     }
 
-    fn die(&mut self, worker: WorkerId) {
-        let why = "killed".to_owned();
-        let silent = self.random.chance(30);
-        let Some(dying) = self.workers.get_mut(&worker) else { return };
-        if !std::mem::take(&mut dying.alive) {
+    fn die(&mut self, process: usize) {
+        if self.processes[process].life == Life::Dead {
             return;
         }
-        self.deaths += 1;
-        // Either its stream breaks behind what it said last, or its machine vanishes.
-        if silent {
-            dying.reports.clear();
-        } else {
-            dying.reports.push_back(Input::Left { worker, why });
+        self.faults += 1;
+        self.kill(process);
+        // Its machine may vanish, so that nobody hears of it.
+        if self.settings.restarts_max.is_some() || !self.random.chance(30) {
+            self.tell_of_death(process);
         }
     }
 
-    /// Time passes; the living are heard of.
+    fn kill(&mut self, process: usize) {
+        self.processes[process].life = Life::Dead;
+    }
+
+    /// Its stream breaks behind what it said last; and its parent is told, earlier or later.
+    fn tell_of_death(&mut self, process: usize) {
+        let exited = self.settings.restarts_max.is_some().then(|| Input::ProcessExited {
+            pid: process as u32,
+            exit_code: None,
+            why: "killed".to_owned(),
+        });
+        let worker = self.processes[process].worker;
+        let left = worker.map(|worker| (worker, Input::Left { worker, why: "reset".to_owned() }));
+        let exit_first = self.random.chance(50);
+        match (left, exited) {
+            (Some((worker, left)), exited) => {
+                let reports = &mut self.streams.get_mut(&worker).unwrap().reports;
+                let exited = exited.into_iter();
+                let both: Vec<Input> = if exit_first {
+                    exited.chain([left]).collect()
+                } else {
+                    [left].into_iter().chain(exited).collect()
+                };
+                reports.extend(both);
+            }
+            (None, Some(exited)) => self.input(exited),
+            (None, None) => {}
+        }
+    }
+
+    fn hang_or_go_on(&mut self, process: usize) {
+        let life = &mut self.processes[process].life;
+        match life {
+            Life::Runs => (*life, self.faults) = (Life::Hangs, self.faults + 1),
+            Life::Hangs => *life = Life::Runs,
+            Life::Dead => {}
+        }
+    }
+
+    /// A connection breaks, and nobody dies.
+    fn cut_stream(&mut self, process: usize) {
+        let Some(worker) = self.processes[process].worker else { return };
+        let stream = self.streams.get_mut(&worker).unwrap();
+        if !std::mem::replace(&mut stream.open, false) {
+            return;
+        }
+        self.faults += 1;
+        // Some of what was under way is lost, in both directions.
+        let lose = |count: usize, random: &mut Random| random.below(count as u64 + 1) as usize;
+        stream.commands.truncate(lose(stream.commands.len(), &mut self.random));
+        stream.reports.truncate(lose(stream.reports.len(), &mut self.random));
+        stream.reports.push_back(Input::Left { worker, why: "cut".to_owned() });
+    }
+
+    /// The coordinator is killed; all it had not made durable is gone, and another starts at once
+    /// or after a while. Processes that it launched go with it, and with them the run.
+    fn crash(&mut self) {
+        if self.settings.restarts_max.is_some() || self.end.is_some() {
+            return;
+        }
+        self.crashes += 1;
+        self.machine = None;
+        for stream in self.streams.values_mut() {
+            stream.open = false;
+            stream.reports.clear();
+            stream.commands.truncate(self.random.below(stream.commands.len() as u64 + 1) as usize);
+        }
+        self.now_ms = 0;
+        self.generation.members.clear();
+        self.preempted = false;
+        let machine = match &self.record {
+            Some(record) => {
+                let last = self.committed();
+                assert_eq!((record.committed_step, record.committed_generation), (last.step, last.generation));
+                let past_evaluations = self.evaluations.clone();
+                Machine::take_over(Settings { past_evaluations, ..self.settings.clone() }, record)
+            }
+            None => {
+                let past_evaluations = self.evaluations.clone();
+                Machine::new(Settings { past_evaluations, ..self.settings.clone() })
+            }
+        };
+        self.machine = Some(machine);
+    }
+
+    /// Time passes; those who run are heard of.
     fn pass_time(&mut self) {
-        self.now_ms += 1 + self.random.below(4000);
-        let alive: Vec<WorkerId> = self.workers.iter().filter(|(_, w)| w.alive).map(|(&id, _)| id).collect();
-        for worker in alive {
-            self.input(Input::Report { worker, report: Report::Heartbeat(Heartbeat {}) });
+        self.now_ms += 1 + self.random.below(2000);
+        let running: Vec<WorkerId> = self
+            .processes
+            .iter()
+            .filter(|process| process.life == Life::Runs)
+            .filter_map(|process| process.worker.filter(|worker| self.streams[worker].open))
+            .collect();
+        for worker in running {
+            let waiting = self.random.chance(50);
+            let progress = self.now_ms;
+            self.input(Input::Report { worker, report: Report::Heartbeat(Heartbeat { waiting, progress }) });
         }
         self.input(Input::Tick);
     }
 
-    /// A worker takes its next command, or goes on with its lease.
-    fn obey(&mut self, id: WorkerId) {
-        let Some(worker) = self.workers.get_mut(&id) else { return };
-        if !worker.alive {
-            return;
-        }
-        let (actions, finish) = match worker.commands.pop_front() {
-            None => return self.compute(id),
-            Some(Command::Plan(plan)) => {
-                assert_eq!(plan.committed_step, worker.weights, "planned on other weights");
-                assert!(plan.generation > worker.generation);
-                (worker.generation, worker.rank, worker.lease) = (plan.generation, plan.rank, plan.next);
-                let actions = plan.actions.unwrap();
-                (actions, actions.finish)
-            }
-            Some(Command::Commit(commit)) => {
-                assert_eq!((commit.step, commit.generation), (worker.weights + 1, worker.generation));
-                worker.weights = commit.step;
-                worker.lease = commit.next;
-                let actions = commit.actions.unwrap();
-                (actions, actions.finish)
-            }
-            Some(Command::Stop(_)) => {
-                worker.alive = false;
+    fn obey(&mut self, id: usize, command: Command) {
+        let committed_in = |generation, step| State { step, generation };
+        let process = &mut self.processes[id];
+        let (actions, lease) = match command {
+            Command::Welcome(_) => unreachable!("the shell fills in the welcome"),
+            Command::Stop(stop) => {
+                process.worker = None;
+                if !stop.rejoin {
+                    process.life = Life::Dead;
+                    self.tell_of_death(id);
+                }
                 return;
             }
-            Some(Command::Welcome(_)) => unreachable!("the shell fills in the welcome"),
+            Command::Plan(plan) => {
+                assert!(plan.generation > process.generation);
+                (process.generation, process.rank, process.lease) = (plan.generation, plan.rank, None);
+                let committed = committed_in(plan.committed_generation, plan.committed_step);
+                if process.pending.take() == Some(committed) && process.held.is_some() {
+                    process.held = Some(committed);
+                }
+                if plan.healed.contains(&plan.rank) {
+                    process.held = None;
+                    let source = plan.members[plan.source as usize].worker_id;
+                    if !self.holds(source, committed) {
+                        let (generation, step) = (plan.generation, plan.committed_step);
+                        let detail = "nobody to be healed by".to_owned();
+                        return self.say(id, Report::StepFailed(StepFailed { generation, step, detail }));
+                    }
+                    self.healed += 1;
+                    self.processes[id].held = Some(committed);
+                }
+                assert_eq!(self.processes[id].held, Some(committed), "planned on another state");
+                (plan.actions, plan.next)
+            }
+            Command::Commit(commit) => {
+                let committed = committed_in(commit.generation, commit.step);
+                assert_eq!(process.pending.take(), Some(committed));
+                process.held = Some(committed);
+                (commit.actions, commit.next)
+            }
         };
-        worker.digest_due = actions.digest;
-        let (step, generation, rank) = (worker.weights, worker.generation, worker.rank);
+        self.act(id, actions.unwrap_or_default(), lease);
+    }
+
+    /// Whether the process on this stream can hand over the state.
+    fn holds(&self, worker: WorkerId, state: State) -> bool {
+        let process = &self.processes[self.streams[&worker].process];
+        process.worker == Some(worker)
+            && process.life == Life::Runs
+            && (process.held == Some(state) || process.pending == Some(state))
+    }
+
+    fn act(&mut self, id: usize, actions: Actions, lease: Option<Lease>) {
+        let process = &mut self.processes[id];
+        process.lease = lease;
+        process.digest_due = actions.digest;
+        let (generation, rank) = (process.generation, process.rank);
+        let step = process.held.map_or(0, |held| held.step);
         if rank == 0 && actions.evaluate {
             // The same for the same weights, and as good as drawn.
             let loss = (step.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as f64;
             self.say(id, Report::Evaluated(Evaluated { step, loss, metrics: BTreeMap::new() }));
         }
-        if rank == 0 && actions.save {
-            self.say(id, Report::Saved(Saved { step }));
+        if rank == 0 && actions.save && self.processes[id].saving != Some(step) {
+            self.end_save(id);
+            self.processes[id].saving = Some(step);
         }
-        if finish {
+        if lease.is_none() && (actions.save || actions.finish) {
+            self.end_save(id);
+        }
+        if actions.finish {
             if rank == 0 {
                 self.model_written = Some(actions.best_step);
             }
@@ -251,40 +469,73 @@ impl World {
         }
     }
 
-    /// Computes the lease with the peers, or notices that one is dead.
-    fn compute(&mut self, id: WorkerId) {
-        let worker = &self.workers[&id];
-        let Some(lease) = worker.lease else { return };
-        let generation = worker.generation;
-        let peer_dead = self.members.iter().any(|peer| !self.workers[peer].alive);
-        let report = if peer_dead && self.random.chance(50) {
-            Report::StepFailed(StepFailed { generation, step: lease.step, detail: "peer closed".to_owned() })
-        } else {
-            // Replicas that have seen the same steps have the same digest.
-            let weights_digest = worker.digest_due.then(|| worker.weights.to_le_bytes().to_vec());
-            let done = step_done(&self.settings.schedule, generation, &lease);
-            Report::StepDone(StepDone { weights_digest, ..done })
-        };
-        self.say(id, report);
-        self.workers.get_mut(&id).unwrap().lease = None;
+    /// The checkpoint under way is on disk, or fails.
+    fn end_save(&mut self, id: usize) {
+        let Some(step) = self.processes[id].saving.take() else { return };
+        if step < self.settings.schedule.total_steps && !self.preempted && self.random.chance(10) {
+            self.unsaved.push(step);
+            return self.say(id, Report::SaveFailed(SaveFailed { step, message: "disk full".to_owned() }));
+        }
+        self.saved = self.saved.max(step);
+        self.say(id, Report::Saved(Saved { step }));
     }
 
-    fn say(&mut self, id: WorkerId, report: Report) {
-        let worker = self.workers.get_mut(&id).unwrap();
-        worker.reports.push_back(Input::Report { worker: id, report });
+    /// Computes the lease with the peers, or notices that one is dead.
+    fn compute(&mut self, id: usize) {
+        if self.random.chance(30) {
+            self.end_save(id);
+        }
+        let process = &self.processes[id];
+        let (Some(lease), Some(worker)) = (process.lease, process.worker) else { return };
+        let generation = process.generation;
+        let current = generation == self.generation.number && self.generation.members.contains(&worker);
+        let peer_failed = !current
+            || self.generation.members.iter().any(|peer| {
+                let process = &self.processes[self.streams[peer].process];
+                process.worker != Some(*peer) || process.life == Life::Dead
+            });
+        if peer_failed && self.random.chance(50) {
+            let detail = "peer closed".to_owned();
+            self.say(id, Report::StepFailed(StepFailed { generation, step: lease.step, detail }));
+        } else {
+            let held = process.held.expect("computes on a state");
+            // Replicas that have seen the same commits have the same digest.
+            let digest = [held.step.to_le_bytes(), held.generation.to_le_bytes()].concat();
+            let weights_digest = process.digest_due.then_some(digest);
+            assert_eq!(held.step + 1, lease.step);
+            let done = step_done(&self.settings.schedule, generation, &lease);
+            self.processes[id].pending = Some(State { step: lease.step, generation });
+            self.say(id, Report::StepDone(StepDone { weights_digest, ..done }));
+        }
+        self.processes[id].lease = None;
+    }
+
+    fn say(&mut self, id: usize, report: Report) {
+        let Some(worker) = self.processes[id].worker else { return };
+        let stream = self.streams.get_mut(&worker).unwrap();
+        if stream.open {
+            stream.reports.push_back(Input::Report { worker, report });
+        }
     }
 
     fn input(&mut self, input: Input) {
-        match &input {
-            Input::Report { worker, report: Report::StepDone(done) } => {
-                self.reported.push((*worker, done.generation, done.step));
-            }
-            Input::Report { report: Report::Saved(saved), .. } => self.saved = self.saved.max(Some(saved.step)),
-            _ => {}
+        let Some(machine) = &mut self.machine else { return };
+        if let Input::Report { worker, report: Report::StepDone(done) } = &input
+            && done.generation == self.generation.number
+            && self.generation.leased.first().is_some_and(|lease| lease.step == done.step)
+        {
+            self.generation.reported.push(*worker);
         }
-        let effects = self.machine.step(self.now_ms, input);
+        let effects = machine.step(self.now_ms, input);
         assert!(self.end.is_none() || effects.is_empty(), "something happened after the end");
-        for effect in effects {
+        // Now and then the coordinator dies between two effects.
+        let by_hand = self.settings.restarts_max.is_none();
+        let cut = (by_hand && !effects.is_empty() && self.random.below(500) == 0)
+            .then(|| self.random.below(effects.len() as u64) as usize);
+        for (index, effect) in effects.into_iter().enumerate() {
+            if cut == Some(index) {
+                return self.crash();
+            }
             self.check(effect);
         }
     }
@@ -292,21 +543,42 @@ impl World {
     fn check(&mut self, effect: Effect) {
         assert!(self.end.is_none(), "an effect behind the last");
         match effect {
-            Effect::Commit(record) => self.check_commit(record),
-            Effect::Welcome { worker } => {
-                let step = self.settings.start_step;
-                self.say(worker, ready(step));
+            Effect::Record(entry) => self.check_entry(entry),
+            Effect::Welcome { worker, under_way } => {
+                let id = self.streams[&worker].process;
+                let start = State { step: self.settings.start_step, generation: self.settings.start_step_generation };
+                let process = &mut self.processes[id];
+                if !under_way {
+                    (process.held, process.pending) = (Some(start), None);
+                }
+                let held = process.held.unwrap_or(State { step: 0, generation: u64::MAX });
+                let pending = process.pending;
+                let Report::Ready(ready) = ready(held.step) else { unreachable!() };
+                let committed_generation = held.generation;
+                self.say(id, Report::Ready(Ready { committed_generation, pending, ..ready }));
             }
             Effect::Send { worker, command } => self.check_command(worker, command),
-            Effect::Dismiss { worker, .. } => self.workers.get_mut(&worker).unwrap().alive = false,
-            Effect::Event(Event::Recovery(recovery)) => {
-                assert_eq!(recovery.generation, self.generation + 1);
-                for lost in &recovery.lost {
-                    assert!(!self.workers[&lost.worker].alive, "one who lives was taken for lost");
-                }
+            Effect::Dismiss { worker, reason, rejoin } => {
+                let stop = Command::Stop(Stop { exit_code: 1, reason, rejoin });
+                let stream = self.streams.get_mut(&worker).unwrap();
+                stream.commands.push_back(stop);
+                stream.open = false;
+                stream.reports.clear();
             }
-            Effect::Event(Event::Eval(metrics)) => self.evaluations.push((metrics.step, metrics.eval_loss)),
+            Effect::Replace { pid } => {
+                assert!(self.settings.restarts_max.is_some());
+                let replaced = pid as usize;
+                if self.processes[replaced].life != Life::Dead {
+                    self.kill(replaced);
+                    self.tell_of_death(replaced);
+                }
+                self.spawn();
+            }
+            Effect::Event(Event::Lost { workers, .. }) => {
+                assert!(self.faults > 0 || self.crashes > 0 || self.now_ms > 0, "{workers:?} are well");
+            }
             Effect::Event(_) => {}
+            Effect::Abandon { .. } => self.begin_at_checkpoint(),
             Effect::Stop { exit_code, reason } => {
                 self.check_end(exit_code, &reason);
                 self.end = Some(exit_code);
@@ -314,15 +586,65 @@ impl World {
         }
     }
 
+    /// The run's files are cut back to the newest checkpoint, and a new machine begins there.
+    ///
+    /// Nobody who holds the committed state has said so, or it would have been gone on with. One may still be on its
+    /// way: too late, or shut out by as many newcomers as the run has places. That costs the steps since the
+    /// checkpoint and nothing else.
+    fn begin_at_checkpoint(&mut self) {
+        self.abandoned += 1;
+        assert!(self.crashes > 0, "abandoned by the coordinator that knew its workers");
+        let committed = self.committed();
+        let said_so = |report: &Report| {
+            let Report::Ready(ready) = report else { return false };
+            let held = State { step: ready.committed_step, generation: ready.committed_generation };
+            held == committed || held.step + 1 == committed.step && ready.pending == Some(committed)
+        };
+        let mut open = self.streams.values().filter(|stream| stream.open);
+        assert!(!open.any(|stream| stream.past.iter().any(said_so)), "abandoned with the state at hand");
+        let generation = self.record.as_ref().map_or(0, |record| record.generation);
+        self.ledger.retain(|record| record.step <= self.saved);
+        self.trained.retain(|&step| step <= self.saved);
+        self.evaluations.retain(|eval| eval.step <= self.saved);
+        let saved_generation = self.ledger.iter().find(|record| record.step == self.saved).map(|r| r.generation);
+        if let Some(saved_generation) = saved_generation {
+            (self.settings.start_step, self.settings.start_step_generation) = (self.saved, saved_generation);
+        }
+        self.settings.start_generation = generation;
+        self.ledger.retain(|record| record.step > self.settings.start_step);
+        self.trained.retain(|&step| step > self.settings.start_step);
+        self.record = None;
+        self.crash();
+    }
+
+    fn check_entry(&mut self, entry: Entry) {
+        let before = self.record.as_ref().map_or(self.settings.start_generation, |record| record.generation);
+        assert!(entry.record.generation >= before, "the generation on record falls");
+        if let Some(commit) = entry.commit {
+            self.check_commit(commit);
+        }
+        for event in &entry.events {
+            match event {
+                Event::Train(metrics) => self.trained.push(metrics.step),
+                Event::Eval(metrics) => self.evaluations.push(metrics.clone()),
+                Event::Recovery(recovery) => assert_eq!(Some(recovery.step), self.ledger.last().map(|last| last.step)),
+                _ => {}
+            }
+        }
+        let committed = self.committed();
+        assert_eq!(entry.record.committed_step, committed.step);
+        assert_eq!(entry.record.committed_generation, committed.generation);
+        self.record = Some(entry.record);
+    }
+
     fn check_commit(&mut self, record: CommitRecord) {
         let previous = self.ledger.last();
         assert_eq!(record.step, previous.map_or(self.settings.start_step, |p| p.step) + 1, "a step lost or repeated");
-        assert_eq!(record.generation, self.generation, "committed under another generation");
-        assert_eq!(record.workers as usize, self.members.len());
-        for &member in &self.members {
-            let report = (member, record.generation, record.step);
-            assert!(self.reported.contains(&report), "committed without worker {member}");
-        }
+        let Generation { number, members, reported, .. } = &mut self.generation;
+        assert_eq!(record.generation, *number, "committed under another generation");
+        assert_eq!(record.workers as usize, members.len());
+        assert!(members.iter().all(|member| reported.contains(member)), "committed without all of {members:?}");
+        reported.clear();
         // Positions tile every epoch.
         let examples = self.settings.schedule.examples;
         if let Some(previous) = previous {
@@ -333,53 +655,83 @@ impl World {
             assert_eq!((record.epoch, record.positions[0]), expected);
         }
         assert!(record.positions[0] < record.positions[1] && record.positions[1] <= examples);
-        self.reported.clear();
         self.ledger.push(record);
     }
 
     fn check_command(&mut self, worker: WorkerId, command: Command) {
-        let committed = self.ledger.last().map_or(self.settings.start_step, |record| record.step);
+        let committed = self.committed();
         match &command {
             Command::Plan(plan) => {
                 if plan.rank == 0 {
-                    assert_eq!(plan.generation, self.generation + 1, "a generation skipped or repeated");
-                    self.generation = plan.generation;
-                    self.members = plan.members.iter().map(|member| member.worker_id).collect();
-                    assert!(self.members.is_sorted(), "ranks are not in the order of numbers");
+                    assert!(plan.generation > self.generation.number, "a generation again");
+                    let members: Vec<WorkerId> = plan.members.iter().map(|member| member.worker_id).collect();
+                    assert!(members.is_sorted(), "ranks are not in the order of numbers");
+                    self.generation = Generation { number: plan.generation, members, ..Generation::default() };
                 }
-                assert_eq!((plan.generation, plan.committed_step), (self.generation, committed));
-                assert_eq!(self.members[plan.rank as usize], worker);
+                assert_eq!(self.record.as_ref().unwrap().generation, plan.generation, "sent before it was on record");
+                assert_eq!(State { step: plan.committed_step, generation: plan.committed_generation }, committed);
+                assert_eq!(self.generation.members[plan.rank as usize], worker);
+                self.check_lease(plan.next);
             }
             Command::Commit(commit) => {
-                assert_eq!((commit.generation, commit.step), (self.generation, committed), "commit before the record");
+                let this = State { step: commit.step, generation: commit.generation };
+                assert_eq!(this, committed, "commit before the record");
+                self.check_lease(commit.next);
             }
             Command::Stop(_) | Command::Welcome(_) => {}
         }
-        self.workers.get_mut(&worker).unwrap().commands.push_back(command);
+        self.streams.get_mut(&worker).unwrap().commands.push_back(command);
+    }
+
+    /// The leases of a generation, by rising rank, cover each micro-batch of the step once.
+    fn check_lease(&mut self, lease: Option<Lease>) {
+        let Some(lease) = lease else { return };
+        let leased = &mut self.generation.leased;
+        if leased.first().is_some_and(|first| first.step != lease.step) {
+            leased.clear();
+        }
+        assert_eq!(lease.first_micro_batch, leased.last().map_or(0, |last| last.last_exclusive));
+        leased.push(lease);
+        assert!(leased.len() <= self.generation.members.len());
+        if leased.len() == self.generation.members.len() {
+            assert_eq!(lease.last_exclusive, self.settings.schedule.step(lease.step).micro_batches);
+        }
     }
 
     fn check_end(&self, code: u32, reason: &str) {
         let total = self.settings.schedule.total_steps;
-        let committed = self.ledger.last().map_or(self.settings.start_step, |record| record.step);
+        let committed = self.committed().step;
+        assert!(self.trained.iter().copied().eq(self.ledger.iter().map(|record| record.step)), "metrics and ledger");
         match code {
             exit_code::DONE => {
                 let selection = self.settings.selection.as_ref();
-                let best = self.evaluations.iter().rev().min_by(|a, b| a.1.total_cmp(&b.1)).map_or(0, |best| best.0);
+                let losses = self.evaluations.iter().rev();
+                let best = losses.min_by(|a, b| a.eval_loss.total_cmp(&b.eval_loss)).map_or(0, |best| best.step);
                 let loads = selection.is_some_and(|selection| selection.load_best_model_at_end);
                 assert_eq!(self.model_written.expect("done without a model"), if loads { best } else { 0 });
-                assert!(self.settings.save_steps.is_none() || self.saved == Some(committed) || self.ledger.is_empty());
+                assert!(self.settings.save_steps.is_none() || self.saved == committed || self.ledger.is_empty());
                 let patience = selection.and_then(|selection| selection.early_stopping_patience);
                 // Nothing was better than the best in so many evaluations, and in no fewer.
-                let after_best = self.evaluations.iter().filter(|evaluation| evaluation.0 > best).count();
+                let after_best = self.evaluations.iter().filter(|evaluation| evaluation.step > best).count();
                 assert!(patience.is_none_or(|patience| after_best <= patience as usize), "stopped late");
                 let out = patience.is_some_and(|patience| after_best == patience as usize);
                 assert!(committed == total || out, "stopped at {committed} of {total}: {reason}");
             }
-            exit_code::PREEMPTED => {
-                assert!(self.preempted);
-                assert!(self.generation == self.settings.start_generation || self.saved == Some(committed));
+            exit_code::PREEMPTED => assert!(self.preempted),
+            exit_code::TOO_FEW_WORKERS => assert!(self.faults > 0, "{reason}"),
+            // The last word of a run that ends early; any other checkpoint that fails is only told.
+            exit_code::FAILURE if reason == "disk full" => {
+                assert!(self.unsaved.contains(&committed) && committed < total, "{committed} of {total}");
             }
-            exit_code::TOO_FEW_WORKERS => assert!(self.deaths > 0, "{reason}"),
+            // A process of the launcher died before training began.
+            exit_code::FAILURE if reason.contains("before it joined") => {
+                assert!(self.faults > 0 && self.record.is_none() && self.settings.restarts_max.is_some(), "{reason}");
+            }
+            // Members that hang while the others wait are not always told from those who wait.
+            exit_code::FAILURE => {
+                let hard_to_tell = ["failed 3 times", "no progress"].iter().any(|text| reason.contains(text));
+                assert!(self.faults > 0 && hard_to_tell, "{reason}");
+            }
             _ => panic!("exit code {code}: {reason}"),
         }
     }
@@ -388,10 +740,10 @@ impl World {
 #[test]
 fn whatever_happens_every_step_is_committed_once_and_the_run_ends() {
     const RUNS: u64 = 5_000;
-    const EVENTS_MAX: u64 = 50_000;
+    const EVENTS_MAX: u64 = 200_000;
     let mut events = 0;
     let mut ends: BTreeMap<u32, u32> = BTreeMap::new();
-    let mut recovered = 0;
+    let (mut recovered, mut crashes, mut abandoned, mut healed) = (0, 0, 0, 0);
     for seed in 0..RUNS {
         let run = std::panic::AssertUnwindSafe(|| {
             let mut world = World::new(seed);
@@ -408,12 +760,15 @@ fn whatever_happens_every_step_is_committed_once_and_the_run_ends() {
         };
         events += count;
         *ends.entry(world.end.unwrap()).or_default() += 1;
-        recovered += u64::from(world.generation > world.settings.start_generation + 1 && world.end == Some(0));
+        recovered += u64::from(world.faults > 0 && world.end == Some(0));
+        (crashes, abandoned, healed) = (crashes + world.crashes, abandoned + world.abandoned, healed + world.healed);
     }
     // The simulation is worth its name only if it meets all of it.
-    assert!(events > 1_000_000, "{events} events");
-    assert!(recovered > 50, "{recovered} runs recovered and completed");
+    let met = format!(
+        "{events} events, {recovered} runs recovered, {crashes} crashes, {abandoned} abandoned, {healed} healed, {ends:?}"
+    );
+    assert!(events > 1_000_000 && recovered > 500 && crashes > 1_000 && abandoned > 20 && healed > 500, "{met}");
     for code in [exit_code::DONE, exit_code::TOO_FEW_WORKERS, exit_code::PREEMPTED] {
-        assert!(ends.get(&code).is_some_and(|&runs| runs > 20), "{ends:?}");
+        assert!(ends.get(&code).is_some_and(|&runs| runs > 20), "{met}");
     }
 }

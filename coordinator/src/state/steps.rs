@@ -1,10 +1,11 @@
 //! The step in flight: reports of the members, the commit, and the actions after it.
 
-use quintet_proto::v1::{Actions, Commit, Evaluated, NotFinite, Saved, StepDone, to_worker::Command};
+use quintet_proto::v1::{Actions, Commit, Evaluated, NotFinite, SaveFailed, Saved, StepDone, to_worker::Command};
 
 use super::selection::Tracker;
 use super::tally::tally;
-use super::{CommitRecord, Effect, EvalMetrics, Event, Machine, Member, Phase, TrainMetrics, WorkerId, hex};
+use super::{CommitRecord, Effect, Entry, EvalMetrics, Event, Machine, Member, Phase, Record, Recovery, TrainMetrics};
+use super::{WorkerId, hex};
 use crate::exit_code;
 
 impl Machine {
@@ -12,28 +13,29 @@ impl Machine {
         let in_flight =
             self.phase == Phase::Running && done.generation == self.generation && done.step == self.committed_step + 1;
         let member = &self.members[&worker];
-        if !in_flight || member.done.is_some() {
+        let Some(rank) = member.rank.filter(|_| in_flight && member.done.is_none()) else {
             return; // Of an older generation, or said before.
-        }
-        if let Some(what) = self.violation(member, &done) {
+        };
+        if let Some(what) = self.violation(rank, &done) {
             return self.stop_on_violation(worker, &what);
         }
         if !done.skipped && !done.grad_norm.is_finite() {
             return self.stop_not_finite(worker, "the gradient norm");
         }
         if let Some(member) = self.members.get_mut(&worker) {
-            member.done = Some(done);
+            // It computed on the committed state: what it had to be given, it has.
+            (member.done, member.holds) = (Some(done), true);
         }
         self.progress_ms = self.now_ms;
-        if self.members.values().all(|member| member.done.is_some()) {
+        if self.ranks().all(|(_, member)| member.done.is_some()) {
             self.commit();
         }
     }
 
     /// What is wrong with a report of the step in flight, if anything.
-    fn violation(&self, member: &Member, done: &StepDone) -> Option<String> {
+    fn violation(&self, rank: u32, done: &StepDone) -> Option<String> {
         let step = done.step;
-        let lease = self.lease(member.rank)?;
+        let lease = self.lease(rank)?;
         let leased = lease.first_micro_batch..lease.last_exclusive;
         if !done.micro_batches.iter().map(|m| m.index).eq(leased.clone()) {
             return Some(format!("reported other micro-batches of step {step} than the leased {leased:?}"));
@@ -51,8 +53,8 @@ impl Machine {
             let was = if self.due.digest { "asked for" } else { "not asked for" };
             return Some(format!("treated the digest before step {step} as if it was not {was}"));
         }
-        if member.rank == 0 && (self.due.evaluate || self.due.save) {
-            return Some(format!("computed step {step} before it reported the evaluation or checkpoint due"));
+        if rank == 0 && self.due.evaluate {
+            return Some(format!("computed step {step} before it reported the evaluation due"));
         }
         None
     }
@@ -72,35 +74,36 @@ impl Machine {
         {
             return;
         }
-        let reports: Vec<&StepDone> = self.members.values().filter_map(|m| m.done.as_ref()).collect();
+        let reports: Vec<&StepDone> = self.ranks().filter_map(|(_, m)| m.done.as_ref()).collect();
         let metrics = tally(&self.settings.schedule, step, &reports);
         let digest = reports[0].weights_digest.as_deref().map(hex);
         if !metrics.loss.is_finite() {
             return self.stop(exit_code::NUMERIC_GUARD, format!("the loss of step {step} is not finite"));
         }
-        self.record(&metrics, digest);
-        self.advance(metrics);
+        let record = self.commit_record(&metrics, digest);
+        self.advance(record, metrics);
     }
 
-    fn record(&mut self, metrics: &TrainMetrics, weights_digest: Option<String>) {
+    fn commit_record(&self, metrics: &TrainMetrics, weights_digest: Option<String>) -> CommitRecord {
         let plan = self.settings.schedule.step(metrics.step);
         assert_eq!(plan.step, metrics.step, "the schedule counts otherwise");
-        self.effects.push(Effect::Commit(CommitRecord {
+        CommitRecord {
             step: plan.step,
             epoch: plan.epoch,
             positions: [plan.positions.start, plan.positions.end],
             generation: self.generation,
             workers: self.world(),
             weights_digest,
-        }));
+        }
     }
 
-    /// Goes on from a recorded step: actions, phase, and the next leases.
-    fn advance(&mut self, metrics: TrainMetrics) {
+    /// Records the step and goes on from it: actions, phase, and the next leases.
+    fn advance(&mut self, record: CommitRecord, metrics: TrainMetrics) {
         let step = metrics.step;
         let last = step == self.settings.schedule.total_steps;
-        self.committed_step = step;
+        (self.committed_step, self.committed_generation) = (step, self.generation);
         self.progress_ms = self.now_ms;
+        self.pace.commit(self.now_ms);
         self.attempts_failed = 0;
         self.failed_ms = None;
         self.due = self.actions_after(step);
@@ -109,18 +112,74 @@ impl Machine {
             (false, true) => Phase::Preempted,
             (false, false) => Phase::Running,
         };
+        let mut events: Vec<Event> = self.recovered(step).map(Event::Recovery).into_iter().collect();
         if last || step.is_multiple_of(self.settings.logging_steps) {
-            self.event(Event::Train(metrics));
+            events.push(Event::Train(metrics));
         }
+        self.calm_down();
         let mut ranks = Vec::with_capacity(self.members.len());
         for (&worker, member) in &mut self.members {
-            member.done = None;
-            member.failed = None;
-            ranks.push((worker, member.rank));
+            let Some(rank) = member.rank else {
+                // Whatever it held, the others are one step further.
+                member.holds = false;
+                continue;
+            };
+            (member.done, member.failed) = (None, None);
+            ranks.push((worker, rank));
         }
+        // Who is ready by now takes part from here on.
+        let grows =
+            self.phase == Phase::Running && self.members.values().any(|m| m.rank.is_none() && m.ready.is_some());
+        if !grows {
+            self.count_save(ranks[0].0);
+        }
+        self.persist(Some(record), events);
         for (worker, rank) in ranks {
-            let commit = Commit { generation: self.generation, step, actions: Some(self.due), next: self.lease(rank) };
-            self.send(worker, Command::Commit(commit));
+            let (actions, next) = if grows { (None, None) } else { (Some(self.due), self.lease(rank)) };
+            self.send(worker, Command::Commit(Commit { generation: self.generation, step, actions, next }));
+        }
+        if grows {
+            self.plan();
+        }
+    }
+
+    /// The report of what went wrong before this commit, if anything did.
+    fn recovered(&mut self, step: u64) -> Option<Recovery> {
+        let trouble = self.trouble.take()?;
+        Some(Recovery {
+            step,
+            generation: self.generation,
+            lost: trouble.lost,
+            workers: self.world(),
+            joined: trouble.joined,
+            coordinator_restarted: std::mem::take(&mut self.took_over),
+            seconds: (self.now_ms - trouble.noticed_ms) as f64 / 1000.0,
+            micro_batches_recomputed: trouble.micro_batches,
+        })
+    }
+
+    /// Makes durable what a coordinator that comes after this one must know.
+    pub(super) fn persist(&mut self, commit: Option<CommitRecord>, events: Vec<Event>) {
+        let record = Record {
+            generation: self.generation,
+            committed_step: self.committed_step,
+            committed_generation: self.committed_generation,
+            workers: self.world(),
+            evaluate: self.due.evaluate,
+            save: self.due.save || !self.saving.is_empty(),
+            finish: self.due.finish,
+            last_worker: self.last_worker,
+        };
+        self.effects.push(Effect::Record(Entry { commit, events, record }));
+    }
+
+    /// Takes note of a checkpoint that rank 0 is about to be asked for.
+    pub(super) fn count_save(&mut self, rank_0: WorkerId) {
+        if self.due.save {
+            self.saver = Some(rank_0);
+            if !self.saving.contains(&self.committed_step) {
+                self.saving.push(self.committed_step);
+            }
         }
     }
 
@@ -193,11 +252,11 @@ impl Machine {
         if self.due.evaluate && report.step == self.committed_step {
             self.due.evaluate = false;
             self.progress_ms = self.now_ms;
-            let metrics = EvalMetrics { step: report.step, eval_loss: report.loss, metrics: report.metrics };
+            let eval = EvalMetrics { step: report.step, eval_loss: report.loss, metrics: report.metrics };
             if let Some(tracker) = &mut self.tracker {
-                tracker.observe(&metrics);
+                tracker.observe(&eval);
             }
-            self.event(Event::Eval(metrics));
+            self.persist(None, vec![Event::Eval(eval)]);
             let awaited = self.phase == Phase::Finishing && !self.due.finish;
             if awaited || (self.phase == Phase::Running && self.is_out_of_patience()) {
                 self.conclude();
@@ -205,15 +264,41 @@ impl Machine {
         }
     }
 
-    pub(super) fn on_saved(&mut self, report: &Saved) {
-        if self.due.save && report.step == self.committed_step {
-            self.due.save = false;
-            self.progress_ms = self.now_ms;
-            self.event(Event::Saved { step: report.step });
-            if self.phase == Phase::Preempted {
-                let reason = format!("preempted; step {} is saved, --resume goes on from it", report.step);
-                self.stop(exit_code::PREEMPTED, reason);
-            }
+    pub(super) fn on_saved(&mut self, worker: WorkerId, report: &Saved) {
+        if !self.saved(worker, report.step) {
+            return;
         }
+        self.persist(None, vec![Event::Saved { step: report.step }]);
+        if self.phase == Phase::Preempted && !self.due.save {
+            let reason = format!("preempted; step {} is saved, --resume goes on from it", report.step);
+            self.stop(exit_code::PREEMPTED, reason);
+        }
+    }
+
+    /// Earlier checkpoints are whole, and the next may succeed; only the last word of a run, the
+    /// checkpoint of the step it ends with, may not be lost.
+    pub(super) fn on_save_failed(&mut self, worker: WorkerId, report: SaveFailed) {
+        if !self.saved(worker, report.step) {
+            return;
+        }
+        let ends_here = matches!(self.phase, Phase::Preempted | Phase::Finishing);
+        if !ends_here || report.step < self.committed_step {
+            self.persist(None, vec![Event::SaveFailed { step: report.step, problem: report.message }]);
+        } else {
+            self.stop(exit_code::FAILURE, report.message);
+        }
+    }
+
+    /// Whether a checkpoint that this worker was asked for is dealt with by its report.
+    fn saved(&mut self, worker: WorkerId, step: u64) -> bool {
+        let Some(index) = self.saving.iter().position(|&saving| saving == step && self.saver == Some(worker)) else {
+            return false;
+        };
+        self.saving.swap_remove(index);
+        if step == self.committed_step {
+            self.due.save = false;
+        }
+        self.progress_ms = self.now_ms;
+        true
     }
 }

@@ -156,6 +156,19 @@ impl Collective {
         }
     }
 
+    /// Copies the bytes of `root` to the ranks of `to`, which give as many to be overwritten. The others do not take
+    /// part.
+    ///
+    /// # Errors
+    /// Those of [`Collective::all_reduce_tree`]; the content of `bytes` is then undefined at the ranks of `to`.
+    pub fn broadcast(&mut self, step: u64, root: u32, to: &[u32], bytes: &mut [u8]) -> Result<()> {
+        assert!(!to.contains(&root), "rank {root} among those it sends to");
+        match self.mesh_mut() {
+            None => Ok(()),
+            Some(mesh) => mesh.broadcast(step, root, to, bytes),
+        }
+    }
+
     /// Brings every rank's `bytes` (at most [`GATHER_BYTES_MAX`]) to every rank, by rank.
     pub fn all_gather_bytes(&mut self, step: u64, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
         match self.mesh_mut() {

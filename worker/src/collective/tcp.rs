@@ -34,6 +34,7 @@ enum Tag {
     Total = 2,
     Gather = 3,
     AllGather = 4,
+    Broadcast = 5,
 }
 
 /// One peer's connection.
@@ -303,6 +304,35 @@ impl Mesh {
         )?;
         messages[self.rank as usize] = bytes.to_vec();
         Ok(messages)
+    }
+
+    /// See [`super::Collective::broadcast`].
+    pub(super) fn broadcast(&mut self, step: u64, root: u32, to: &[u32], bytes: &mut [u8]) -> Result<()> {
+        let (rank, generation) = (self.rank, self.generation);
+        let header = Header { tag: Tag::Broadcast, generation, step, length: bytes.len() as u64 };
+        if rank == root {
+            let bytes: &[u8] = bytes;
+            return self.exchange(
+                |writer| {
+                    if to.contains(&writer.peer) {
+                        writer.write_header(header)?;
+                        writer.write(bytes)?;
+                    }
+                    Ok(())
+                },
+                |_| Ok(()),
+            );
+        }
+        self.exchange(
+            |_| Ok(()),
+            |readers| {
+                for reader in readers.iter_mut().filter(|reader| reader.peer == root) {
+                    reader.expect_header(header)?;
+                    reader.read(bytes)?;
+                }
+                Ok(())
+            },
+        )
     }
 
     fn message_header(&self, tag: Tag, step: u64, bytes: &[u8]) -> Header {

@@ -286,3 +286,26 @@ fn a_missing_rank_is_named_at_the_deadline() {
     let error = Mesh::connect(&listener, membership, deadline, PATIENCE, Interrupter::new()).err();
     assert!(matches!(error, Some(Error::Rendezvous { rank: 1, generation: 9, .. })), "{error:?}");
 }
+
+#[test]
+fn a_broadcast_reaches_those_it_is_for() {
+    let copies = on_mesh(4, |rank, mut collective| {
+        let mut bytes = vec![rank as u8; 100_000];
+        for round in 0..3 {
+            if rank != 2 {
+                collective.broadcast(7, 1, &[0, 3], &mut bytes).unwrap();
+            }
+            if rank == 1 {
+                bytes[round] += 1;
+            }
+        }
+        // What follows is not disturbed.
+        let ranks = collective.all_gather_bytes(7, &[rank as u8]).unwrap();
+        assert_eq!(ranks, [[0], [1], [2], [3]]);
+        bytes
+    });
+    let mut expected = vec![1; 100_000];
+    expected[..2].fill(2);
+    assert_eq!((&copies[0], &copies[3]), (&expected, &expected));
+    assert_eq!(copies[2], vec![2; 100_000]);
+}

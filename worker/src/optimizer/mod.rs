@@ -99,6 +99,10 @@ impl Optimizer {
         Ok(Self { kind, hyperparameters, names, slots, steps: 0, state })
     }
 
+    pub fn set_steps(&mut self, steps: u64) {
+        self.steps = steps;
+    }
+
     /// Updates made so far.
     pub fn steps(&self) -> u64 {
         self.steps
@@ -133,9 +137,8 @@ impl Optimizer {
         Ok(())
     }
 
-    /// What of the state belongs to which tensor: the tensor's name and torch's name for the state behind it, the shape,
-    /// and the place in which of the state's arenas.
-    fn pieces(&self) -> Vec<Piece> {
+    /// The state's tensors, named as torch names them behind the parameter's name, and where they lie.
+    pub fn pieces(&self) -> Vec<Piece> {
         let mut pieces = Vec::new();
         let tensors = self.names.iter().zip(self.slots.as_slice()).zip(self.slots.factored_moments());
         for ((name, slot), moments) in tensors {
@@ -158,24 +161,24 @@ impl Optimizer {
         pieces
     }
 
-    /// The state's tensors, named as torch names them behind the parameter's name, for a
-    /// checkpoint. [`Optimizer::steps`] is the rest of the state.
-    pub fn state(&self) -> Vec<NamedTensor<'_>> {
-        let arenas: Vec<&Tensor> = match &self.state {
-            State::AdamW { exp_avg, exp_avg_sq } => vec![exp_avg, exp_avg_sq],
-            State::Adafactor { moments } => vec![moments],
-        };
-        let pieces = self.pieces().into_iter();
-        pieces
-            .map(|Piece { name, arena, shape, range }| NamedTensor {
-                name,
-                shape,
-                values: arenas[arena].view().columns(range),
-            })
-            .collect()
+    /// The state's tensors as they lie in memory. [`Optimizer::pieces`] says what is where, and [`Optimizer::steps`] is the
+    /// rest of the state.
+    pub fn arenas(&self) -> Vec<View<'_>> {
+        match &self.state {
+            State::AdamW { exp_avg, exp_avg_sq } => vec![exp_avg.view(), exp_avg_sq.view()],
+            State::Adafactor { moments } => vec![moments.view()],
+        }
     }
 
-    /// Restores what [`Optimizer::state`] gave: `read` fills the values of the named tensor
+    /// [`Optimizer::arenas`], to be overwritten with those of another, and then [`Optimizer::set_steps`].
+    pub fn arenas_mut(&mut self) -> Vec<ViewMut<'_>> {
+        match &mut self.state {
+            State::AdamW { exp_avg, exp_avg_sq } => vec![exp_avg.view_mut(), exp_avg_sq.view_mut()],
+            State::Adafactor { moments } => vec![moments.view_mut()],
+        }
+    }
+
+    /// Restores what a checkpoint holds of [`Optimizer::pieces`]: `read` fills the values of the named tensor
     /// of the given shape.
     ///
     /// # Errors
@@ -200,11 +203,21 @@ impl Optimizer {
     }
 }
 
-/// A tensor of the state.
-struct Piece {
-    name: String,
-    /// Which of the state's tensors.
-    arena: usize,
-    shape: Vec<usize>,
-    range: Range<usize>,
+/// A tensor in one of several arenas.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    pub name: String,
+    /// Which of the arenas.
+    pub arena: usize,
+    pub shape: Vec<usize>,
+    pub range: Range<usize>,
+}
+
+/// The tensors of arenas, for a checkpoint.
+pub fn named<'a>(pieces: &[Piece], arenas: &[View<'a>]) -> Vec<NamedTensor<'a>> {
+    let tensor = |Piece { name, arena, shape, range }: &Piece| {
+        let values = arenas[*arena].columns(range.clone());
+        NamedTensor { name: name.clone(), shape: shape.clone(), values }
+    };
+    pieces.iter().map(tensor).collect()
 }

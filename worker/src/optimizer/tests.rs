@@ -111,7 +111,7 @@ fn a_restored_state_continues_with_the_same_bits() {
         let mut training = Training::new(kind, 0.1, slots(), &values(1, ARENA));
         training.step(&values(2, ARENA));
         let mut restored = Training::new(kind, 0.1, slots(), training.parameters());
-        let saved = training.optimizer.state();
+        let saved = named(&training.optimizer.pieces(), &training.optimizer.arenas());
         restored
             .optimizer
             .load_state(training.optimizer.steps(), |name, shape, values| {

@@ -17,7 +17,7 @@ use crate::commands::train;
 use crate::error::{Failure, Result, exit};
 use crate::job::Job;
 use crate::launch_args::{ClusterArguments, Engine, HostArguments, LaunchArguments, LocalArguments};
-use crate::prepare::{Door, Prepared, prepare};
+use crate::prepare::{Door, Prepared, Serving, prepare};
 
 pub(crate) fn run(arguments: LaunchArguments) -> Result<u8> {
     match arguments.engine {
@@ -92,7 +92,8 @@ fn worker_words(cluster: &ClusterArguments) -> Vec<String> {
 fn prepare_run(cluster: &ClusterArguments, workers: u32, resume: bool, ip: IpAddr) -> Result<(Prepared, RunOptions)> {
     let address = cluster.listen.unwrap_or(SocketAddr::new(ip, 0));
     let door = Door { address, insecure_plaintext: cluster.insecure_plaintext, authority: None };
-    let prepared = prepare(load_job(cluster, workers)?, resume, door)?;
+    let serving = Serving { resume, ..Serving::default() };
+    let prepared = prepare(load_job(cluster, workers)?, serving, &door)?;
     let options = RunOptions { address, json: cluster.json, announce: true, by_hand: false, device: None };
     Ok((prepared, options))
 }

@@ -114,7 +114,9 @@ fn task(cluster: &ClusterArguments, allocation: &Allocation, place: &Place) -> R
         let written = InvitationFile::write(file, &invitation(address, admission, workers)?)?;
         let arguments: Vec<OsString> = own.arguments.iter().map(OsString::from).collect();
         let executable = PathBuf::from(own.program);
-        Ok((Workers::Local(LocalWorkers::spawn(&executable, &[arguments], &[], || admission.ticket())?), written))
+        let admission = admission.clone();
+        let ticket = Box::new(move || admission.ticket());
+        Ok((Workers::Local(LocalWorkers::spawn(&executable, &[arguments], &[], ticket)?), written))
     })
 }
 
@@ -137,12 +139,13 @@ fn run_to_requeue(
     let (prepared, options) = prepare_run(cluster, workers, resume, ip)?;
     // Until the run has ended.
     let mut written = None;
-    let code = serve(prepared, options, |address, admission| {
+    let served = serve(prepared, &options, |address, admission| {
         let (workers, file) = launch(address, admission)?;
         written = Some(file);
         Ok(workers)
     })?;
     drop(written);
+    let code = served.exit_code()?;
     if u32::from(code) == PREEMPTED
         && allocation.is_batch
         && let Err(failure) = block_on(requeue(allocation))

@@ -40,7 +40,7 @@ pub(super) fn run(arguments: SshArguments) -> Result<u8> {
             pipe(&pack, &ssh.unpack(host)).map_err(|failure| on(host, failure))?;
         }
     }
-    serve(prepared, options, |address, admission| {
+    let served = serve(prepared, &options, |address, admission| {
         let mut left = invitation(address, admission, workers)?;
         let remotes = hosts.iter().enumerate().map(|(index, host)| {
             let rest = left.tokens.split_off(host.slots as usize);
@@ -49,7 +49,8 @@ pub(super) fn run(arguments: SshArguments) -> Result<u8> {
             Remote { name: host.name.clone(), command: ssh.worker(&hosts, index), input }
         });
         Ok(Workers::Remote(Remotes::spawn(remotes.collect())?))
-    })
+    })?;
+    served.exit_code()
 }
 
 /// How the hosts are reached.

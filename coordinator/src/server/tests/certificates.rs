@@ -67,7 +67,7 @@ async fn a_token_gets_a_certificate_and_a_certificate_gets_work() {
     let renewed = Credentials::new(key, reply.certificate, reply.authority, &token.fingerprint).unwrap();
     assert_eq!(renewed.member(), own.member());
     let client = dial(&served, renewed.coordinator_client().unwrap()).await.unwrap();
-    let worker = Worker::join_by(client, hello()).await.unwrap();
+    let worker = Worker::join_by(client, hello(), Ready::default()).await.unwrap();
     assert_eq!(worker.work(schedule).await.exit_code, exit_code::DONE);
     served.outcome.await.unwrap().unwrap();
 }
@@ -81,7 +81,7 @@ async fn who_has_no_certificate_or_another_gets_no_work() {
     let pinned = Pinned { fingerprint: authority.fingerprint() }.client().unwrap();
     let refused = async |tls| {
         let client = dial(&served, tls).await.unwrap();
-        Worker::join_by(client, hello()).await.map(|_| ()).unwrap_err()
+        Worker::join_by(client, hello(), Ready::default()).await.map(|_| ()).unwrap_err()
     };
     let status = refused(Arc::clone(&pinned)).await;
     assert_eq!((status.code(), status.message()), (Code::Unauthenticated, "this takes a certificate: join first"));
@@ -102,7 +102,7 @@ async fn who_has_no_certificate_or_another_gets_no_work() {
     };
     for credentials in [expired, forged] {
         if let Ok(client) = dial(&served, credentials.coordinator_client().unwrap()).await {
-            let status = Worker::join_by(client, hello()).await.map(|_| ()).unwrap_err();
+            let status = Worker::join_by(client, hello(), Ready::default()).await.map(|_| ()).unwrap_err();
             assert_eq!(status.code(), Code::Unknown, "{status}");
         }
     }

@@ -1,0 +1,111 @@
+//! Checkpoints beside the training: the state is copied at the end of a step, and another thread writes the copy.
+
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+
+use quintet_kernels::{DType, Device, Tensor, View};
+
+use crate::checkpoint::{self, Progress, Snapshot};
+use crate::optimizer::{Piece, named};
+use crate::replica::{Replica, digest_over};
+use crate::{Error, Result};
+
+/// A copy of what a replica is, on the host.
+pub struct Image {
+    /// The master weights, and behind them the optimizer's arenas.
+    arenas: Vec<Tensor>,
+    model: Vec<Piece>,
+    optimizer: Vec<Piece>,
+    progress: Progress,
+    /// Of a LoRA run.
+    base_fingerprint: Option<String>,
+}
+
+impl Image {
+    /// `progress` without its digest, which is taken from the copy.
+    ///
+    /// # Errors
+    /// Memory, or a device's.
+    pub fn of(replica: &Replica, progress: Progress) -> Result<Self> {
+        // A pool of its own, so that the memory is given back with it.
+        let host = Device::cpu();
+        let copy = |view: View| -> Result<Tensor> {
+            let mut tensor = host.empty(DType::F32, 1, view.rows() * view.cols())?;
+            view.read(tensor.as_mut_slice::<f32>())?;
+            Ok(tensor)
+        };
+        let arenas = replica.arenas().into_iter().map(copy).collect::<Result<_>>()?;
+        let base_fingerprint = replica.adapter().map(|about| about.base_fingerprint.clone());
+        let (model, optimizer) = (replica.pieces(), replica.optimizer().pieces());
+        Ok(Self { arenas, model, optimizer, progress, base_fingerprint })
+    }
+
+    fn save(mut self, directory: &Path) -> Result<()> {
+        let views: Vec<View> = self.arenas.iter().map(Tensor::view).collect();
+        let weights: &[f32] = views[0].as_slice();
+        let digest = digest_over(blake3::hash(bytemuck::cast_slice(weights)), self.base_fingerprint.as_deref());
+        self.progress.weights_digest = digest.to_hex().to_string();
+        let (model, optimizer) = (named(&self.model, &views[..1]), named(&self.optimizer, &views[1..]));
+        checkpoint::save(directory, &Snapshot { progress: self.progress, model: &model, optimizer: &optimizer })?;
+        Ok(())
+    }
+}
+
+/// Writes one checkpoint at a time.
+pub struct Saver {
+    directory: PathBuf,
+    /// So many are kept.
+    keep: Option<usize>,
+    under_way: Option<(u64, JoinHandle<Result<()>>)>,
+}
+
+/// What became of the checkpoint of a step.
+pub type Saved = (u64, Result<()>);
+
+impl Saver {
+    pub fn new(directory: PathBuf, keep: Option<usize>) -> Self {
+        Self { directory, keep, under_way: None }
+    }
+
+    /// Begins to write an image. The one before must have been waited for, and that of step `best` is kept.
+    ///
+    /// # Errors
+    /// [`Error::File`] where the system gives no thread.
+    pub fn begin(&mut self, step: u64, image: Image, best: Option<u64>) -> Result<()> {
+        assert!(self.under_way.is_none(), "one checkpoint at a time");
+        let (directory, keep) = (self.directory.clone(), self.keep);
+        let write = move || {
+            image.save(&directory)?;
+            keep.map_or(Ok(()), |keep| checkpoint::prune(&directory, keep, best))
+        };
+        let thread = std::thread::Builder::new().name("checkpoint".to_owned()).spawn(write);
+        self.under_way = Some((step, thread.map_err(Error::file("start a thread for", &self.directory))?));
+        Ok(())
+    }
+
+    /// The step whose checkpoint is being written.
+    pub fn step(&self) -> Option<u64> {
+        self.under_way.as_ref().map(|(step, _)| *step)
+    }
+
+    /// What became of the checkpoint under way, if it has ended.
+    pub fn poll(&mut self) -> Option<Saved> {
+        self.under_way.as_ref().is_some_and(|(_, thread)| thread.is_finished()).then(|| self.wait())?
+    }
+
+    /// What becomes of the checkpoint under way, if there is one.
+    pub fn wait(&mut self) -> Option<Saved> {
+        let (step, thread) = self.under_way.take()?;
+        // A writer that panics is a bug, which is to end this process as it would on this thread.
+        Some((step, thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))))
+    }
+}
+
+impl Drop for Saver {
+    fn drop(&mut self) {
+        if let Some((_, thread)) = self.under_way.take() {
+            // Nobody is there to be told how it went.
+            let _ = thread.join();
+        }
+    }
+}

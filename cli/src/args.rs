@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use quintet_t5::EarlyStopping;
 
-pub(crate) use crate::launch_args::LaunchArguments;
+pub(crate) use crate::launch_args::{HostArguments, LaunchArguments};
 
 /// Trains T5 models, on one core or a cluster.
 #[derive(Parser)]
@@ -32,6 +32,8 @@ pub(crate) enum Command {
     Evaluate(EvaluateArguments),
     /// Text out of a model.
     Generate(GenerateArguments),
+    /// A job file from the arguments of a Hugging Face training.
+    ImportArgs(ImportArguments),
     /// A model with an adapter folded into it, as a model directory.
     Merge(MergeArguments),
     /// Look at a data source, or write a built-in one as JSON lines.
@@ -66,7 +68,7 @@ impl DeviceChoice {
 }
 
 /// A job file, and what the command line changes in it.
-#[derive(Args, Clone)]
+#[derive(Args, Clone, Default)]
 pub(crate) struct JobArguments {
     /// The job file.
     pub(crate) job: PathBuf,
@@ -128,23 +130,26 @@ pub(crate) struct CoordinatorArguments {
 
 #[derive(Args, Default)]
 pub(crate) struct WorkerArguments {
-    /// The URL that the coordinator printed; else QUINTET_COORDINATOR, or MASTER_ADDR and MASTER_PORT. For https, a
-    /// join token is read from QUINTET_JOIN_TOKEN or from the file that QUINTET_JOIN_TOKEN_FILE names, one a line; for http,
-    /// the run's token from QUINTET_RUN_TOKEN.
+    /// The URL that the coordinator printed; else QUINTET_COORDINATOR, or MASTER_ADDR and MASTER_PORT. For https, a join
+    /// token is read from QUINTET_JOIN_TOKEN or from the file that QUINTET_JOIN_TOKEN_FILE names, one a line; for http, the
+    /// run's token from QUINTET_RUN_TOKEN.
     #[arg(long, value_name = "URL")]
     pub(crate) coordinator: Option<String>,
     /// Join by the file that a launcher wrote; "-" reads it from standard input, and ends when that does.
     #[arg(long, value_name = "FILE", conflicts_with = "coordinator")]
     pub(crate) join: Option<PathBuf>,
-    /// Where other workers reach this one; by default the address by which it reaches the coordinator.
+    /// Where other workers reach this one; by default on the address from which it reaches the coordinator.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) listen: Option<SocketAddr>,
+    /// The line of the file of join tokens to begin with, from 0; RANK by default. Lines that were used are passed over.
+    #[arg(long, value_name = "N")]
+    pub(crate) token_index: Option<usize>,
+    /// Wait so long for a coordinator that is not there yet.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) wait_seconds: u32,
     /// Start so many workers here, which share the cores and take a GPU each.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) nproc_per_node: Option<u32>,
-    /// The line of the file of join tokens to begin with, from 0. Lines that were used are passed over.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub(crate) token_index: usize,
     /// Where to compute; what the job says by default.
     #[arg(long, value_enum)]
     pub(crate) device: Option<DeviceChoice>,
@@ -175,24 +180,27 @@ pub(crate) struct TokensArguments {
 
 #[derive(Args)]
 pub(crate) struct EvaluateArguments {
-    /// A model directory in Hugging Face's layout, or an adapter that names its model.
-    #[arg(long, value_name = "DIR", required_unless_present = "predictions")]
+    /// A model directory in Hugging Face's layout, a repository of the hub, or an adapter that names its model.
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["predictions", "compare"])]
     pub(crate) model: Option<PathBuf>,
     /// An adapter of that model, in PEFT's layout.
     #[arg(long, value_name = "DIR", requires = "model")]
     pub(crate) adapter: Option<PathBuf>,
     /// The examples.
-    #[arg(long, value_name = "FILE", required_unless_present = "predictions")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["predictions", "compare"])]
     pub(crate) data: Option<String>,
     /// Template of the input over a record's fields.
-    #[arg(long, value_name = "TEMPLATE", required_unless_present = "predictions")]
+    #[arg(long, value_name = "TEMPLATE", required_unless_present_any = ["predictions", "compare"])]
     pub(crate) input: Option<String>,
     /// Template of the target.
-    #[arg(long, value_name = "TEMPLATE", required_unless_present = "predictions")]
+    #[arg(long, value_name = "TEMPLATE", required_unless_present_any = ["predictions", "compare"])]
     pub(crate) target: Option<String>,
     /// Score lines of {"prediction", "target"} without a model.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "data", "input", "target"])]
     pub(crate) predictions: Option<PathBuf>,
+    /// Scores of several files of predictions, or directories of runs, side by side and against the first.
+    #[arg(long, value_name = "RUN", num_args = 1.., conflicts_with_all = ["model", "data", "input", "target", "predictions"])]
+    pub(crate) compare: Vec<PathBuf>,
     /// A tokenizer other than the model's.
     #[arg(long)]
     pub(crate) tokenizer: Option<String>,
@@ -219,7 +227,7 @@ pub(crate) struct EvaluateArguments {
 
 #[derive(Args)]
 pub(crate) struct GenerateArguments {
-    /// A model directory in Hugging Face's layout, or an adapter that names its model.
+    /// A model directory in Hugging Face's layout, a repository of the hub, or an adapter that names its model.
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
     /// An adapter of that model, in PEFT's layout.
@@ -293,6 +301,16 @@ pub(crate) struct GenerationFlags {
     /// Of sampling.
     #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,
+}
+
+#[derive(Args)]
+pub(crate) struct ImportArguments {
+    /// TrainingArguments (of to_dict), a LoraConfig (adapter_config.json) or a GenerationConfig, as JSON.
+    #[arg(required = true, value_name = "FILE")]
+    pub(crate) files: Vec<PathBuf>,
+    /// Print the job and what was not converted as one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Args)]
@@ -547,6 +565,14 @@ pub(crate) struct SelftestArguments {
 
 #[derive(Args)]
 pub(crate) struct DoctorArguments {
+    /// Check every link between the hosts of a job: those that are named, or of Slurm's allocation.
+    #[arg(long, value_name = "JOB")]
+    pub(crate) cluster: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) hosts: HostArguments,
+    /// Answer the doctor of another host.
+    #[arg(long, hide = true, requires = "cluster")]
+    pub(crate) probe: bool,
     /// Print the findings as one JSON document.
     #[arg(long)]
     pub(crate) json: bool,

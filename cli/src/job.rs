@@ -12,6 +12,7 @@ use serde_json::Value;
 use crate::args::JobArguments;
 use crate::device::Decision;
 use crate::error::{Failure, Result};
+use crate::hub;
 
 /// A job, as in INTERFACE: the file's sections, each defined by the crate that uses it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -103,6 +104,8 @@ fn numerics(job: &Job) -> Value {
     job.cluster = ClusterConfig::default();
     job.evaluation = EvaluationConfig::default();
     job.data.cache_dir = None;
+    // Weights of a run under way are its checkpoint's, wherever the hub's branch has moved.
+    job.model.pretrained = job.model.pretrained.map(|name| hub::without_commit(&name));
     let training = &mut job.training;
     training.gradient_checkpointing = false;
     // As jobs without one had it before there was another.

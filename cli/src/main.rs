@@ -7,6 +7,7 @@ mod args;
 mod commands;
 mod device;
 mod error;
+mod hub;
 mod job;
 mod launch_args;
 mod prepare;
@@ -28,11 +29,12 @@ fn main() -> ExitCode {
     let outcome = match arguments.command {
         Command::Train(arguments) => commands::train::run(arguments),
         Command::Coordinator(arguments) => commands::coordinator::run(arguments),
-        Command::Tokens(arguments) => commands::tokens::run(arguments),
         Command::Launch(arguments) => commands::launch::run(arguments),
         Command::Worker(arguments) => commands::worker::run(arguments),
+        Command::Tokens(arguments) => commands::tokens::run(arguments),
         Command::Evaluate(arguments) => on_threads(None, || commands::evaluate::run(arguments)),
         Command::Generate(arguments) => on_threads(None, || commands::generate::run(arguments)),
+        Command::ImportArgs(arguments) => commands::import_args::run(arguments),
         Command::Merge(arguments) => on_threads(None, || commands::merge::run(arguments)),
         Command::Data(arguments) => commands::data::run(arguments),
         Command::Bench(arguments) => commands::bench::run(arguments),

@@ -19,6 +19,7 @@ use quintet_kernels::Device;
 use quintet_worker::{Metric, adapter, checkpoint, replica};
 
 use crate::error::{Failure, Result};
+use crate::hub::{self, LocalModel};
 use crate::job::{self, Job};
 
 /// A run that is ready to be served.
@@ -81,11 +82,12 @@ pub(crate) struct Serving {
 pub(crate) fn prepare(job: Job, serving: Serving, door: &Door) -> Result<Prepared> {
     let base = working_directory()?;
     let splits = Splits::load(&job.data, &base, job.training.seed)?;
+    let pretrained = pretrained(&job, &base)?;
     let lock = lock(&job.output_dir)?;
     // A run that has committed nothing is none: what stopped it can be put right and the job started again.
     let resume = serving.resume && holds_work(&job.output_dir);
-    let tokenizer = Arc::new(run_tokenizer(&job, &base, &splits, resume)?);
-    let trainable = check_model(&job, &tokenizer)?;
+    let tokenizer = Arc::new(run_tokenizer(&job, &base, pretrained.as_ref(), &splits, resume)?);
+    let trainable = check_model(&job, pretrained.as_ref(), &tokenizer)?;
     let splits = splits.tokenized(&tokenizer)?;
     let schedule = job.training.steps(splits.order().positions())?;
     let eval_steps = eval_steps(&job, &splits, schedule.total_steps)?;
@@ -121,7 +123,7 @@ pub(crate) fn prepare(job: Job, serving: Serving, door: &Door) -> Result<Prepare
     };
     let run = Run {
         settings,
-        job_json: serde_json::to_string(&job).map_err(|error| Failure::failed(error.to_string()))?,
+        job_json: for_workers(&job, pretrained.as_ref())?,
         tokenizer_json: tokenizer.to_json(),
         admission: door.admission(&job.output_dir, started.identity.run_token)?,
         collective_token: started.identity.collective_token,
@@ -147,6 +149,11 @@ fn eval_steps(job: &Job, splits: &Splits, total_steps: u64) -> Result<Option<u64
             "training.eval_steps: there is nothing to evaluate on; give data.validation or data.validation_split",
         )),
     }
+}
+
+/// The model that the job begins with, on this machine.
+pub(crate) fn pretrained(job: &Job, base: &Path) -> Result<Option<LocalModel>> {
+    job.model.pretrained.as_ref().map(|name| hub::model("model.pretrained", name, base)).transpose()
 }
 
 /// What follows from the best evaluation, if anything does.
@@ -182,16 +189,22 @@ pub(crate) fn working_directory() -> Result<PathBuf> {
 }
 
 /// The tokenizer of a run: on resuming the one it began with, else the job's, trained on the data if it says so.
-pub(crate) fn run_tokenizer(job: &Job, base: &Path, splits: &Splits, resume: bool) -> Result<Tokenizer> {
+pub(crate) fn run_tokenizer(
+    job: &Job,
+    base: &Path,
+    pretrained: Option<&LocalModel>,
+    splits: &Splits,
+    resume: bool,
+) -> Result<Tokenizer> {
     let kept = tokenizer_file(job);
     if resume && kept.is_file() {
         let text = fs::read_to_string(&kept)
             .map_err(|error| Failure::failed(format!("{}: cannot read: {error}", kept.display())))?;
         return Ok(Tokenizer::from_json(&text)?);
     }
-    let spec = match (&job.model.tokenizer, &job.model.pretrained) {
+    let spec = match (&job.model.tokenizer, pretrained) {
         (Some(tokenizer), _) => TokenizerSpec::parse(tokenizer, base),
-        (None, Some(pretrained)) => TokenizerSpec::Path(base.join(pretrained)),
+        (None, Some(pretrained)) => TokenizerSpec::Path(pretrained.directory.clone()),
         (None, None) => return Err(Failure::bad_input("model.tokenizer: fresh weights need one, such as \"byt5\"")),
     };
     let vocab_size = job.model.architecture.as_ref().and_then(|keys| keys.get("vocab_size")?.as_u64());
@@ -202,20 +215,22 @@ fn tokenizer_file(job: &Job) -> PathBuf {
     job.output_dir.join("tokenizer.json")
 }
 
+/// The job as workers get it: with the commit of a hub's model, so that all of them load the same one.
+fn for_workers(job: &Job, pretrained: Option<&LocalModel>) -> Result<String> {
+    let mut job = job.clone();
+    job.model.pretrained = pretrained.map(|model| model.name.clone());
+    serde_json::to_string(&job).map_err(|error| Failure::failed(error.to_string()))
+}
+
 /// Finds a wrong model before any process starts. A directory's weights are checked by the workers that load them. For a
 /// LoRA run, a line that says how much is trained, as PEFT's `print_trainable_parameters` has it.
-fn check_model(job: &Job, tokenizer: &Tokenizer) -> Result<Option<String>> {
-    let Some(directory) = &job.model.pretrained else {
+fn check_model(job: &Job, pretrained: Option<&LocalModel>, tokenizer: &Tokenizer) -> Result<Option<String>> {
+    let Some(pretrained) = pretrained else {
         replica::fresh_config(&job.model, tokenizer)?;
         return Ok(None);
     };
-    if !Path::new(directory).join("config.json").is_file() {
-        return Err(Failure::bad_input(format!(
-            "model.pretrained: {directory} is no directory with a config.json; download the model first and name its directory"
-        )));
-    }
     let Some(lora) = &job.lora else { return Ok(None) };
-    let model = quintet_t5::open_pretrained(&Device::cpu(), Path::new(directory))?;
+    let model = quintet_t5::open_pretrained(&Device::cpu(), &pretrained.directory)?;
     let trained = adapter::plan(lora, &model)?.1.parameter_count();
     let all = model.layout().parameter_count() + trained;
     let share = 100.0 * trained as f64 / all as f64;

@@ -14,9 +14,9 @@ pub enum Role {
     Coordinator,
     /// To compute, and to exchange gradients with other workers.
     Worker,
-    /// To look at the run and to stop it.
+    /// To look at the run and to stop it. There is no call for it yet: refused everywhere.
     Operator,
-    /// To look at the run.
+    /// To look at the run. There is no call for it yet: refused everywhere.
     Reader,
 }
 

@@ -57,7 +57,6 @@ constexpr u32 KEY_SUMS = KEYS / 8, KEY_STEPS = KEYS / DEPTH;
 static_assert(HEAD_SIZE <= 128 && KEYS % 16 == 0 && 128 % KEYS == 0, "tile sizes");
 
 constexpr float LOG2_E = 1.4426950408889634f;
-#define INFINITE __uint_as_float(0x7f800000u)
 
 DEVICE u32 lane_number() { return threadIdx.x % 32; }
 DEVICE u32 warp_number() { return threadIdx.x / 32; }

@@ -17,6 +17,8 @@ typedef long long i64;
 #define WARP 32u
 #define ALL_LANES 0xffffffffu
 
+#define INFINITE __uint_as_float(0x7f800000u)
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Elements: f32, or 16 bits of our own types. Everything is computed in float and rounded once, to nearest even.
 

@@ -66,11 +66,11 @@ KERNEL LAUNCH_BOUNDS(1024) top_tokens(
     for (u32 index = apart_starts[blockIdx.x] + threadIdx.x; index < apart_starts[blockIdx.x + 1]; index += blockDim.x) {
         float* logit = row + apart[index];
         apart_log_probs[index] = *logit * scale - lse;
-        *logit = -INFINITY;
+        *logit = -INFINITE;
     }
     __syncthreads();
 
-    const u64 nothing = key_of(-INFINITY, 0);
+    const u64 nothing = key_of(-INFINITE, 0);
     u64 best = best_below(row, vocabulary, ~u64(0));
     for (u32 place = 0; place < count; place++) {
         const u64 of_warp = warp_largest(best);
@@ -85,7 +85,7 @@ KERNEL LAUNCH_BOUNDS(1024) top_tokens(
         if (threadIdx.x == 0) {
             const u64 at = u64(blockIdx.x) * count + place;
             tokens[at] = key > nothing ? NONE - u32(key) : NONE;
-            log_probs[at] = key > nothing ? logit_of(key) * scale - lse : -INFINITY;
+            log_probs[at] = key > nothing ? logit_of(key) * scale - lse : -INFINITE;
         }
         if (key != 0 && key == best) best = best_below(row, vocabulary, key);
     }

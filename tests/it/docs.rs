@@ -24,7 +24,7 @@ fn documented_keys() -> BTreeMap<String, String> {
 }
 
 /// The keys of a section (`""` is the top), which the program lists where it is given one that is like none of them.
-fn known_keys(section: &str) -> Vec<String> {
+pub(crate) fn known_keys(section: &str) -> Vec<String> {
     let prefix = if section.is_empty() { String::new() } else { format!("{section}.") };
     let unknown = format!("{prefix}0=1");
     let ended = run(&root(), ["train", "examples/g2p.toml", "--set", &unknown]).expect(2);
@@ -92,10 +92,12 @@ fn every_flag_in_the_readme_exists() {
         "train",
         "coordinator",
         "worker",
-        "tokens",
         "launch ssh",
         "launch slurm",
+        "launch kubernetes",
+        "tokens",
         "evaluate",
+        "import-args",
         "generate",
         "data inspect",
         "data prepare",
@@ -140,7 +142,14 @@ fn every_exit_code_is_in_the_table() {
 
 #[test]
 fn links_lead_somewhere() {
-    for file in ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md"] {
+    for file in [
+        "README.md",
+        "ARCHITECTURE.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
+        "benchmarks/README.md",
+        "docs/from-hugging-face.md",
+    ] {
         let text = read(file);
         let folder = root().join(file).parent().unwrap().to_path_buf();
         for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {

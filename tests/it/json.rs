@@ -95,6 +95,58 @@ fn predictions_are_scored_without_a_model() {
 }
 
 #[test]
+fn systems_are_compared_on_the_same_examples() {
+    let workspace = Workspace::new();
+    let write = |name: &str, is_right: fn(usize) -> bool| {
+        let line = |index: usize| {
+            let prediction = if is_right(index) { format!("word {index}") } else { "wrong".to_string() };
+            json!({"prediction": prediction, "target": format!("word {index}")}).to_string() + "\n"
+        };
+        workspace.write(name, &(0..200).map(line).collect::<String>());
+    };
+    write("half.jsonl", |index| index % 2 == 0);
+    write("same.jsonl", |index| index % 2 == 1);
+    write("most.jsonl", |index| index % 10 > 0);
+    std::fs::create_dir(workspace.path().join("run")).unwrap();
+    write("run/predictions.jsonl", |_| false);
+    let line = "evaluate --compare half.jsonl same.jsonl most.jsonl run --metrics accuracy,word_error_rate,bleu";
+    let table = document(&workspace, &format!("{line} --json"));
+    assert_keys(&table, "examples resamples seed systems");
+    assert_eq!(document(&workspace, &format!("{line} --json")), table, "not the same when asked again");
+    let accuracies: Vec<&Value> = (0..4).map(|row| &table["systems"][row]["metrics"]["accuracy"]).collect();
+    assert_eq!(accuracies.iter().map(|cell| cell["score"].as_f64().unwrap()).collect::<Vec<_>>(), [0.5, 0.5, 0.9, 0.0]);
+    assert_keys(accuracies[0], "score low high");
+    assert_keys(accuracies[1], "score low high difference");
+    assert_keys(&accuracies[1]["difference"], "value low high verdict");
+    let verdicts = |metric: &str| -> Vec<String> {
+        let cell = |row: usize| table["systems"][row]["metrics"][metric]["difference"]["verdict"].as_str();
+        (1..4).map(|row| cell(row).unwrap().to_string()).collect()
+    };
+    // Word error rates are better where they are lower.
+    for metric in ["accuracy", "word_error_rate"] {
+        assert_eq!(verdicts(metric), ["no significant difference", "better", "worse"]);
+    }
+    let ended = run(workspace.path(), line.split(' ')).expect(0);
+    assert!(ended.stdout.contains("0.9000 [0."), "{}", ended.stdout);
+    assert_eq!(ended.stdout.lines().count(), 6);
+
+    write("fewer.jsonl", |_| true);
+    let text = std::fs::read_to_string(workspace.path().join("fewer.jsonl")).unwrap();
+    workspace.write("fewer.jsonl", text.split_inclusive('\n').skip(1).collect::<String>().as_str());
+    workspace.write("other.jsonl", &text.replace("word 7\"", "word seven\""));
+    for (other, needle) in [
+        ("fewer.jsonl", "200 and 199 of them"),
+        ("other.jsonl", "other targets in prediction 8"),
+        ("absent.jsonl", "cannot read"),
+    ] {
+        let ended = run(workspace.path(), ["evaluate", "--compare", "half.jsonl", other]).expect(2);
+        assert!(ended.error().contains(needle), "{}", ended.error());
+    }
+    let ended = run(workspace.path(), ["evaluate", "--compare", "half.jsonl"]).expect(2);
+    assert!(ended.error().contains("at least two"), "{}", ended.error());
+}
+
+#[test]
 fn data_is_shown_and_exported() {
     let workspace = Workspace::new();
     let ended = run(workspace.path(), ["data", "inspect", "train.jsonl", "--records", "2"]).expect(0);

@@ -12,6 +12,8 @@ mod docs;
 mod generation;
 mod gpu;
 mod harness;
+mod hub;
+mod import;
 mod invariance;
 mod jobs;
 mod json;

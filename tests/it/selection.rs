@@ -1,5 +1,6 @@
 //! The best checkpoint and early stopping, for any number of workers and over resuming.
 
+use crate::harness::references;
 use crate::jobs::{RunOutput, Workspace};
 
 /// Evaluates every second step, and takes the highest loss for the best, which is that of the first evaluation.
@@ -34,6 +35,21 @@ fn the_best_model_is_saved_and_a_run_without_hope_ends() {
         run
     });
     assert!(runs.iter().all(|run| run.weights() == best.weights()), "not the weights of step 2");
+}
+
+#[test]
+fn the_best_adapter_is_saved() {
+    let workspace = Workspace::fine_tuning(&references().join("byt5"), "[lora]\nr = 2\n");
+    let settings = WORSE_IS_BETTER.replace("training.early_stopping_patience=2", "training.max_steps=4");
+    let run = workspace.trained("selected", &format!("--workers 2 {settings}"));
+    assert_eq!(evaluated(&run), [2, 4]);
+    let best = workspace.trained(
+        "best",
+        "--workers 1 training.lr_scheduler_type=\"constant\" training.warmup_steps=0 \
+        training.learning_rate=3e-3 model.dropout_rate=0.0 training.eval_steps=2 training.max_steps=2",
+    );
+    assert!(run.path("adapter").is_dir());
+    assert!(run.weights() == best.weights(), "not the adapter of step 2");
 }
 
 #[test]

@@ -36,6 +36,8 @@ use crate::{healing, output};
 #[derive(Clone, Debug)]
 pub struct RankJob {
     pub model: ModelSection,
+    /// What the job calls the model that it begins with, if it begins with one: its adapter is to name it.
+    pub base_name: Option<String>,
     pub lora: Option<LoraConfig>,
     pub data: DataConfig,
     pub training: TrainingConfig,
@@ -553,10 +555,8 @@ fn new_replica(job: &RankJob, tokenizer: &Tokenizer, total_steps: u64) -> Result
 
 /// What a LoRA run trains.
 fn open_adapter(job: &RankJob, model: &Model, base: &Parameters) -> Result<Option<Adapter>> {
-    let open = |lora| {
-        let name = job.model.pretrained.as_deref().unwrap_or_default();
-        Adapter::open(lora, model, base, name, job.training.seed)
-    };
+    let name = job.base_name.as_deref().unwrap_or_default();
+    let open = |lora| Adapter::open(lora, model, base, name, job.training.seed);
     job.lora.as_ref().map(open).transpose()
 }
 

@@ -378,7 +378,6 @@ impl From<&quintet_t5::NamedTensor> for NamedSlot {
     }
 }
 
-/// One seed a step for dropout: the finaliser of SplitMix64.
 /// Fills an arena tensor by tensor.
 fn read_into(
     parameters: &mut Parameters,
@@ -393,6 +392,7 @@ fn read_into(
     Ok(())
 }
 
+/// One seed a step for dropout: the finaliser of SplitMix64.
 fn step_seed(seed: u64, step: u64) -> u64 {
     let mut state = seed.wrapping_add(step.wrapping_mul(0x9E37_79B9_7F4A_7C15));
     state = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

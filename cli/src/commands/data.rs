@@ -14,7 +14,7 @@ use crate::args::{DataArguments, DataCommand, DataJobArguments};
 use crate::commands::print_json;
 use crate::error::{Failure, Result, exit};
 use crate::job::Job;
-use crate::prepare::{run_tokenizer, working_directory};
+use crate::prepare::{pretrained, run_tokenizer, working_directory};
 
 pub(crate) fn run(arguments: DataArguments) -> Result<u8> {
     match arguments.command {
@@ -88,7 +88,8 @@ impl JobData {
         let job = Job::load(&arguments.as_job())?;
         let base = working_directory()?;
         let splits = Splits::load(&job.data, &base, job.training.seed)?;
-        let tokenizer = Arc::new(run_tokenizer(&job, &base, &splits, false)?);
+        let model = if job.model.tokenizer.is_some() { None } else { pretrained(&job, &base)? };
+        let tokenizer = Arc::new(run_tokenizer(&job, &base, model.as_ref(), &splits, false)?);
         Ok(Self { job, splits, tokenizer })
     }
 

@@ -13,15 +13,23 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::args::{EvaluateArguments, GenerationFlags};
-use crate::commands::{open_model, print_json};
+use crate::commands::{compare, open_model, print_json};
 use crate::device;
 use crate::error::{Failure, Result, exit};
 use crate::job::with_nearest_name;
 use crate::prepare::working_directory;
 
 pub(crate) fn run(arguments: EvaluateArguments) -> Result<u8> {
+    if !arguments.compare.is_empty() {
+        let table = compare::compare(&arguments.compare, &text_metrics(&arguments.metrics, &COMPARED)?)?;
+        match arguments.json {
+            true => print_json(&table),
+            false => compare::print_table(&table),
+        }
+        return Ok(exit::DONE);
+    }
     let result = match &arguments.predictions {
-        Some(path) => score_predictions(path, &text_metrics(&arguments.metrics)?)?,
+        Some(path) => score_predictions(path, &text_metrics(&arguments.metrics, &[Metric::ExactMatch])?)?,
         None => evaluate_model(&arguments, parse_metrics(&arguments.metrics)?)?,
     };
     if arguments.json {
@@ -49,10 +57,13 @@ fn parse_metrics(names: &[String]) -> Result<Vec<Metric>> {
     names.iter().map(parse).collect()
 }
 
-/// Those that texts alone can tell.
-fn text_metrics(names: &[String]) -> Result<Vec<Metric>> {
+/// What a comparison shows by default.
+const COMPARED: [Metric; 5] = [Metric::ExactMatch, Metric::F1, Metric::Rouge1, Metric::RougeL, Metric::Bleu];
+
+/// Those that texts alone can tell; `usual` ones without any.
+fn text_metrics(names: &[String], usual: &[Metric]) -> Result<Vec<Metric>> {
     if names.is_empty() {
-        return Ok(vec![Metric::ExactMatch]);
+        return Ok(usual.to_vec());
     }
     let metrics = parse_metrics(names)?;
     match metrics.iter().find(|metric| !metric.needs_predictions()) {
@@ -91,7 +102,7 @@ fn evaluate_model(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result
     )?;
     let limits =
         Limits { max_source_length: arguments.max_source_length, max_target_length: arguments.max_target_length };
-    let generation = config.resolve_generation(loaded.model.config(), Some(directory))?;
+    let generation = config.resolve_generation(loaded.model.config(), Some(&loaded.directory))?;
     let task = EvaluationTask::new(&dataset, &loaded.tokenizer, limits, &config, &generation);
     let evaluation = task.summarize(task.evaluate_share(&loaded.model, Weights::from(&loaded.weights), 0, 1)?);
     Ok(json!({
@@ -127,13 +138,13 @@ fn to_map(scores: Vec<(&'static str, f64)>) -> Map<String, Value> {
 
 /// What scoring needs of a line of `predictions.jsonl`.
 #[derive(Deserialize)]
-struct Line {
-    prediction: String,
-    target: String,
+pub(crate) struct Line {
+    pub(crate) prediction: String,
+    pub(crate) target: String,
 }
 
 /// The lines of a file of predictions.
-fn read_predictions(path: &Path) -> Result<Vec<Line>> {
+pub(crate) fn read_predictions(path: &Path) -> Result<Vec<Line>> {
     let text = fs::read_to_string(path)
         .map_err(|error| Failure::bad_input(format!("{}: cannot read: {error}", path.display())))?;
     let parse = |(index, line): (usize, &str)| {

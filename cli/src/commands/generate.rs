@@ -24,7 +24,7 @@ pub(crate) fn run(arguments: GenerateArguments) -> Result<u8> {
         score_candidates(&arguments, &loaded, &inputs)?;
         return Ok(exit::DONE);
     }
-    let defaults = GenerationOptions::from_pretrained(&arguments.model)?;
+    let defaults = GenerationOptions::from_pretrained(&loaded.directory)?;
     let flags =
         GenerationOptions { num_return_sequences: arguments.num_return_sequences, ..arguments.generation.options() };
     let generation = flags.or(defaults).resolve(loaded.model.config()).map_err(flag_error)?;

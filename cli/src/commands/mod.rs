@@ -2,11 +2,13 @@
 
 pub(crate) mod bench;
 mod bench_data;
+pub(crate) mod compare;
 pub(crate) mod coordinator;
 pub(crate) mod data;
 pub(crate) mod doctor;
 pub(crate) mod evaluate;
 pub(crate) mod generate;
+pub(crate) mod import_args;
 pub(crate) mod launch;
 pub(crate) mod merge;
 pub(crate) mod selftest;
@@ -14,7 +16,7 @@ pub(crate) mod tokens;
 pub(crate) mod train;
 pub(crate) mod worker;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use quintet_data::{Tokenizer, TokenizerSpec};
@@ -23,6 +25,7 @@ use quintet_t5::{Model, Parameters, with_adapter};
 use quintet_worker::ModelSection;
 
 use crate::error::{Failure, Result};
+use crate::hub;
 
 /// Prints a document as the result of a command.
 fn print_json(value: &serde_json::Value) {
@@ -37,12 +40,15 @@ pub(crate) fn on_threads(threads: Option<usize>, compute: impl FnOnce() -> Resul
 }
 
 struct Loaded {
+    /// Of the model's files, also where an adapter or the hub was named.
+    directory: PathBuf,
     model: Model,
     weights: Parameters,
     tokenizer: Arc<Tokenizer>,
 }
 
-/// A model directory with its tokenizer, and an adapter folded into it. A directory that is an adapter names its model.
+/// The model of a directory or a hub's repository with its tokenizer, and an adapter folded into it. A directory that is an
+/// adapter names its model.
 fn open_model(device: &Device, directory: &Path, adapter: Option<&Path>, tokenizer: Option<&str>) -> Result<Loaded> {
     if quintet_t5::is_adapter(directory) {
         if adapter.is_some() {
@@ -52,19 +58,14 @@ fn open_model(device: &Device, directory: &Path, adapter: Option<&Path>, tokeniz
         let base = quintet_t5::adapter_base(directory)?;
         return open_model(device, Path::new(&base), Some(directory), tokenizer);
     }
-    if !directory.join("config.json").is_file() {
-        let name = directory.display();
-        return Err(Failure::bad_input(format!(
-            "--model {name}: no directory with a config.json; name that of a model"
-        )));
-    }
     let base = crate::prepare::working_directory()?;
+    let directory = hub::model("--model", &directory.to_string_lossy(), &base)?.directory;
     let spec = match tokenizer {
         Some(text) => TokenizerSpec::parse(text, &base),
         // A run's adapter has the run's tokenizer beside it; PEFT saves none.
         None => match adapter.filter(|adapter| adapter.join("tokenizer_config.json").is_file()) {
             Some(adapter) => TokenizerSpec::Path(adapter.to_path_buf()),
-            None => TokenizerSpec::Path(directory.to_path_buf()),
+            None => TokenizerSpec::Path(directory.clone()),
         },
     };
     if spec.is_trained() {
@@ -76,5 +77,5 @@ fn open_model(device: &Device, directory: &Path, adapter: Option<&Path>, tokeniz
     if let Some(adapter) = adapter {
         (model, weights) = with_adapter(model, weights, adapter)?;
     }
-    Ok(Loaded { model, weights, tokenizer: Arc::new(tokenizer) })
+    Ok(Loaded { directory, model, weights, tokenizer: Arc::new(tokenizer) })
 }

@@ -1,6 +1,7 @@
 //! Text to tokens and back.
 
 mod byt5;
+mod spiece;
 mod train;
 
 #[cfg(test)]
@@ -20,6 +21,7 @@ const PAD_TOKEN: &str = "<pad>";
 const EOS_TOKEN: &str = "</s>";
 const UNK_TOKEN: &str = "<unk>";
 const TOKENIZER_FILE: &str = "tokenizer.json";
+const SPIECE_FILE: &str = "spiece.model";
 const CONFIG_FILE: &str = "tokenizer_config.json";
 const SPECIAL_TOKENS_FILE: &str = "special_tokens_map.json";
 const BYT5_CLASS: &str = "ByT5Tokenizer";
@@ -128,12 +130,27 @@ impl Tokenizer {
         let config_file = folder.join(CONFIG_FILE);
         let config = if config_file.exists() { Some(read_json::<Map<String, Value>>(&config_file)?) } else { None };
         if !file.exists() {
+            let spiece = folder.join(SPIECE_FILE);
+            if path.is_dir() && spiece.exists() {
+                return Self::open_spiece(&spiece, config);
+            }
             if config.as_ref().is_some_and(|config| config.get("tokenizer_class") == Some(&Value::from(BYT5_CLASS))) {
                 return Ok(Self(Kind::ByT5));
             }
-            return Err(Error::tokenizer(name, missing_tokenizer_file(path)));
+            let message =
+                "holds neither tokenizer.json nor spiece.model; save one there with transformers' save_pretrained";
+            return Err(Error::tokenizer(name, message));
         }
         let json = read_json(&file)?;
+        Ok(Self(Kind::Fast(Box::new(Fast::new(&name, json, config.unwrap_or_else(|| config_of_class(FAST_CLASS)))?))))
+    }
+
+    /// A SentencePiece model, and the tokenizer_config.json beside it.
+    fn open_spiece(path: &Path, config: Option<Map<String, Value>>) -> Result<Self> {
+        let name = path.display().to_string();
+        let bytes = fs::read(path).map_err(|error| Error::io(path, error))?;
+        let json = spiece::to_tokenizer_json(&bytes, config.as_ref())
+            .map_err(|problem| Error::tokenizer(name.clone(), problem))?;
         Ok(Self(Kind::Fast(Box::new(Fast::new(&name, json, config.unwrap_or_else(|| config_of_class(FAST_CLASS)))?))))
     }
 
@@ -348,15 +365,6 @@ fn object<const N: usize>(entries: [(&str, Value); N]) -> Map<String, Value> {
 /// A special token as tokenizer_config.json writes it: a string, or an object with its `content`.
 fn token_content(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value.get("content")?.as_str())
-}
-
-fn missing_tokenizer_file(path: &Path) -> String {
-    if path.join("spiece.model").exists() {
-        return "holds spiece.model but no tokenizer.json; convert it with transformers: \
-                AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
-            .to_owned();
-    }
-    "holds no tokenizer.json; save one there with transformers' save_pretrained".to_owned()
 }
 
 fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {

@@ -228,9 +228,9 @@ fn unusable_files_say_what_to_do() {
         error.to_string().replace(&path.display().to_string(), "PATH")
     };
     assert!(message(&directory.path().join("x")).starts_with("tokenizer PATH: no such file or folder; give \"byt5\""));
-    assert!(message(directory.path()).starts_with("tokenizer PATH: holds no tokenizer.json; "));
+    assert!(message(directory.path()).starts_with("tokenizer PATH: holds neither tokenizer.json nor spiece.model; "));
     fs::write(directory.path().join("spiece.model"), "").unwrap();
-    assert!(message(directory.path()).starts_with("tokenizer PATH: holds spiece.model but no tokenizer.json; convert"));
+    assert!(message(directory.path()).starts_with("tokenizer PATH/spiece.model: a SentencePiece model without pieces"));
     let file = directory.path().join(TOKENIZER_FILE);
     for content in ["{", "[]", "{\"model\": 1}"] {
         fs::write(&file, content).unwrap();

@@ -4,6 +4,7 @@
 //! repetitions, costs no more than a sum.
 
 mod bleu;
+mod bootstrap;
 mod chrf;
 mod error_rates;
 mod labels;
@@ -15,6 +16,7 @@ mod text;
 
 use std::ops::AddAssign;
 
+pub use bootstrap::{Interval, Resampling};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 

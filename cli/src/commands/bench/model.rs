@@ -8,8 +8,10 @@ use quintet_worker::{DeviceChoice, Precision};
 use serde_json::json;
 
 use crate::error::{Failure, Result};
+use crate::hub;
+use crate::prepare::working_directory;
 
-/// A preset with fresh weights, or a directory.
+/// A preset with fresh weights, or the model of a directory or of a hub's repository.
 pub(super) fn open(device: &Device, name: &str) -> Result<(Model, Parameters)> {
     if let Some(config) = preset(name) {
         let model = Model::new(device, config)?;
@@ -17,12 +19,13 @@ pub(super) fn open(device: &Device, name: &str) -> Result<(Model, Parameters)> {
         quintet_t5::initialize(model.config(), 42, &mut weights)?;
         return Ok((model, weights));
     }
-    let directory = Path::new(name);
-    if !directory.is_dir() {
+    // A name without a slash is more likely a preset, misspelt, than a repository of the hub.
+    if !Path::new(name).is_dir() && !name.contains('/') {
         let known = quintet_t5::PRESETS.join(", ");
         return Err(Failure::bad_input(format!("--model {name}: neither a directory nor one of {known}")));
     }
-    Ok(quintet_t5::load_pretrained(device, directory)?)
+    let directory = hub::model("--model", name, &working_directory()?)?.directory;
+    Ok(quintet_t5::load_pretrained(device, &directory)?)
 }
 
 pub(super) fn precision(name: Option<&str>, device: DeviceChoice) -> Result<Precision> {

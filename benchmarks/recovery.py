@@ -2,7 +2,7 @@
 """How long a run stands still when something dies: from kill -9 (or SIGSTOP) to the next committed step.
 
     cargo build --release
-    benchmarks/recovery.py [--kills 20] [--program target/release/quintet]
+    benchmarks/recovery.py [--kills 20] [--coordinator-kills 20] [--stops 5] [--program target/release/quintet]
 
 A coordinator and two workers by hand, on loopback, train a small model. Processes are killed one after the other, and a
 ledger that grows tells that the run goes on. At the end the ledger must hold every step once. Only Python's standard
@@ -154,6 +154,8 @@ def stop_worker(run):
 
 
 def measure(run, name, act, count):
+    if count == 0:
+        return
     seconds = []
     for _ in range(count):
         run.wait_for(run.committed() + 20)
@@ -167,7 +169,8 @@ def measure(run, name, act, count):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", default="target/release/quintet")
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=20, help="of a worker; 0 leaves them out")
+    parser.add_argument("--coordinator-kills", type=int, default=20)
     parser.add_argument("--stops", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
@@ -175,7 +178,7 @@ def main():
     run = Run(arguments.program, save_steps=1000000)
     try:
         measure(run, "worker killed", kill_worker, arguments.kills)
-        measure(run, "coordinator killed", kill_coordinator, arguments.kills)
+        measure(run, "coordinator killed", kill_coordinator, arguments.coordinator_kills)
         measure(run, "worker stopped", stop_worker, arguments.stops)
         run.check()
     finally:

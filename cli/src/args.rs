@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use quintet_t5::EarlyStopping;
 
-pub(crate) use crate::launch_args::LaunchArguments;
+pub(crate) use crate::launch_args::{HostArguments, LaunchArguments};
 
 /// Trains T5 models, on one core or a cluster.
 #[derive(Parser)]
@@ -68,7 +68,7 @@ impl DeviceChoice {
 }
 
 /// A job file, and what the command line changes in it.
-#[derive(Args, Clone)]
+#[derive(Args, Clone, Default)]
 pub(crate) struct JobArguments {
     /// The job file.
     pub(crate) job: PathBuf,
@@ -130,23 +130,26 @@ pub(crate) struct CoordinatorArguments {
 
 #[derive(Args, Default)]
 pub(crate) struct WorkerArguments {
-    /// The URL that the coordinator printed; else QUINTET_COORDINATOR, or MASTER_ADDR and MASTER_PORT. For https, a
-    /// join token is read from QUINTET_JOIN_TOKEN or from the file that QUINTET_JOIN_TOKEN_FILE names, one a line; for http,
-    /// the run's token from QUINTET_RUN_TOKEN.
+    /// The URL that the coordinator printed; else QUINTET_COORDINATOR, or MASTER_ADDR and MASTER_PORT. For https, a join
+    /// token is read from QUINTET_JOIN_TOKEN or from the file that QUINTET_JOIN_TOKEN_FILE names, one a line; for http, the
+    /// run's token from QUINTET_RUN_TOKEN.
     #[arg(long, value_name = "URL")]
     pub(crate) coordinator: Option<String>,
     /// Join by the file that a launcher wrote; "-" reads it from standard input, and ends when that does.
     #[arg(long, value_name = "FILE", conflicts_with = "coordinator")]
     pub(crate) join: Option<PathBuf>,
-    /// Where other workers reach this one; by default the address by which it reaches the coordinator.
+    /// Where other workers reach this one; by default on the address from which it reaches the coordinator.
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) listen: Option<SocketAddr>,
+    /// The line of the file of join tokens to begin with, from 0; RANK by default. Lines that were used are passed over.
+    #[arg(long, value_name = "N")]
+    pub(crate) token_index: Option<usize>,
+    /// Wait so long for a coordinator that is not there yet.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) wait_seconds: u32,
     /// Start so many workers here, which share the cores and take a GPU each.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) nproc_per_node: Option<u32>,
-    /// The line of the file of join tokens to begin with, from 0. Lines that were used are passed over.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub(crate) token_index: usize,
     /// Where to compute; what the job says by default.
     #[arg(long, value_enum)]
     pub(crate) device: Option<DeviceChoice>,
@@ -562,6 +565,14 @@ pub(crate) struct SelftestArguments {
 
 #[derive(Args)]
 pub(crate) struct DoctorArguments {
+    /// Check every link between the hosts of a job: those that are named, or of Slurm's allocation.
+    #[arg(long, value_name = "JOB")]
+    pub(crate) cluster: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) hosts: HostArguments,
+    /// Answer the doctor of another host.
+    #[arg(long, hide = true, requires = "cluster")]
+    pub(crate) probe: bool,
     /// Print the findings as one JSON document.
     #[arg(long)]
     pub(crate) json: bool,

@@ -21,6 +21,8 @@ pub(crate) enum Engine {
     Ssh(SshArguments),
     /// Slurm: submits a job; inside an allocation or a step, runs it.
     Slurm(SlurmArguments),
+    /// Kubernetes: a Job with the coordinator and an Indexed Job with workers.
+    Kubernetes(KubernetesArguments),
 }
 
 #[derive(Args)]
@@ -66,7 +68,7 @@ pub(crate) struct SshArguments {
 #[derive(Args)]
 pub(crate) struct HostArguments {
     /// HOST or HOST:WORKERS, with commas between.
-    #[arg(long, value_name = "LIST", conflicts_with = "hostfile", required_unless_present = "hostfile")]
+    #[arg(long, value_name = "LIST", conflicts_with = "hostfile")]
     pub(crate) hosts: Option<String>,
     /// A file of lines such as "HOST slots=WORKERS".
     #[arg(long, value_name = "FILE")]
@@ -98,4 +100,30 @@ pub(crate) struct SlurmArguments {
     /// Options of sbatch, after "--": --time=4:00:00 --partition=gpu.
     #[arg(last = true, value_name = "SBATCH_OPTION")]
     pub(crate) sbatch: Vec<String>,
+}
+
+#[derive(Args)]
+pub(crate) struct KubernetesArguments {
+    #[command(flatten)]
+    pub(crate) job: JobArguments,
+    /// An image of the Dockerfile's.
+    #[arg(long)]
+    pub(crate) image: String,
+    /// A persistent volume claim that all pods can mount and write, with the data; relative paths of the job begin there.
+    #[arg(long, value_name = "CLAIM")]
+    pub(crate) claim: String,
+    /// Of the objects; by default that of the job file.
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    #[arg(long)]
+    pub(crate) namespace: Option<String>,
+    /// Pods with workers.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) nodes: u32,
+    /// GPUs of each, with a worker for each.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=64))]
+    pub(crate) gpus_per_node: u32,
+    /// Only show what would be submitted.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
 }

@@ -29,9 +29,9 @@ fn main() -> ExitCode {
     let outcome = match arguments.command {
         Command::Train(arguments) => commands::train::run(arguments),
         Command::Coordinator(arguments) => commands::coordinator::run(arguments),
-        Command::Tokens(arguments) => commands::tokens::run(arguments),
         Command::Launch(arguments) => commands::launch::run(arguments),
         Command::Worker(arguments) => commands::worker::run(arguments),
+        Command::Tokens(arguments) => commands::tokens::run(arguments),
         Command::Evaluate(arguments) => on_threads(None, || commands::evaluate::run(arguments)),
         Command::Generate(arguments) => on_threads(None, || commands::generate::run(arguments)),
         Command::ImportArgs(arguments) => commands::import_args::run(arguments),

@@ -125,15 +125,16 @@ fn workers_on_two_hosts_by_ssh() {
 fn what_is_copied_is_what_was_named() {
     let workspace = Workspace::new();
     let Some(sshd) = Sshd::start(workspace.path()) else { return };
-    // There, the data are in the folder of a host; the run's folder is shared.
+    // There, the data are in the folder of a host; the run's folder is shared. Not on 127.0.0.1, it is encrypted.
     let there = workspace.path().join("there");
     let run = workspace.path().join("run");
     let arguments = format!(
-        "--remote-dir {} --output {} --copy train.jsonl --copy validation.jsonl",
+        "--remote-dir {} --output {} --copy train.jsonl --copy validation.jsonl --listen 127.0.0.2:0",
         there.display(),
         run.display()
     );
-    sshd.launch(&workspace, "n1", &arguments).wait().expect(0);
+    sshd.launch(&workspace, "n1:2", &arguments).wait().expect(0);
+    assert!(run.join("security").exists(), "a certificate authority");
     let mut copied: Vec<_> = fs::read_dir(there).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     copied.sort();
     assert_eq!(copied, ["train.jsonl", "validation.jsonl"]);
@@ -183,5 +184,35 @@ fn a_dry_run_shows_what_would_be_done() {
     let shown = show("slurm job.toml --nodes 2 --gpus-per-node 8 --set training.seed=1 --dry-run -- --time=1:00:00");
     assert!(shown.contains("\n#SBATCH --nodes=2\n") && shown.contains("\n#SBATCH --time=1:00:00\n"), "{shown}");
     assert!(shown.ends_with(&format!("\nexec {program} launch slurm job.toml --set training.seed=1\n")), "{shown}");
+    let shown = show("kubernetes job.toml --image quintet --claim data --nodes 3 --gpus-per-node 2 --dry-run");
+    assert!(shown.starts_with("---\n") && shown.matches("\nkind: Job\n").count() == 2, "{shown}");
+    assert!(shown.contains("\n  name: job-workers\n") && shown.contains("training"), "{shown}");
     assert!(!workspace.path().join("run").exists(), "nothing was done");
+}
+
+#[test]
+fn a_doctor_measures_every_link_of_a_cluster() {
+    let workspace = Workspace::new();
+    let Some(sshd) = Sshd::start(workspace.path()) else { return };
+    let doctor = |hosts: &str, more: &[&str]| {
+        let mut command = quintet(workspace.path());
+        command.args(["doctor", "--cluster", "job.toml", "--hosts", hosts, "--ssh", &sshd.ssh]).args(more);
+        Process::start(&mut command).wait()
+    };
+    let found: serde_json::Value = serde_json::from_str(&doctor("n1,n2", &["--json"]).expect(0).stdout).unwrap();
+    assert_eq!(found["hosts"], serde_json::json!(["here", "n1", "n2"]));
+    assert_eq!(found["links"].as_array().unwrap().len(), 6, "{found}");
+    assert!(found["links"].as_array().unwrap().iter().all(|link| link["bytes_per_second"].as_f64().unwrap() > 1e5));
+    assert_eq!(found["problems"], serde_json::json!([]));
+    // A host that cannot be reached, and data that are not the same.
+    let there = workspace.path().join("there");
+    fs::create_dir(&there).unwrap();
+    for name in ["job.toml", "validation.jsonl"] {
+        fs::copy(workspace.path().join(name), there.join(name)).unwrap();
+    }
+    fs::write(there.join("train.jsonl"), "{\"source\": \"a\", \"target\": \"b\"}\n").unwrap();
+    let said = doctor("n1,nobody", &["--remote-dir", there.to_str().unwrap()]).expect(1).stdout;
+    assert!(said.contains("FAILED here -> nobody: start: ") && said.contains("Connection refused"), "{said}");
+    assert!(said.contains("FAILED here -> n1: data: the data have the fingerprint "), "{said}");
+    assert!(said.contains("ok     here -> n1 (127.0.0.1): connects in "), "{said}");
 }

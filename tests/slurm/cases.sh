@@ -61,14 +61,20 @@ check() {
     echo "$1: the weights of a run on one machine"
 }
 
-submit() { "$quintet" launch slurm job.toml --nodes 2 --output "runs/$1"; }
+submit() {
+    name=$1
+    shift
+    "$quintet" launch slurm job.toml --nodes 2 --output "runs/$name" "$@"
+}
 
 wait_until "both nodes are idle" ready
 "$quintet" train job.toml --output runs/local 2>local.log || fail "the run on one machine" local.log
 
-job=$(submit undisturbed)
+# Not on 127.0.0.1, it is encrypted, as between machines.
+job=$(submit undisturbed --listen 127.0.0.2:0)
 wait_until "job $job is over" over "$job"
 check undisturbed "$job" 0
+[ -f runs/undisturbed/security/authority.key ] || fail "undisturbed: not encrypted"
 
 job=$(submit requeued)
 wait_until "some steps are committed" committed requeued 30
@@ -97,6 +103,11 @@ salloc --quiet --nodes=2 --ntasks-per-node=1 "$quintet" launch slurm job.toml --
     fail "in an allocation" allocated.log
 grep -q "2 of 2 workers joined" allocated.log || fail "allocated: not by two workers" allocated.log
 check allocated
+
+# The doctor finds the hosts of the allocation.
+salloc --quiet --nodes=2 "$quintet" doctor --cluster job.toml >doctor.log 2>&1 || fail "the doctor" doctor.log
+grep -q "^ok     n1 -> n2 " doctor.log || fail "the doctor: no link" doctor.log
+tail -n 1 doctor.log
 
 # Under srun, without flags: the tasks find each other.
 srun --quiet --nodes=2 --ntasks=2 --input=none "$quintet" launch slurm job.toml --output runs/tasks 2>tasks.log ||

@@ -19,7 +19,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Status};
 
 use crate::collective::MeshIdentity;
-use crate::session::{CONNECT_TIMEOUT, KEEP_ALIVE_TIMEOUT, SessionError, resolve_as};
+use crate::session::{CONNECT_TIMEOUT, KEEP_ALIVE_TIMEOUT, SessionError, resolve};
 
 type Result<T> = std::result::Result<T, SessionError>;
 
@@ -55,9 +55,9 @@ impl Access {
     /// [`SessionError::Url`]; [`SessionError::NotLoopback`] where plain text would leave the machine.
     pub fn address(&self, url: &str) -> Result<SocketAddr> {
         match self {
-            Self::Certificate(_) => resolve_as(url, "https"),
+            Self::Certificate(_) => resolve(url, "https"),
             Self::Plain { insecure, .. } => {
-                let address = resolve_as(url, "http")?;
+                let address = resolve(url, "http")?;
                 match is_private(address.ip()) || *insecure {
                     true => Ok(address),
                     false => Err(SessionError::NotLoopback(address)),
@@ -98,7 +98,7 @@ impl Pass {
     /// [`SessionError::Refused`] where no token admits; [`SessionError::Untrusted`] where another than the tokens'
     /// coordinator answers; whatever keeps a connection from being made.
     pub fn join(url: &str, tokens: &[String]) -> Result<Arc<Self>> {
-        let address = resolve_as(url, "https")?;
+        let address = resolve(url, "https")?;
         let (credentials, lifetime) = block_on(async {
             let mut refusal = SessionError::Refused("there is no join token".to_owned());
             for text in tokens {

@@ -13,9 +13,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use quintet_proto::PROTOCOL_VERSION;
-use quintet_proto::v1::{
-    Commit, FromWorker, Heartbeat, Hello, Interrupted, Plan, State, Stop, ToWorker, Welcome, to_worker,
-};
+use quintet_proto::v1::{Commit, FromWorker, Heartbeat, Hello, Interrupted, Plan, State, Stop, ToWorker, to_worker};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Uri;
@@ -23,6 +21,7 @@ use tonic::{Status, Streaming};
 
 use crate::access::{Access, refusal};
 
+pub use quintet_proto::v1::Welcome;
 pub use quintet_proto::v1::from_worker::Report;
 
 /// Well below any heartbeat timeout that the configuration allows.
@@ -455,16 +454,8 @@ async fn join(
         .map_err(|_| unreachable(format!("no answer within {:.0} seconds", timeout.as_secs_f64())))?
 }
 
-/// The address that a coordinator's URL means.
-///
-/// # Errors
-/// [`SessionError::Url`].
-pub fn resolve(url: &str) -> Result<SocketAddr> {
-    resolve_as(url, if url.starts_with("https://") { "https" } else { "http" })
-}
-
-/// The address that a URL of this scheme means.
-pub(crate) fn resolve_as(url: &str, scheme: &str) -> Result<SocketAddr> {
+/// The address that a URL of this scheme names.
+pub(crate) fn resolve(url: &str, scheme: &str) -> Result<SocketAddr> {
     let wrong = |problem: &str| SessionError::Url { url: url.to_owned(), problem: problem.to_owned() };
     let uri: Uri = url.parse().map_err(|_| wrong("it is not a URL"))?;
     if uri.scheme_str() != Some(scheme) {

@@ -1,4 +1,8 @@
-//! `quintet doctor`: what this machine has, and what to do about what is missing.
+//! `quintet doctor`: what this machine, or each link of a cluster, has, and what to do about what is missing.
+
+mod cluster;
+mod link;
+mod probe;
 
 use std::net::TcpListener;
 
@@ -20,6 +24,11 @@ struct Findings {
 }
 
 pub(crate) fn run(arguments: DoctorArguments) -> Result<u8> {
+    match &arguments.cluster {
+        Some(job) if arguments.probe => return probe::run(job),
+        Some(job) => return cluster::run(&arguments, job),
+        None => {}
+    }
     let findings = Findings {
         cores: std::thread::available_parallelism().map_or(1, usize::from),
         simd: simd(),

@@ -3,9 +3,9 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use quintet_coordinator::admission::{JOIN_TOKEN_VARIABLE, RUN_TOKEN_VARIABLE};
 use quintet_coordinator::launch::environment::Place;
@@ -14,7 +14,7 @@ use quintet_coordinator::launch::{LocalWorkers, address};
 use quintet_coordinator::secret::Secret;
 use quintet_worker::access::{Access, Pass};
 use quintet_worker::rank::{self, RankJob};
-use quintet_worker::session::{self, Session, SessionError};
+use quintet_worker::session::{self, Session, SessionError, Welcome};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -29,6 +29,9 @@ use crate::prepare::working_directory;
 
 /// Longer than a coordinator takes to read its data and to train a tokenizer, where it starts with its workers.
 const INVITATION_PATIENCE: Duration = Duration::from_secs(600);
+
+/// How often a coordinator is tried that is not there yet.
+const JOIN_INTERVAL: Duration = Duration::from_millis(500);
 
 pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
     let variable = |name: &str| std::env::var(name).ok();
@@ -50,23 +53,19 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
 /// Where to join and with what.
 struct Joining {
     coordinator: String,
-    /// One for each worker of this process; or, for one worker of its own, those to try. Join tokens where the URL is
-    /// https, else run tokens.
+    /// Those for the workers of this process first: one each.
     tokens: Vec<String>,
+    /// The file that they are from, and the line of the first, for workers to look for others if theirs were used by
+    /// processes whose place they take.
+    file: Option<(String, usize)>,
 }
 
 impl Joining {
     fn find(arguments: &WorkerArguments, place: &Place, count: u32) -> Result<Self> {
-        let (coordinator, tokens) = match &arguments.join {
-            Some(path) if path == Path::new("-") => {
-                let invitation = read_invitation()?;
-                (invitation.coordinator, invitation.tokens)
-            }
-            Some(path) => {
-                let invitation = Invitation::wait_for(path, INVITATION_PATIENCE)?;
-                let mine = invitation.tokens.into_iter().skip((place.rank.value * count) as usize);
-                (invitation.coordinator, mine.collect())
-            }
+        let first = arguments.token_index.unwrap_or((place.rank.value * count) as usize);
+        let joining = match &arguments.join {
+            Some(path) if path == Path::new("-") => Self::from(read_invitation()?, arguments.token_index.unwrap_or(0)),
+            Some(path) => Self::from(Invitation::wait_for(path, INVITATION_PATIENCE)?, first),
             None => {
                 let coordinator = place.coordinator.as_ref().ok_or_else(|| {
                     Failure::bad_input(
@@ -75,42 +74,53 @@ impl Joining {
                 })?;
                 let coordinator = coordinator.value.clone();
                 if is_encrypted(&coordinator) {
-                    let tokens = tokens::given(arguments.token_index)?;
-                    return Joining { coordinator, tokens }.for_processes(count, || {
-                        format!("{count} processes need a join token each, in the file of {}", tokens::FILE_VARIABLE)
-                    });
+                    let file = std::env::var(tokens::FILE_VARIABLE).ok().map(|path| (path, first));
+                    Joining { coordinator, tokens: tokens::given(first)?, file }
+                } else {
+                    // The run has one for all.
+                    let token = std::env::var(RUN_TOKEN_VARIABLE).unwrap_or_default();
+                    Joining { coordinator, tokens: vec![token; count as usize], file: None }
                 }
-                let tokens = std::env::var(RUN_TOKEN_VARIABLE).unwrap_or_default();
-                (coordinator, tokens.split(',').map(str::to_string).cycle().take(count as usize).collect())
             }
         };
-        let mut tokens: Vec<String> = tokens;
-        if !is_encrypted(&coordinator) {
-            tokens.retain(|token| Secret::from_hex(token).is_some());
+        let is_secret = |token| Secret::from_hex(token).is_some();
+        if !is_encrypted(&joining.coordinator) && !joining.tokens.iter().all(|token| is_secret(token)) {
+            return Err(Failure::bad_input(format!(
+                "{RUN_TOKEN_VARIABLE} must hold the token that the coordinator printed"
+            )));
         }
-        tokens.truncate(count as usize);
-        Joining { coordinator, tokens }.for_processes(count, || match arguments.join {
-            Some(_) => format!("the invitation has no token for process {}", place.rank.value),
-            None => format!("{RUN_TOKEN_VARIABLE} must hold the token that the coordinator printed"),
-        })
+        if joining.tokens.len() < count as usize {
+            return Err(Failure::bad_input(format!("there are not {count} tokens to join by")));
+        }
+        Ok(joining)
     }
 
-    fn for_processes(self, count: u32, problem: impl FnOnce() -> String) -> Result<Self> {
-        if self.tokens.len() < count as usize { Err(Failure::bad_input(problem())) } else { Ok(self) }
+    fn from(invitation: Invitation, first: usize) -> Self {
+        let Invitation { coordinator, mut tokens } = invitation;
+        let first = first % tokens.len().max(1);
+        tokens.rotate_left(first);
+        Joining { coordinator, tokens, file: None }
     }
 
-    /// By the tokens of one worker.
+    /// For the worker of this index in this process: the variable by which it joins.
+    fn ticket(&self, index: usize) -> (&'static str, String) {
+        if let Some((path, _)) = &self.file {
+            return (tokens::FILE_VARIABLE, path.clone());
+        }
+        let name = if is_encrypted(&self.coordinator) { JOIN_TOKEN_VARIABLE } else { RUN_TOKEN_VARIABLE };
+        (name, self.tokens[index].clone())
+    }
+
     fn access(&self, insecure: bool) -> std::result::Result<Access, SessionError> {
-        if is_encrypted(&self.coordinator) {
-            return Pass::join(&self.coordinator, &self.tokens).map(Access::Certificate);
+        match Secret::from_hex(&self.tokens[0]).filter(|_| !is_encrypted(&self.coordinator)) {
+            Some(secret) => Ok(Access::Plain { run_token: *secret.as_bytes(), insecure }),
+            None => Pass::join(&self.coordinator, &self.tokens).map(Access::Certificate),
         }
-        let token = Secret::from_hex(&self.tokens[0]).expect("checked when it was found"); // why: `find` keeps no other
-        Ok(Access::Plain { run_token: *token.as_bytes(), insecure })
     }
 }
 
-fn is_encrypted(coordinator: &str) -> bool {
-    coordinator.starts_with("https://")
+fn is_encrypted(url: &str) -> bool {
+    url.starts_with("https://")
 }
 
 /// From the launcher's pipe, whose end is this process's.
@@ -130,27 +140,16 @@ fn read_invitation() -> Result<Invitation> {
 }
 
 fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result<u8> {
-    let insecure = arguments.insecure_plaintext;
-    let listen = match arguments.listen {
-        Some(address) => address,
-        None => own_address(&joining.coordinator)?,
-    };
-    if !is_encrypted(&joining.coordinator) && !quintet_identity::is_private(listen.ip()) && !insecure {
-        return Err(Failure::bad_input(format!(
-            "--listen {listen}: gradients would cross the network in plain text; join by https, or accept that with \
-             --insecure-plaintext"
-        )));
-    }
-    let joined = joining.access(insecure).and_then(|access| {
-        let (session, welcome) = Session::connect(&joining.coordinator, &access, &host_name())?;
-        Ok((access, session, welcome))
-    });
+    check_encryption(arguments, joining)?;
+    let url = &joining.coordinator;
+    let joined = join(arguments, joining);
     let (access, mut session, welcome) = match joined {
         Ok(joined) => joined,
         // Mostly the run was over before this worker came.
-        Err(error) if arguments.supervised && !error.is_user_error() => return Ok(exit::FAILURE),
-        Err(error) => return Err(quintet_worker::Error::from(error).into()),
+        Err(failure) if arguments.supervised && failure.exit_code != exit::BAD_INPUT => return Ok(exit::FAILURE),
+        Err(failure) => return Err(failure),
     };
+    let listen = listen_address(arguments, access.address(url).map_err(quintet_worker::Error::from)?)?;
     if !arguments.supervised {
         pass_on_signals(session.interrupter())?;
     }
@@ -201,11 +200,46 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
     }
 }
 
-/// Of this machine on the way to the coordinator.
-fn own_address(coordinator: &str) -> Result<SocketAddr> {
-    let peer = session::resolve(coordinator).map_err(quintet_worker::Error::from)?;
-    // A coordinator that cannot be reached is found out when it is to be joined.
-    let ip = address::towards(peer).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+/// Joins the run. A coordinator that cannot be reached may be about to start.
+fn join(arguments: &WorkerArguments, joining: &Joining) -> Result<(Access, Session, Welcome)> {
+    let patience = Duration::from_secs(arguments.wait_seconds.into());
+    let start = Instant::now();
+    loop {
+        let joined = joining.access(arguments.insecure_plaintext).and_then(|access| {
+            let (session, welcome) = Session::connect(&joining.coordinator, &access, &host_name())?;
+            Ok((access, session, welcome))
+        });
+        match joined {
+            Err(SessionError::Unreachable { .. }) if start.elapsed() < patience => std::thread::sleep(JOIN_INTERVAL),
+            // A name that has no address yet, as those of pods.
+            Err(SessionError::Url { .. }) if start.elapsed() < patience => std::thread::sleep(JOIN_INTERVAL),
+            other => return other.map_err(|error| quintet_worker::Error::from(error).into()),
+        }
+    }
+}
+
+/// Refuses what would be in plain text on a network, unless that is wanted.
+fn check_encryption(arguments: &WorkerArguments, joining: &Joining) -> Result<()> {
+    match (is_encrypted(&joining.coordinator), arguments.insecure_plaintext, arguments.listen) {
+        (true, true, _) => {
+            Err(Failure::bad_input("--insecure-plaintext: the coordinator's URL is https, and encrypted"))
+        }
+        (false, false, Some(listen)) if !quintet_identity::is_private(listen.ip()) => Err(Failure::bad_input(format!(
+            "--listen {listen}: gradients would cross the network in plain text; join by https, or accept that with \
+             --insecure-plaintext"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Where other workers reach this one: as told, or on the interface that leads to the coordinator.
+fn listen_address(arguments: &WorkerArguments, coordinator: SocketAddr) -> Result<SocketAddr> {
+    if let Some(listen) = arguments.listen {
+        return Ok(listen);
+    }
+    let ip = address::towards(coordinator).map_err(|error| {
+        Failure::failed(format!("no address of this machine leads to {coordinator}: {error}; give one with --listen"))
+    })?;
     Ok(SocketAddr::new(ip, 0))
 }
 
@@ -241,13 +275,12 @@ fn supervise(arguments: &WorkerArguments, place: &Place, joining: &Joining, coun
         let mut user = signal(SignalKind::user_defined1()).map_err(failed)?;
         let (told, _) = watch::channel(());
         let mut running = JoinSet::new();
-        for (index, token) in (0..count).zip(&joining.tokens) {
-            let child = child_arguments(arguments, &joining.coordinator, index);
+        for index in 0..count {
+            let child = child_arguments(arguments, joining, index);
             let variables = place.child(index, count);
             let variables = variables.each_ref().map(|(name, value)| (*name, value.as_str()));
-            let name = if is_encrypted(&joining.coordinator) { JOIN_TOKEN_VARIABLE } else { RUN_TOKEN_VARIABLE };
-            let token = token.clone();
-            let ticket = Box::new(move || Ok((name, token.clone())));
+            let ticket = joining.ticket(index as usize);
+            let ticket = Box::new(move || Ok(ticket.clone()));
             let worker = LocalWorkers::spawn(&executable, &[child], &variables, ticket)?;
             running.spawn(watch_over(worker, told.subscribe()));
         }
@@ -279,14 +312,18 @@ async fn watch_over(mut worker: LocalWorkers, mut told: watch::Receiver<()>) -> 
     }
 }
 
-fn child_arguments(arguments: &WorkerArguments, coordinator: &str, index: u32) -> Vec<OsString> {
-    let mut words = vec!["worker".to_string(), "--coordinator".to_string(), coordinator.to_string()];
+fn child_arguments(arguments: &WorkerArguments, joining: &Joining, index: u32) -> Vec<OsString> {
+    let mut words = vec!["worker".to_string(), "--coordinator".to_string(), joining.coordinator.clone()];
+    if let Some((_, first)) = &joining.file {
+        words.extend(["--token-index".to_string(), (first + index as usize).to_string()]);
+    }
     if let Some(mut listen) = arguments.listen {
         // Each has a port of its own: the next ones, unless the system chooses.
         let step = if listen.port() == 0 { 0 } else { u16::try_from(index).unwrap_or(0) };
         listen.set_port(listen.port().saturating_add(step));
         words.extend(["--listen".to_string(), listen.to_string()]);
     }
+    words.extend(["--wait-seconds".to_string(), arguments.wait_seconds.to_string()]);
     if let Some(device) = arguments.device {
         words.extend(["--device".to_string(), device.name()]);
     }

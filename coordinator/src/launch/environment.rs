@@ -149,9 +149,12 @@ fn find_coordinator(variable: impl Fn(&str) -> Option<String>, flag: Option<Stri
         None => PORT,
         Some(value) => value.parse().map_err(|_| Error::Variable { name: "MASTER_PORT", value })?,
     };
+    // As coordinators do: in plain text on one machine only.
+    let private = host == "localhost" || host.parse().is_ok_and(quintet_identity::is_private);
+    let scheme = if private { "http" } else { "https" };
     // An IPv6 address wants brackets in a URL.
     let host = if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host };
-    let value = format!("http://{host}:{port}");
+    let value = format!("{scheme}://{host}:{port}");
     Ok(Some(Found { value, source: Source::Torchrun, name: "MASTER_ADDR" }))
 }
 
@@ -218,7 +221,7 @@ mod tests {
             ("MASTER_PORT", "29500"),
         ];
         let said = "process 3 of 4 (RANK, WORLD_SIZE), on this host 1 of 2 (LOCAL_RANK, LOCAL_WORLD_SIZE), \
-                    coordinator http://n1:29500 (MASTER_ADDR)";
+                    coordinator https://n1:29500 (MASTER_ADDR)";
         assert_eq!(place(&variables).unwrap().to_string(), said);
     }
 

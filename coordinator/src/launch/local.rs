@@ -54,7 +54,8 @@ impl fmt::Debug for Launch {
 }
 
 impl LocalWorkers {
-    /// Starts a process of `executable` for each list of `arguments`. Their standard error is
+    /// Starts a process of `executable` for each list of `arguments`, with the environment variable that `ticket` gives it
+    /// to join by. Their standard error is
     /// ours, and so is their environment but for `variables`; their standard output and input are closed. Each is a process group of its own, so
     /// that Ctrl-C in a terminal reaches the coordinator alone, which then ends the run in order.
     ///
@@ -216,16 +217,16 @@ fn exit_code(status: ExitStatus) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admission::RUN_TOKEN_VARIABLE;
+    use crate::admission::{Admission, RUN_TOKEN_VARIABLE};
     use crate::secret::Secret;
 
-    fn secret() -> Result<(&'static str, String)> {
-        Ok((RUN_TOKEN_VARIABLE, Secret::from_bytes([1; 32]).to_hex()))
+    fn ticket() -> Result<(&'static str, String)> {
+        Admission::Secret(Secret::from_bytes([1; 32])).ticket()
     }
 
     fn shell(script: &str, count: usize) -> LocalWorkers {
         let arguments = vec![["-c", script].map(OsString::from).to_vec(); count];
-        LocalWorkers::spawn(Path::new("/bin/sh"), &arguments, &[("GREETING", "hello")], Box::new(secret)).unwrap()
+        LocalWorkers::spawn(Path::new("/bin/sh"), &arguments, &[("GREETING", "hello")], Box::new(ticket)).unwrap()
     }
 
     #[tokio::test]
@@ -292,7 +293,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_absent_executable_is_named() {
-        let error = LocalWorkers::spawn(Path::new("/absent/quintet"), &[vec![]], &[], Box::new(secret)).unwrap_err();
+        let error = LocalWorkers::spawn(Path::new("/absent/quintet"), &[vec![]], &[], Box::new(ticket)).unwrap_err();
         assert!(error.to_string().starts_with("cannot start /absent/quintet: "), "{error}");
     }
 }

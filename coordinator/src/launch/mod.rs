@@ -4,13 +4,14 @@
 //! - [`environment`]: where a process stands, from the variables of schedulers and of `torchrun`.
 //! - [`hosts`]: host files and lists.
 //! - [`invitation`]: what a worker needs to join.
-//! - [`ssh`], [`slurm`]: renderings.
+//! - [`ssh`], [`slurm`], [`kubernetes`]: renderings.
 
 pub mod address;
 pub mod command;
 pub mod environment;
 pub mod hosts;
 pub mod invitation;
+pub mod kubernetes;
 mod local;
 pub mod remote;
 pub mod slurm;

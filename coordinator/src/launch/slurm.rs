@@ -65,6 +65,8 @@ pub struct Allocation {
     pub gpus: Option<u32>,
     /// The user asked for so many CPUs for each task.
     pub cpus_per_task: Option<u32>,
+    /// It is a batch job: one that can go back into the queue.
+    pub is_batch: bool,
     /// The step that the process is a task of; not in a batch script, nor in `salloc`'s shell.
     pub step: Option<String>,
 }
@@ -82,6 +84,7 @@ impl Allocation {
             tasks_per_node: number("SLURM_NTASKS_PER_NODE"),
             gpus: number("SLURM_GPUS_ON_NODE"),
             cpus_per_task: number("SLURM_CPUS_PER_TASK"),
+            is_batch: variable("ENVIRONMENT").as_deref() == Some("BATCH"),
             step: variable("SLURM_STEP_ID"),
         })
     }
@@ -111,13 +114,23 @@ impl Allocation {
             "--label".to_owned(),
             "--input=none".to_owned(),
         ];
-        if let Some(cpus) = self.cpus_per_task {
-            arguments.push(format!("--cpus-per-task={}", cpus * self.tasks_per_node.unwrap_or(1)));
+        // Of all the tasks that the user asked for, and that are one of Slurm's here.
+        let cpus = self.cpus_per_task.unwrap_or(1) * self.tasks_per_node.unwrap_or(1);
+        if cpus > 1 {
+            arguments.push(format!("--cpus-per-task={cpus}"));
         }
         arguments.push("--".to_owned());
         arguments.push(command.program.clone());
         arguments.extend(command.arguments.iter().cloned());
         CommandLine { program: "srun".to_owned(), arguments }
+    }
+
+    /// Runs `command` once on one of the hosts, beside whatever runs there, with this process's input and output.
+    pub fn on_host(&self, host: &str, command: &CommandLine) -> CommandLine {
+        let options = ["--nodes=1", "--ntasks=1", "--overlap", "--quiet", "--unbuffered"].map(str::to_owned);
+        let options = options.into_iter().chain([format!("--nodelist={host}"), "--".to_owned()]);
+        let command = [command.program.clone()].into_iter().chain(command.arguments.iter().cloned());
+        CommandLine { program: "srun".to_owned(), arguments: options.chain(command).collect() }
     }
 
     /// Names the hosts, one a line.
@@ -194,14 +207,18 @@ exec /opt/quintet launch slurm 'my job.toml'
             ("SLURM_JOB_NUM_NODES", "2"),
             ("SLURM_NTASKS_PER_NODE", "1"),
             ("SLURM_PROCID", "0"),
+            ("ENVIRONMENT", "BATCH"),
         ];
         let batch = allocation(&variables).unwrap();
         assert_eq!((batch.workers_per_node(), batch.restarts, batch.step.as_deref()), (1, 0, None));
+        assert!(batch.is_batch);
         assert_eq!(batch.invitation_name(), ".join-slurm-7.0");
         let command = CommandLine::new("/opt/quintet", ["worker", "--join", "runs/x/.join"]);
         let expected = "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --kill-on-bad-exit=0 --label --input=none -- \
                         /opt/quintet worker --join runs/x/.join";
         assert_eq!(batch.step(&command).to_string(), expected);
+        let expected = "srun --nodes=1 --ntasks=1 --overlap --quiet --unbuffered --nodelist=n2 -- quintet doctor";
+        assert_eq!(batch.on_host("n2", &CommandLine::new("quintet", ["doctor"])).to_string(), expected);
         assert_eq!(batch.host_names().to_string(), "scontrol show hostnames 'n[1-2]'");
         assert_eq!(allocation(&variables[1..]), None);
     }

@@ -29,7 +29,12 @@ impl Ssh {
         let more = self.worker_arguments.iter().cloned();
         let arguments = place.into_iter().chain(worker).chain([host.slots.to_string()]).chain(more);
         let worker = CommandLine { program: "env".to_owned(), arguments: arguments.collect() };
-        self.run(host, &format!("cd {} && exec {worker}", quote(&self.directory)))
+        self.run(host, &self.in_directory(&worker))
+    }
+
+    /// Of a program on a host: the shell command that runs it where the job's paths begin.
+    pub fn in_directory(&self, program: &CommandLine) -> String {
+        format!("cd {} && exec {program}", quote(&self.directory))
     }
 
     /// Unpacks on a host what [`pack`] writes.

@@ -16,6 +16,8 @@ use crate::journal::Identity;
 mod certificates;
 
 const TOKEN: [u8; 32] = [5; 32];
+/// Longer than any run here takes on a busy machine.
+const DEADLINE: Duration = Duration::from_secs(60);
 
 fn settings(workers: u32, steps: u64) -> Settings {
     Settings {
@@ -75,7 +77,9 @@ async fn serve_files(settings: Settings, files: RunFiles, taken_over: Option<Rec
     };
     let (controls, receiver) = mpsc::channel(8);
     let (sender, events) = mpsc::channel(1024);
-    let outcome = tokio::spawn(serve(listener, run, files, sender, receiver, mpsc::unbounded_channel().0));
+    let serving = serve(listener, run, files, sender, receiver, mpsc::unbounded_channel().0);
+    let outcome = async { tokio::time::timeout(DEADLINE, serving).await.expect("the run does not end") };
+    let outcome = tokio::spawn(outcome);
     Served { url, controls, events, outcome }
 }
 
@@ -117,7 +121,8 @@ impl Worker {
     }
 
     async fn recv(&mut self) -> Command {
-        self.commands.message().await.unwrap().unwrap().command.unwrap()
+        let message = tokio::time::timeout(DEADLINE, self.commands.message()).await.expect("no command comes");
+        message.unwrap().unwrap().command.unwrap()
     }
 
     /// The next lease, once the actions before it are done.

@@ -1,5 +1,6 @@
 //! `quintet launch`: the same run, on the machines of an engine.
 
+mod kubernetes;
 mod slurm;
 mod ssh;
 
@@ -8,13 +9,14 @@ use std::net::{IpAddr, SocketAddr};
 use quintet_coordinator::admission::Admission;
 use quintet_coordinator::launch::command::CommandLine;
 use quintet_coordinator::launch::invitation::Invitation;
+use quintet_coordinator::launch::slurm::Allocation;
 
 use crate::args::TrainArguments;
 use crate::commands::coordinator::RunOptions;
 use crate::commands::train;
 use crate::error::{Failure, Result, exit};
 use crate::job::Job;
-use crate::launch_args::{ClusterArguments, Engine, LaunchArguments, LocalArguments};
+use crate::launch_args::{ClusterArguments, Engine, HostArguments, LaunchArguments, LocalArguments};
 use crate::prepare::{Door, Prepared, Serving, prepare};
 
 pub(crate) fn run(arguments: LaunchArguments) -> Result<u8> {
@@ -22,7 +24,27 @@ pub(crate) fn run(arguments: LaunchArguments) -> Result<u8> {
         Engine::Local(arguments) => local(arguments),
         Engine::Ssh(arguments) => ssh::run(arguments),
         Engine::Slurm(arguments) => slurm::run(arguments),
+        Engine::Kubernetes(arguments) => kubernetes::run(arguments),
     }
+}
+
+/// Commands of this program on the hosts of a cluster, and on this one.
+pub(crate) struct ClusterHosts {
+    pub(crate) here: CommandLine,
+    pub(crate) there: Vec<(String, CommandLine)>,
+    /// The address by which the hosts reach this one.
+    pub(crate) own: IpAddr,
+}
+
+/// For programs that are asked and answer: `words` on the hosts that are named, else on those of Slurm's allocation.
+pub(crate) fn cluster_hosts(hosts: &HostArguments, words: Vec<String>) -> Result<ClusterHosts> {
+    let here = CommandLine { program: own_file()?, arguments: words.clone() };
+    let allocation = Allocation::from_variables(|name| std::env::var(name).ok());
+    let (there, own) = match allocation.filter(|_| hosts.hosts.is_none() && hosts.hostfile.is_none()) {
+        Some(allocation) => slurm::hosts(&allocation, &here)?,
+        None => ssh::hosts(hosts, words)?,
+    };
+    Ok(ClusterHosts { here, there, own })
 }
 
 fn local(arguments: LocalArguments) -> Result<u8> {
@@ -66,24 +88,20 @@ fn worker_words(cluster: &ClusterArguments) -> Vec<String> {
     words
 }
 
-/// A run of so many workers, ready to be served at an address.
-fn prepare_run(cluster: &ClusterArguments, workers: u32, resume: bool, ip: IpAddr) -> Result<Prepared> {
-    let address = run_options(cluster, ip).address;
+/// A run of so many workers, ready to be served: where it was asked for, else on `ip` with a free port.
+fn prepare_run(cluster: &ClusterArguments, workers: u32, resume: bool, ip: IpAddr) -> Result<(Prepared, RunOptions)> {
+    let address = cluster.listen.unwrap_or(SocketAddr::new(ip, 0));
     let door = Door { address, insecure_plaintext: cluster.insecure_plaintext, authority: None };
     let serving = Serving { resume, ..Serving::default() };
-    prepare(load_job(cluster, workers)?, serving, &door)
+    let prepared = prepare(load_job(cluster, workers)?, serving, &door)?;
+    let options = RunOptions { address, json: cluster.json, announce: true, by_hand: false, device: None };
+    Ok((prepared, options))
 }
 
 fn load_job(cluster: &ClusterArguments, workers: u32) -> Result<Job> {
     let mut arguments = cluster.job.clone();
     arguments.workers = Some(workers);
     Job::load(&arguments)
-}
-
-/// What serving takes: the address that was asked for, else `ip` with a free port.
-fn run_options(cluster: &ClusterArguments, ip: IpAddr) -> RunOptions {
-    let address = cluster.listen.unwrap_or(SocketAddr::new(ip, 0));
-    RunOptions { address, json: cluster.json, announce: true, device: None, by_hand: false }
 }
 
 /// For so many workers of a coordinator at `address`.

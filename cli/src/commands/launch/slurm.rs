@@ -14,7 +14,7 @@ use quintet_coordinator::launch::remote::{Remote, Remotes};
 use quintet_coordinator::launch::slurm::{Allocation, Submission, node_address, show_node};
 use quintet_coordinator::launch::{LocalWorkers, address};
 
-use super::{block_on, device_words, invitation, load_job, own_file, prepare_run, run_options, worker_words};
+use super::{block_on, device_words, invitation, load_job, own_file, prepare_run, worker_words};
 use crate::args::WorkerArguments;
 use crate::commands::coordinator::{Workers, serve};
 use crate::commands::worker;
@@ -135,18 +135,22 @@ fn run_to_requeue(
     ip: IpAddr,
     launch: impl FnOnce(SocketAddr, &Admission) -> Result<(Workers, InvitationFile)>,
 ) -> Result<u8> {
-    let prepared = prepare_run(cluster, workers, cluster.job.resume || allocation.restarts > 0, ip)?;
+    let resume = cluster.job.resume || allocation.restarts > 0;
+    let (prepared, options) = prepare_run(cluster, workers, resume, ip)?;
     // Until the run has ended.
     let mut written = None;
-    let served = serve(prepared, &run_options(cluster, ip), |address, admission| {
+    let served = serve(prepared, &options, |address, admission| {
         let (workers, file) = launch(address, admission)?;
         written = Some(file);
         Ok(workers)
     })?;
     drop(written);
     let code = served.exit_code()?;
-    if u32::from(code) == PREEMPTED {
-        block_on(requeue(allocation))?;
+    if u32::from(code) == PREEMPTED
+        && allocation.is_batch
+        && let Err(failure) = block_on(requeue(allocation))
+    {
+        eprintln!("warning: the job does not go back into the queue: {}", failure.message);
     }
     Ok(code)
 }
@@ -159,6 +163,15 @@ async fn requeue(allocation: &Allocation) -> Result<()> {
         allocation.requeue().output("").await?;
     }
     Ok(())
+}
+
+/// A command on each host of the allocation, and the address of this one.
+pub(super) fn hosts(allocation: &Allocation, command: &CommandLine) -> Result<(Vec<(String, CommandLine)>, IpAddr)> {
+    block_on(async {
+        let names = allocation.host_names().output("").await?;
+        let there = names.lines().map(|host| (host.to_string(), allocation.on_host(host, command))).collect();
+        Ok((there, own_address(allocation).await?))
+    })
 }
 
 /// By which the other hosts of the allocation reach this one: that on the way to where Slurm reaches them.

@@ -2,13 +2,16 @@
 
 use std::fs;
 use std::net::IpAddr;
+use std::process::{Command, Stdio};
 
 use quintet_coordinator::launch::address;
+use quintet_coordinator::launch::command::CommandLine;
 use quintet_coordinator::launch::hosts::{self, Host};
+use quintet_coordinator::launch::invitation::Invitation;
 use quintet_coordinator::launch::remote::{Remote, Remotes};
 use quintet_coordinator::launch::ssh::{self, Ssh};
 
-use super::{block_on, invitation, load_job, own_file, prepare_run, run_options, worker_words};
+use super::{block_on, invitation, load_job, own_file, prepare_run, worker_words};
 use crate::commands::coordinator::{Workers, serve};
 use crate::error::{Failure, Result, exit};
 use crate::launch_args::{HostArguments, SshArguments};
@@ -31,27 +34,23 @@ pub(super) fn run(arguments: SshArguments) -> Result<u8> {
         return Ok(exit::DONE);
     }
     let ip = block_on(own_address(&ssh, &hosts))?;
-    let prepared = prepare_run(&cluster, workers, cluster.job.resume, ip)?;
+    let (prepared, options) = prepare_run(&cluster, workers, cluster.job.resume, ip)?;
     if let Some(pack) = pack {
         for host in &hosts {
             pipe(&pack, &ssh.unpack(host)).map_err(|failure| on(host, failure))?;
         }
     }
-    let served = serve(prepared, &run_options(&cluster, ip), |address, admission| {
+    let served = serve(prepared, &options, |address, admission| {
         let mut left = invitation(address, admission, workers)?;
         let remotes = hosts.iter().enumerate().map(|(index, host)| {
             let rest = left.tokens.split_off(host.slots as usize);
             let mine = std::mem::replace(&mut left.tokens, rest);
-            let input = invitation_line(&left.coordinator, mine);
+            let input = Invitation { coordinator: left.coordinator.clone(), tokens: mine }.to_line();
             Remote { name: host.name.clone(), command: ssh.worker(&hosts, index), input }
         });
         Ok(Workers::Remote(Remotes::spawn(remotes.collect())?))
     })?;
     served.exit_code()
-}
-
-fn invitation_line(coordinator: &str, tokens: Vec<String>) -> String {
-    quintet_coordinator::launch::invitation::Invitation { coordinator: coordinator.to_string(), tokens }.to_line()
 }
 
 /// How the hosts are reached.
@@ -75,12 +74,21 @@ fn chosen(arguments: &HostArguments, workers: Option<u32>) -> Result<Vec<Host>> 
                 .map_err(|error| Failure::bad_input(format!("--hostfile {name}: cannot read: {error}")))?;
             hosts::parse_file(&text, &name)?
         }
-        (None, None) => return Err(Failure::bad_input("give --hosts or --hostfile")),
+        (None, None) => return Err(Failure::bad_input("which hosts? Give --hosts or --hostfile")),
     };
     match workers {
         Some(workers) => Ok(hosts::take(&named, workers)?),
         None => Ok(named),
     }
+}
+
+/// A command of this program on each host, and the address of this machine.
+pub(super) fn hosts(arguments: &HostArguments, words: Vec<String>) -> Result<(Vec<(String, CommandLine)>, IpAddr)> {
+    let ssh = render(arguments, Vec::new())?;
+    let hosts = chosen(arguments, None)?;
+    let program = CommandLine { program: ssh.quintet.clone(), arguments: words };
+    let there = hosts.iter().map(|host| (host.name.clone(), ssh.run(host, &ssh.in_directory(&program)))).collect();
+    Ok((there, block_on(own_address(&ssh, &hosts))?))
 }
 
 /// By which all hosts reach this machine: that on the way to the first which is another machine.
@@ -104,12 +112,7 @@ fn on(host: &Host, failure: Failure) -> Failure {
 }
 
 /// Runs two commands, the second of which reads what the first writes.
-fn pipe(
-    from: &quintet_coordinator::launch::command::CommandLine,
-    to: &quintet_coordinator::launch::command::CommandLine,
-) -> Result<()> {
-    use std::process::{Command, Stdio};
-
+fn pipe(from: &CommandLine, to: &CommandLine) -> Result<()> {
     let cannot = |what: &dyn std::fmt::Display, why: &dyn std::fmt::Display| Failure::failed(format!("{what}: {why}"));
     let mut first = Command::new(&from.program)
         .args(&from.arguments)

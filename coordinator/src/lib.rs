@@ -19,6 +19,7 @@ pub mod journal;
 pub mod launch;
 pub mod secret;
 pub mod server;
+pub mod share;
 pub mod state;
 
 pub use error::{Error, Result};

@@ -12,7 +12,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quintet_data::{
-    DataConfig, Dataset, Loader, PackedBatch, Packer, Schedule as StepSchedule, Splits, Tokenizer, share,
+    Catalogue, DataConfig, Dataset, Loader, PackedBatch, Packer, Schedule as StepSchedule, Splits, StoreAbout,
+    Tokenizer, share,
 };
 use quintet_kernels::{Device, WaitLimits, ops};
 use quintet_proto::v1::{Actions, Commit, Evaluated, Failed, Finished, Lease, Linked, MicroBatch, NotFinite, Plan};
@@ -26,6 +27,7 @@ use crate::collective::{Collective, Interrupter, Listener, Membership, Mesh};
 use crate::config::{EvaluationConfig, LoraConfig, ModelSection, Precision, TrainingConfig};
 use crate::evaluation::{self, BatchEvaluation, EvaluationTask};
 use crate::gradient::StepGradient;
+use crate::remote::Remote;
 use crate::replica::{self, Replica, Update};
 use crate::saver::{self, Image, Saver};
 use crate::session::{self, Command, Report, Session, SessionError};
@@ -64,6 +66,13 @@ pub struct RankJob {
     pub fingerprint: String,
     /// How long a peer may be silent inside a collective: longer than the slowest step lags.
     pub silence_limit: Duration,
+    /// The coordinator's machine, which has the run's data and its directory.
+    pub remote: Arc<Remote>,
+    /// Of the coordinator's data.
+    pub dataset_fingerprint: String,
+    pub stores: Vec<StoreAbout>,
+    /// What is read or written through the coordinator, and why, for people.
+    pub through_coordinator: Vec<String>,
 }
 
 impl RankJob {
@@ -132,9 +141,9 @@ enum Attempt {
 }
 
 impl Rank {
-    fn prepare(session: &Session, job: RankJob) -> Result<Self> {
+    fn prepare(session: &Session, mut job: RankJob) -> Result<Self> {
         let tokenizer = Arc::new(Tokenizer::from_json(&job.tokenizer_json)?);
-        let splits = Splits::load(&job.data, &job.base_dir, job.training.seed)?.tokenized(&tokenizer)?;
+        let splits = load_data(&mut job)?.tokenized(&tokenizer)?;
         let (fingerprint, order) = (splits.fingerprint(), splits.order());
         let train = Arc::new(splits.train);
         let validation = splits.validation.map(Arc::new);
@@ -179,6 +188,7 @@ impl Rank {
             committed_generation: held.generation,
             weights_digest: self.replica.digest()?.as_bytes().to_vec(),
             pending: self.pending.map(|(state, _)| state),
+            through_coordinator: self.job.through_coordinator.join("; "),
         }))?)
     }
 
@@ -479,7 +489,11 @@ impl Rank {
     fn next_batch(&mut self, step: u64, index: u32) -> Result<PackedBatch> {
         let requested = self.requested.pop_front();
         assert_eq!(requested, Some((step, index)), "batches arrive in the order of their requests");
-        Ok(self.loader.next()?)
+        self.loader.next().map_err(|error| match error {
+            // It is found out whether the coordinator comes back.
+            quintet_data::Error::Origin { problem, is_lost: true } => SessionError::Disconnected(problem).into(),
+            other => other.into(),
+        })
     }
 
     /// The weights of the best evaluation's checkpoint, where they are not those at hand.
@@ -537,6 +551,19 @@ impl Rank {
         }))?;
         Ok(())
     }
+}
+
+/// The run's data: of this machine's files where they are the same, else of the coordinator's.
+fn load_data(job: &mut RankJob) -> Result<Splits> {
+    let why = match Splits::load(&job.data, &job.base_dir, job.training.seed) {
+        Ok(splits) if splits.fingerprint() == job.dataset_fingerprint => return Ok(splits),
+        Ok(_) => "this machine has other data".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    let catalogue = Catalogue { stores: job.stores.clone(), origin: job.remote.clone() };
+    let splits = Splits::fetched(&job.data, &job.base_dir, job.training.seed, &catalogue)?;
+    job.through_coordinator.push(format!("reads the data from here ({why})"));
+    Ok(splits)
 }
 
 /// The replica of a rank, in the state to start with.

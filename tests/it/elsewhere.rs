@@ -95,7 +95,12 @@ fn workers_without_data_and_model_read_them_from_the_coordinator() {
     // Two workers wanted it, and one fetched it.
     assert_eq!((bare.cached("model-").len(), other.cached("model-").len()), (1, 0));
     let count = |text: &str| ended.stderr.lines().filter(|line| line.contains(text)).count();
-    assert_eq!(count("reads the model from here, had it from here before (models/base: no model in "), 1, "{}", ended.stderr);
+    assert_eq!(
+        count("reads the model from here, had it from here before (models/base: no model in "),
+        1,
+        "{}",
+        ended.stderr
+    );
     assert_eq!(count("reads the model from here"), 2, "{}", ended.stderr);
     assert_eq!(count("reads the data from here (train.jsonl: no such file"), 2, "{}", ended.stderr);
     assert_eq!(count("reads the data from here (this machine has other data)"), 1, "{}", ended.stderr);

@@ -111,6 +111,41 @@ impl Config {
             .any(|name| name.as_str().is_some_and(|name| name.ends_with("ForSequenceClassification")))
     }
 
+    /// Makes it a model that tells these classes apart.
+    #[must_use]
+    pub fn into_classifier(mut self, labels: &[String]) -> Self {
+        let class = match self.model_type {
+            ModelType::T5 => "T5ForSequenceClassification",
+            ModelType::Mt5 => "MT5ForSequenceClassification",
+            ModelType::Umt5 => "UMT5ForSequenceClassification",
+        };
+        let id2label: Map<String, Value> =
+            labels.iter().enumerate().map(|(id, label)| (id.to_string(), label.as_str().into())).collect();
+        let label2id: Map<String, Value> =
+            labels.iter().enumerate().map(|(id, label)| (label.clone(), id.into())).collect();
+        self.extra.insert("architectures".to_string(), vec![class].into());
+        self.extra.insert("id2label".to_string(), id2label.into());
+        self.extra.insert("label2id".to_string(), label2id.into());
+        self
+    }
+
+    /// Names of the classes, by their numbers; two where the file names none, as in transformers.
+    pub fn labels(&self) -> Vec<String> {
+        let names = self.extra.get("id2label").and_then(Value::as_object);
+        let count = names.map_or(2, Map::len);
+        let name = |id: usize| names.and_then(|names| names.get(&id.to_string())?.as_str());
+        (0..count).map(|id| name(id).map_or_else(|| format!("LABEL_{id}"), str::to_string)).collect()
+    }
+
+    pub fn num_labels(&self) -> usize {
+        self.extra.get("id2label").and_then(Value::as_object).map_or(2, Map::len)
+    }
+
+    /// Of the classification head.
+    pub fn classifier_dropout(&self) -> f32 {
+        self.extra.get("classifier_dropout").and_then(Value::as_f64).unwrap_or(0.0) as f32
+    }
+
     /// What the logits are multiplied by.
     pub fn head_scale(&self) -> f32 {
         if self.scale_decoder_outputs.unwrap_or(self.tie_word_embeddings) {

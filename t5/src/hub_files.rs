@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use crate::arena::NamedTensor;
 use crate::config::{Config, ModelType};
+use crate::init::initialize;
 use crate::{Error, Model, Parameters, Result};
 
 /// The model of a directory, with its weights in f32.
@@ -49,17 +50,41 @@ pub fn load_embedded(device: &Device, config: &str, weights: &'static [u8]) -> R
     Ok((model, parameters))
 }
 
+/// A model of a directory as a classifier of these classes: with the head that it has, or, where it is none, a fresh one.
+///
+/// # Errors
+/// A user error where it is a classifier of other classes.
+pub fn load_classifier(device: &Device, directory: &Path, labels: &[String], seed: u64) -> Result<(Model, Parameters)> {
+    let (model, weights) = load_pretrained(device, directory)?;
+    if model.config().is_classifier() {
+        if model.config().labels() == labels {
+            return Ok((model, weights));
+        }
+        let message = format!("tells {:?} apart, but the data has {labels:?}", model.config().labels());
+        return Err(file_error(&directory.join("config.json"), message));
+    }
+    let classifier = Model::new(device, model.config().clone().into_classifier(labels))?;
+    let mut parameters = classifier.zero_parameters(DType::F32)?;
+    initialize(classifier.config(), seed, &mut parameters)?;
+    parameters.copy_by_name(&weights, |name| name.strip_prefix("transformer."))?;
+    Ok((classifier, parameters))
+}
+
 fn model_of(device: &Device, config_path: &Path, config: &str, weights: &WeightFiles) -> Result<Model> {
     let mut config: Config = serde_json::from_str(config)
         .map_err(|error| file_error(config_path, format!("not a T5 configuration: {error}")))?;
-    decide_tying(&mut config, weights)?;
+    if !config.is_classifier() {
+        decide_tying(&mut config, weights)?;
+    }
     let model = Model::new(device, config).map_err(|error| match error {
         Error::Config(message) => file_error(config_path, message),
         other => other,
     })?;
     let mut known: HashSet<&str> = model.layout().tensors().iter().map(|tensor| tensor.name.as_str()).collect();
     known.extend(["lm_head.weight"].iter().chain(&IGNORED));
-    if let Some((name, path)) = weights.paths.iter().find(|(name, _)| !known.contains(name.as_str())) {
+    let is_known =
+        |name: &str| known.contains(name) || known.contains(name.strip_prefix(CLASSIFIER_PREFIX).unwrap_or(name));
+    if let Some((name, path)) = weights.paths.iter().find(|(name, _)| !is_known(name)) {
         let message = "is no part of this architecture; check config.json".to_string();
         return Err(Error::Tensor { path: path.clone(), tensor: name.clone(), message });
     }
@@ -80,6 +105,9 @@ fn read(model: &Model, weights: &WeightFiles) -> Result<Parameters> {
     }
     Ok(parameters)
 }
+
+/// What a classifier puts before the names of the model below its head.
+const CLASSIFIER_PREFIX: &str = "transformer.";
 
 /// Aliases and a table without effect that old files contain.
 const IGNORED: [&str; 3] = [
@@ -271,6 +299,8 @@ fn convert<const SIZE: usize>(bytes: &[u8], target: &mut [f32], element: impl Fn
 pub fn save_pretrained(model: &Model, parameters: &Parameters, directory: &Path) -> Result<()> {
     let config = model.config();
     let class = match config.model_type {
+        // As it is in the configuration.
+        _ if config.is_classifier() => config.extra["architectures"][0].as_str().unwrap_or_default(),
         ModelType::T5 => "T5ForConditionalGeneration",
         ModelType::Mt5 => "MT5ForConditionalGeneration",
         ModelType::Umt5 => "UMT5ForConditionalGeneration",

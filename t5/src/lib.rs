@@ -8,6 +8,7 @@
 mod adapter_files;
 mod arena;
 mod batch;
+mod classifier;
 mod config;
 mod error;
 mod flops;
@@ -30,7 +31,7 @@ pub use config::{Config, FeedForwardKind, ModelType};
 pub use error::{Error, Result};
 pub use flops::{BatchShape, training_flops};
 pub use generate::{EarlyStopping, Generated, Generation, GenerationOptions, Generator, OnToken, Sources, TokenIds};
-pub use hub_files::{load_embedded, load_pretrained, open_pretrained, save_pretrained};
+pub use hub_files::{load_classifier, load_embedded, load_pretrained, open_pretrained, save_pretrained};
 pub use init::initialize;
 pub use lora::{LoraSpec, TargetModules, adapter_arena, initialize_adapter};
 pub use model::{LossSums, Model, TrainOptions};

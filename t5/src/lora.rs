@@ -276,13 +276,7 @@ pub(crate) fn untie(model: &Model, weights: &Parameters) -> Result<(Model, Param
     let config = Config { tie_word_embeddings: false, scale_decoder_outputs: is_scaled, ..model.config().clone() };
     let untied = Model::new(model.device(), config)?;
     let mut copy = untied.zero_parameters(DType::F32)?;
-    for tensor in untied.layout().tensors() {
-        let source = if tensor.name == "lm_head.weight" { "shared.weight" } else { &tensor.name };
-        // Every other tensor is the tied model's too.
-        if let Some(source) = model.layout().tensors().iter().find(|one| one.name == source) {
-            ops::cast(weights.slot(source.slot()), copy.slot_mut(tensor.slot()))?;
-        }
-    }
+    copy.copy_by_name(weights, |name| Some(if name == "lm_head.weight" { "shared.weight" } else { name }))?;
     Ok((untied, copy))
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use quintet_kernels::ops::CrossEntropy;
 use quintet_kernels::{DType, Device, Tensor};
 
+use crate::classifier::Classifier;
 use crate::parameters::{Layout, Parameters, Weights};
 use crate::pass::{BackwardPass, Masks, OnFinished, Pass};
 use crate::stack::{Encoded, Keep, Stack, StackSaved};
@@ -91,7 +92,11 @@ impl Model {
         let pass = self.inference_pass(weights);
         let forward = self.forward(&pass, batch, Keep::Nothing)?;
         let loss = CrossEntropy { scale: self.config.head_scale(), label_smoothing: 0.0, gradient_scale: 1.0 };
-        let losses = head::loss(&pass, forward.decoded.view(), batch.labels.view(), loss)?;
+        let (decoded, labels) = (forward.decoded.view(), batch.labels.view());
+        let losses = match self.classifier(batch) {
+            Some(classifier) => classifier.loss(&pass, decoded, labels, CrossEntropy { scale: 1.0, ..loss })?,
+            None => head::loss(&pass, decoded, labels, loss)?,
+        };
         sums(&losses)
     }
 
@@ -127,7 +132,11 @@ impl Model {
         let mut backward = BackwardPass { pass: &pass, gradients, on_finished };
 
         let loss = CrossEntropy { scale: self.config.head_scale(), label_smoothing, gradient_scale };
-        let (losses, d_decoded) = head::train(&mut backward, decoded.view(), batch.labels.view(), loss)?;
+        let (h, labels) = (decoded.view(), batch.labels.view());
+        let (losses, d_decoded) = match self.classifier(batch) {
+            Some(classifier) => classifier.train(&mut backward, h, labels, CrossEntropy { scale: 1.0, ..loss })?,
+            None => head::train(&mut backward, h, labels, loss)?,
+        };
         drop(decoded);
         if let Some(head) = self.layout.lm_head {
             backward.finished(head.start());
@@ -139,6 +148,21 @@ impl Model {
         self.encoder(batch).backward(&mut backward, encoder, d_encoded, None)?;
         backward.finished(0);
         sums(&losses)
+    }
+
+    /// The classes' logits `[examples, classes]`, on the host, of a classifier.
+    pub fn classify<'a>(&'a self, weights: impl Into<Weights<'a>>, batch: &Batch) -> Result<Vec<f32>> {
+        let pass = self.inference_pass(weights.into());
+        let forward = self.forward(&pass, batch, Keep::Nothing)?;
+        let classifier = self.classifier(batch).expect("a classifier is asked to classify"); // why: the caller knows
+        let logits = classifier.logits(&pass, forward.decoded.view())?;
+        Ok(pass.cast(logits.view(), DType::F32)?.download()?)
+    }
+
+    fn classifier<'a>(&'a self, batch: &'a Batch) -> Option<Classifier<'a>> {
+        let layout = self.layout.classifier.as_ref()?;
+        let pooled_rows = batch.pooled_rows.as_ref().expect("a classifier's batch is one for it"); // why: the caller knows
+        Some(Classifier { layout, pooled_rows: pooled_rows.view() })
     }
 
     fn forward(&self, pass: &Pass, batch: &Batch, keep: Keep) -> Result<Forward> {

@@ -39,7 +39,7 @@ struct Saved {
 
 impl Classifier<'_> {
     fn mask(&self, pass: &Pass, place: Place) -> Dropout {
-        pass.mask_of(pass.config.classifier_dropout(), Site { decoder: true, block: 0 }, place)
+        pass.mask_of(pass.config.classifier_dropout, Site { decoder: true, block: 0 }, place)
     }
 
     /// `x · wᵀ + b`
@@ -66,18 +66,19 @@ impl Classifier<'_> {
         Ok((logits, Saved { pooled, hidden, dropped, ones }))
     }
 
-    /// `[B,C]`
-    pub(crate) fn logits(&self, pass: &Pass, decoded: View) -> Result<Tensor> {
-        Ok(self.forward(pass, decoded)?.0)
-    }
-
-    /// The losses of the examples, `[B,1]`.
-    pub(crate) fn loss(&self, pass: &Pass, decoded: View, labels: View, loss: CrossEntropy) -> Result<Tensor> {
-        let logits = self.logits(pass, decoded)?;
+    /// The losses of the examples `[B,1]`, and the logits `[B,C]`.
+    pub(crate) fn loss(
+        &self,
+        pass: &Pass,
+        decoded: View,
+        labels: View,
+        loss: CrossEntropy,
+    ) -> Result<(Tensor, Tensor)> {
+        let (logits, _) = self.forward(pass, decoded)?;
         let mut losses = pass.device.empty(DType::F32, logits.rows(), 1)?;
-        let one = pass.cast(identity(pass.device, logits.cols())?.view(), logits.dtype())?;
+        let one = one(pass, &logits)?;
         ops::cross_entropy_forward(logits.view(), one.view(), labels, loss, losses.view_mut())?;
-        Ok(losses)
+        Ok((losses, logits))
     }
 
     /// The losses, and the gradient of the decoder's output `[N,D]`; that of the head's parameters is added to the others.
@@ -92,10 +93,9 @@ impl Classifier<'_> {
         let (logits, saved) = self.forward(pass, decoded)?;
         let mut losses = pass.device.empty(DType::F32, logits.rows(), 1)?;
         let mut d_logits = pass.empty(logits.rows(), logits.cols())?;
-        let one = pass.cast(identity(pass.device, logits.cols())?.view(), logits.dtype())?;
-        let d_view = d_logits.view_mut();
+        let one = one(pass, &logits)?;
         let (h, w) = (logits.view(), one.view());
-        ops::cross_entropy_forward_backward(h, w, labels, loss, losses.view_mut(), d_view, None)?;
+        ops::cross_entropy_forward_backward(h, w, labels, loss, losses.view_mut(), d_logits.view_mut(), None)?;
         let d_decoded = self.backward(backward, decoded, saved, d_logits.view())?;
         Ok((losses, d_decoded))
     }
@@ -134,4 +134,10 @@ impl Classifier<'_> {
         }
         backward.linear(w, d_y, x.view())
     }
+}
+
+/// The loss multiplies by an output head's matrix; of a classifier it is the identity, because its layers have biases and
+/// may have adapters.
+fn one(pass: &Pass, logits: &Tensor) -> Result<Tensor> {
+    pass.cast(identity(pass.device, logits.cols())?.view(), logits.dtype())
 }

@@ -10,6 +10,7 @@ use quintet_kernels::{DType, Device, Tensor, View, ViewMut, ops};
 
 use crate::arena::{Adapter, Arena, Slot};
 use crate::classifier::ClassifierLayout;
+use crate::config::ModelClass;
 use crate::{Config, Result};
 
 /// Where each tensor lies in the arena of a configuration.
@@ -17,10 +18,13 @@ use crate::{Config, Result};
 pub struct Layout {
     arena: Arc<Arena>,
     pub(crate) shared: Slot,
-    /// `None` where the head is tied to `shared`.
+    /// The output head, where it has a weight of its own.
     pub(crate) lm_head: Option<Slot>,
+    /// The embedding, where it is the output head's weight too.
+    pub(crate) tied_head: Option<Slot>,
     pub(crate) encoder: StackLayout,
-    pub(crate) decoder: StackLayout,
+    /// `None` of an encoder alone.
+    decoder: Option<StackLayout>,
     /// In the place of an output head.
     pub(crate) classifier: Option<ClassifierLayout>,
 }
@@ -75,15 +79,17 @@ pub(crate) struct FeedForwardLayout {
 
 impl Layout {
     pub fn new(config: &Config) -> Self {
-        let prefix = if config.is_classifier() { "transformer." } else { "" };
-        let mut builder = Builder { arena: Arena::default(), prefix };
+        let class = config.class();
+        let mut builder = Builder { arena: Arena::default(), prefix: class.prefix() };
         let shared = builder.matrix("shared.weight", config.vocab_size, config.d_model);
         let encoder = builder.stack(config, "encoder", config.num_layers);
-        let decoder = builder.stack(config, "decoder", config.decoder_layers());
-        let lm_head = (!config.tie_word_embeddings && !config.is_classifier())
+        let decoder = (class != ModelClass::Encoder).then(|| builder.stack(config, "decoder", config.decoder_layers()));
+        let generates = class == ModelClass::ConditionalGeneration;
+        let lm_head = (generates && !config.tie_word_embeddings)
             .then(|| builder.matrix("lm_head.weight", config.vocab_size, config.d_model));
-        let classifier = config.is_classifier().then(|| builder.classifier(config));
-        Layout { arena: Arc::new(builder.arena), shared, lm_head, encoder, decoder, classifier }
+        let classifier = (class == ModelClass::SequenceClassification).then(|| builder.classifier(config));
+        let tied_head = (generates && config.tie_word_embeddings).then_some(shared);
+        Layout { arena: Arc::new(builder.arena), shared, lm_head, tied_head, encoder, decoder, classifier }
     }
 
     /// The map of the arena.
@@ -91,14 +97,18 @@ impl Layout {
         &self.arena
     }
 
-    /// The embedding where it is the output head's weight too.
-    pub(crate) fn tied_head(&self) -> Option<Slot> {
-        (self.lm_head.is_none() && self.classifier.is_none()).then_some(self.shared)
+    /// The weight of the output head: its own, or the embedding's.
+    ///
+    /// # Panics
+    /// If the model has none: it classifies, or only encodes.
+    pub(crate) fn head(&self) -> Slot {
+        self.lm_head.or(self.tied_head).expect("a model that generates") // why: who asks has looked at the class
     }
 
-    /// The weight of the output head: its own, or the embedding's.
-    pub(crate) fn head(&self) -> Slot {
-        self.lm_head.unwrap_or(self.shared)
+    /// # Panics
+    /// If the model only encodes.
+    pub(crate) fn decoder(&self) -> &StackLayout {
+        self.decoder.as_ref().expect("a model that decodes") // why: who asks has looked at the class
     }
 }
 
@@ -257,7 +267,7 @@ impl Parameters {
     }
 
     /// Copies tensors of the same shapes from another arena; `source` is what each of this one's is called there.
-    pub(crate) fn copy_by_name(&mut self, from: &Parameters, source: impl Fn(&str) -> Option<&str>) -> Result<()> {
+    pub(crate) fn copy_by_name(&mut self, from: &Parameters, source: impl Fn(&str) -> Option<String>) -> Result<()> {
         for tensor in self.arena.clone().tensors() {
             let source = source(&tensor.name).and_then(|name| from.arena.tensors().iter().find(|one| one.name == name));
             if let Some(source) = source {

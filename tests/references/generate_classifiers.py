@@ -7,8 +7,11 @@ For every model a directory `NAME/classifier` holds
 
     config.json              as `save_pretrained` writes it for a ...ForSequenceClassification
     head.safetensors         the tensors of the head; all others are the model's, under the prefix `transformer.`
-    gradients.safetensors    d loss / d parameter, without those of the vocabulary's size
+    gradients.safetensors    d loss / d parameter
     expected.json            labels of the batch's sources, logits, loss and gradient norm
+
+and beside it `NAME/encoder.safetensors` the last hidden states that ...EncoderModel gives the batch's sources, one source
+after the other without padding: `last_hidden_state` [tokens, d_model].
 
 All is f32, on the CPU, without dropout.
 """
@@ -21,7 +24,7 @@ from pathlib import Path
 import torch
 from generate import DEFAULT_OUTPUT, MODELS, load, padded, read_json, write_json
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTextEncoding
 
 CLASSES = {0: "bad", 1: "good", 2: "so-so"}
 LABELS = [2, 0, 1, 1, 0]
@@ -57,17 +60,26 @@ def write(directory):
     save_file(head, out / "head.safetensors", metadata={"format": "pt"})
     gradients = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
     norm = math.sqrt(sum(g.double().pow(2).sum().item() for g in gradients.values()))
-    kept = {name: g for name, g in gradients.items() if "shared" not in name and "embed_tokens" not in name}
-    save_file(kept, out / "gradients.safetensors", metadata={"format": "pt"})
+    save_file(gradients, out / "gradients.safetensors", metadata={"format": "pt"})
     expected = {"labels": LABELS, "loss": output.loss.item(), "logits": output.logits.tolist(), "grad_norm": norm}
     write_json(out / "expected.json", expected)
     return output.loss.item()
 
 
+def write_encoder(directory):
+    model = AutoModelForTextEncoding.from_pretrained(directory, attn_implementation="eager").eval()
+    states = []
+    with torch.no_grad():
+        for row in read_json(directory / "batch.json")["source"]:
+            states.append(model(input_ids=torch.tensor([row])).last_hidden_state[0])
+    save_file({"last_hidden_state": torch.cat(states)}, directory / "encoder.safetensors", metadata={"format": "pt"})
+    return type(model).__name__
+
+
 def main():
     output = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_OUTPUT
     for name in MODELS:
-        print(name, write(output / name))
+        print(name, write(output / name), write_encoder(output / name))
 
 
 if __name__ == "__main__":

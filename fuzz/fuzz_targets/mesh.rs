@@ -73,7 +73,8 @@ fn answer(bytes: &[u8]) {
             // Until the other end is done.
             let _ = peer.read_to_end(&mut Vec::new());
         });
-        let membership = Membership { rank: 1, members: &members, token: &TOKEN, identity: None, generation: GENERATION };
+        let membership =
+            Membership { rank: 1, members: &members, token: &TOKEN, identity: None, generation: GENERATION };
         let mesh = Mesh::connect(&listener, membership, Instant::now() + PATIENCE, PATIENCE, Interrupter::new());
         let mut collective = Collective::tcp(mesh.expect("a handshake"));
         for step in 0..3 {

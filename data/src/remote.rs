@@ -229,7 +229,7 @@ mod tests {
             let tokenizer = Arc::new(Tokenizer::from_spec(&TokenizerSpec::ByT5, [].into_iter(), None).unwrap());
             let local = Splits::load(&config, here.path(), 7).unwrap();
             let catalogue = catalogue(&local, |_| {});
-            let fetched = Splits::fetched(&config, elsewhere.path(), 7, &catalogue).unwrap();
+            let fetched = Splits::fetched(&config, elsewhere.path(), 7, &catalogue, false).unwrap();
             assert_eq!(fetched.fingerprint(), local.fingerprint(), "{settings}");
             let [local, fetched] = [local, fetched].map(|splits| splits.tokenized(&tokenizer).unwrap());
             assert_eq!(fetched.order(), local.order());
@@ -266,7 +266,7 @@ mod tests {
             |leaves| drop(leaves.pop()),
         ];
         for (number, spoil) in spoils.into_iter().enumerate() {
-            let fetched = Splits::fetched(&config, directory.path(), 7, &catalogue(&local, spoil)).unwrap();
+            let fetched = Splits::fetched(&config, directory.path(), 7, &catalogue(&local, spoil), false).unwrap();
             let packer =
                 Packer::new(Arc::new(fetched.train.clone()), tokenizer.clone(), fetched.order(), config.limits());
             let error = packer.pack(0, 0..20).unwrap_err();
@@ -274,6 +274,6 @@ mod tests {
         }
         // Of a job with another number of sources.
         let few = Catalogue { stores: Vec::new(), ..catalogue(&local, |_| {}) };
-        assert!(Splits::fetched(&config, directory.path(), 7, &few).is_err());
+        assert!(Splits::fetched(&config, directory.path(), 7, &few, false).is_err());
     }
 }

@@ -79,14 +79,14 @@ impl Splits {
     }
 
     /// The same of another machine's examples. Those to train on are got as they are needed; the others now, and all of
-    /// them where what is to be made of one depends on others: of shots, of classes to stratify by, and where spans are
-    /// masked. What is large of these is kept in the folder of caches.
+    /// them where they are wanted as a `whole` or what is to be made of one depends on others: of shots, of classes to
+    /// stratify by, and where spans are masked. What is large of these is kept in the folder of caches.
     ///
     /// # Errors
     /// A wrong setting; [`Error::Origin`].
-    pub fn fetched(config: &DataConfig, base: &Path, seed: u64, catalogue: &Catalogue) -> Result<Self> {
+    pub fn fetched(config: &DataConfig, base: &Path, seed: u64, catalogue: &Catalogue, whole: bool) -> Result<Self> {
         let mut shelves = Shelves::new(catalogue);
-        Self::load_by(config, base, seed, |task| fetch_task(task, base, seed, &mut shelves))
+        Self::load_by(config, base, seed, |task| fetch_task(task, base, seed, &mut shelves, whole))
     }
 
     fn load_by(
@@ -217,7 +217,7 @@ fn load_task(task: &DataConfig, base: &Path, seed: u64) -> Result<Loaded> {
 }
 
 /// As [`load_task`], of another machine's stores.
-fn fetch_task(task: &DataConfig, base: &Path, seed: u64, shelves: &mut Shelves<'_>) -> Result<Loaded> {
+fn fetch_task(task: &DataConfig, base: &Path, seed: u64, shelves: &mut Shelves<'_>, whole: bool) -> Result<Loaded> {
     let stride = Renderer::new(task)?.stride();
     let place = task.place(base, "fetched", Key::from_bytes([0; 32]));
     let mut all = Texts::new(shelves.next()?, stride);
@@ -229,7 +229,7 @@ fn fetch_task(task: &DataConfig, base: &Path, seed: u64, shelves: &mut Shelves<'
         None => None,
     };
     let Loaded { train, validation, notes } = chosen(task, seed, all, validation, [0; 4])?;
-    let train = match task.num_shots > 0 || task.objective != Objective::Seq2Seq {
+    let train = match whole || task.num_shots > 0 || task.objective != Objective::Seq2Seq {
         true => train.at_hand(place.clone())?,
         false => train,
     };

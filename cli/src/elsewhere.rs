@@ -2,10 +2,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use quintet_coordinator::share;
 use quintet_worker::fetch::{self, Fetched};
+use quintet_worker::outbox::Outbox;
 use quintet_worker::remote::Remote;
 
 use crate::error::Result;
@@ -14,7 +16,7 @@ use crate::job::Job;
 
 /// A worker's machine, as a job finds it.
 pub(crate) struct Machine<'a> {
-    pub(crate) remote: &'a Remote,
+    pub(crate) remote: &'a Arc<Remote>,
     /// Of the job's relative paths.
     pub(crate) base: &'a Path,
     /// The content of the coordinator's probe.
@@ -22,18 +24,29 @@ pub(crate) struct Machine<'a> {
 }
 
 /// What a job's paths have become.
-#[derive(Default)]
 pub(crate) struct Settled {
     /// What goes through the coordinator, and why.
     pub(crate) notes: Vec<String>,
     /// Artifacts in use, so that nobody removes them.
     pub(crate) fetched: Vec<Fetched>,
+    /// Where what the run keeps is written.
+    pub(crate) output: Outbox,
 }
 
 impl Machine<'_> {
-    /// Has the job name what is on this machine: its model and adapter, fetched if need be, and a folder for caches.
+    /// Has the job name what is on this machine: its model and adapter, fetched if need be, and folders to write to.
     pub(crate) fn settle(&self, job: &mut Job) -> Result<Settled> {
-        let mut settled = Settled::default();
+        let (mut notes, fetched) = (Vec::new(), Vec::new());
+        let output = if self.sees(&job.output_dir) {
+            Outbox::shared(job.output_dir.clone())
+        } else {
+            notes.push(format!("writes through here ({} is not shared)", job.output_dir.display()));
+            if job.data.cache_dir == Some(job.output_dir.join("cache")) {
+                job.data.cache_dir = Some(cache().join("data"));
+            }
+            Outbox::through(Arc::clone(self.remote), cache())?
+        };
+        let mut settled = Settled { notes, fetched, output };
         if let Some(name) = job.model.pretrained.clone() {
             job.model.pretrained = Some(self.model(&name, &mut settled)?.display().to_string());
         }
@@ -44,9 +57,6 @@ impl Machine<'_> {
             let why = format!("{name}: no adapter in {}", self.base.display());
             lora.pretrained =
                 Some(self.fetch(share::ADAPTER, "the adapter", &why, &mut settled)?.display().to_string());
-        }
-        if !self.sees(&job.output_dir) && job.data.cache_dir == Some(job.output_dir.join("cache")) {
-            job.data.cache_dir = Some(cache().join("data"));
         }
         Ok(settled)
     }

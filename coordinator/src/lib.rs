@@ -17,6 +17,7 @@ pub mod files;
 mod gate;
 pub mod journal;
 pub mod launch;
+mod receive;
 pub mod secret;
 pub mod server;
 pub mod share;

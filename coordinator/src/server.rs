@@ -12,8 +12,8 @@ use std::time::{Duration, Instant, SystemTime};
 use quintet_identity::Role;
 use quintet_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use quintet_proto::v1::{
-    self, FromWorker, Hello, JoinReply, JoinRequest, LeavesReply, LeavesRequest, ListReply, ListRequest, Piece,
-    ReadRequest, ToWorker, from_worker::Report, to_worker::Command,
+    self, FromWorker, Hello, JoinReply, JoinRequest, LeavesReply, LeavesRequest, ListReply, ListRequest, Part, Piece,
+    Published, ReadRequest, ToWorker, from_worker::Report, part::Content, to_worker::Command,
 };
 use quintet_proto::{FROM_WORKER_BYTES_MAX, PROTOCOL_VERSION, TO_WORKER_BYTES_MAX};
 use tokio::net::TcpListener;
@@ -421,6 +421,20 @@ impl Coordinator for Service {
     async fn read(&self, request: Request<ReadRequest>) -> std::result::Result<Response<Self::ReadStream>, Status> {
         let ReadRequest { artifact, name, offset, .. } = self.of_worker(request, |request| &request.run_token)?;
         self.share.content(&artifact, &name, offset).await.map(Response::new)
+    }
+
+    async fn publish(&self, request: Request<Streaming<Part>>) -> std::result::Result<Response<Published>, Status> {
+        self.admission.check_certificate(&request, Role::Worker)?;
+        let peer = peer(&request)?;
+        let mut parts = request.into_inner();
+        let first = tokio::time::timeout(HELLO_TIMEOUT, parts.message()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("no publication in time"))??;
+        let Some(Part { content: Some(Content::Publication(publication)) }) = first else {
+            return Err(Status::invalid_argument("the first part must be the publication"));
+        };
+        self.admission.check_secret(&publication.run_token)?;
+        peer.admit();
+        self.share.publish(publication, parts).await.map(Response::new)
     }
 }
 

@@ -10,13 +10,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use quintet_data::{LEAVES_MAX, Shelf};
-use quintet_proto::v1::{self, LeavesReply, ListReply, Piece};
+use quintet_proto::v1::{self, LeavesReply, ListReply, Part, Piece, Publication, Published};
 use quintet_proto::{HASH_BYTES, PIECE_BYTES};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::Status;
+use tonic::{Status, Streaming};
 
 use crate::Error;
+use crate::receive;
 use crate::secret::Secret;
 
 /// Answers grow no larger than this by more than one leaf.
@@ -30,7 +31,7 @@ const FILES_MAX: usize = 1024;
 /// What a model or a checkpoint consists of: weights, configurations, tokenizers.
 const EXTENSIONS: [&str; 3] = ["safetensors", "json", "model"];
 
-type Answer<T> = Result<T, Status>;
+pub(crate) type Answer<T> = Result<T, Status>;
 
 /// What may be read.
 #[derive(Clone, Debug)]
@@ -51,7 +52,7 @@ pub const PROBE: &str = ".probe";
 pub const MODEL: &str = "model";
 /// The adapter that the job begins with.
 pub const ADAPTER: &str = "adapter";
-const CHECKPOINTS: &str = "checkpoints/";
+pub(crate) const CHECKPOINTS: &str = "checkpoints/";
 
 impl Share {
     /// The run's examples, the directories of [`MODEL`] and [`ADAPTER`] as far as there are any, and that of the run, in
@@ -64,6 +65,7 @@ impl Share {
         directories: impl IntoIterator<Item = (&'static str, PathBuf)>,
         output_dir: PathBuf,
     ) -> crate::Result<Self> {
+        receive::remove_leftovers(&output_dir);
         let (path, probe) = (output_dir.join(PROBE), Secret::generate()?.to_hex());
         fs::write(&path, &probe).map_err(Error::file("write", &path))?;
         let readers = Arc::new(Semaphore::new(READERS_MAX));
@@ -108,7 +110,16 @@ impl Share {
         .await
     }
 
+    /// Receives what a worker hands in.
+    pub(crate) async fn publish(&self, publication: Publication, parts: Streaming<Part>) -> Answer<Published> {
+        let _permit = self.permit().await?;
+        receive::receive(&self.output_dir, publication, parts).await.map(|()| Published {})
+    }
+
     pub(crate) async fn list(&self, artifact: &str) -> Answer<ListReply> {
+        if artifact == CHECKPOINTS.trim_end_matches('/') {
+            return self.checkpoints().await;
+        }
         let (directory, digests) = (self.directory(artifact)?, Arc::clone(&self.digests));
         self.read(move || {
             let mut files = Vec::new();
@@ -120,6 +131,18 @@ impl Share {
                 files.push(v1::File { name, bytes, digest: digest.as_bytes().to_vec() });
             }
             Ok(ListReply { files })
+        })
+        .await
+    }
+
+    /// The names of checkpoints.
+    async fn checkpoints(&self) -> Answer<ListReply> {
+        let directory = self.output_dir.join(CHECKPOINTS);
+        self.read(move || {
+            let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
+            let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+            let names = names.filter(|name| checkpoint_name(name).is_ok());
+            Ok(ListReply { files: names.map(|name| v1::File { name, ..v1::File::default() }).collect() })
         })
         .await
     }
@@ -269,6 +292,8 @@ mod tests {
         let model = listed(share.list(MODEL).await.unwrap());
         assert_eq!(model, [("config.json".to_owned(), 2), ("model.safetensors".to_owned(), 7)]);
         assert_eq!(listed(share.list("checkpoints/step-00000007").await.unwrap()).len(), 1);
+        let checkpoints = listed(share.list("checkpoints").await.unwrap());
+        assert_eq!(checkpoints, [("step-00000007".to_owned(), 0)]);
         for artifact in [
             "",
             ADAPTER,

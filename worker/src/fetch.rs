@@ -7,6 +7,9 @@
 //! ```
 //! A directory is named by the digest of its files' names, lengths and digests, so that what is there is what is wanted.
 
+#[cfg(test)]
+mod tests;
+
 use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};

@@ -18,6 +18,7 @@ pub mod healing;
 pub mod memory;
 pub mod metrics;
 pub mod optimizer;
+pub mod outbox;
 pub mod output;
 pub mod rank;
 pub mod remote;

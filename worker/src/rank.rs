@@ -22,11 +22,12 @@ use quintet_t5::{Model, Parameters};
 
 use crate::access::Access;
 use crate::adapter::{Adapter, Base};
-use crate::checkpoint::{self, Progress};
+use crate::checkpoint::{Loaded, Progress};
 use crate::collective::{Collective, Interrupter, Listener, Membership, Mesh};
 use crate::config::{EvaluationConfig, LoraConfig, ModelSection, ModelTask, Precision, TrainingConfig};
 use crate::evaluation::{self, BatchEvaluation, EvaluationTask};
 use crate::gradient::StepGradient;
+use crate::outbox::Outbox;
 use crate::remote::Remote;
 use crate::replica::{self, Replica, Update};
 use crate::saver::{self, Image, Saver};
@@ -45,7 +46,8 @@ pub struct RankJob {
     pub data: DataConfig,
     pub training: TrainingConfig,
     pub evaluation: EvaluationConfig,
-    pub output_dir: PathBuf,
+    /// Where what the run keeps is written.
+    pub output: Outbox,
     /// What relative paths of the job are relative to.
     pub base_dir: PathBuf,
     /// The run's tokenizer, as the coordinator sent it.
@@ -74,12 +76,6 @@ pub struct RankJob {
     pub stores: Vec<StoreAbout>,
     /// What is read or written through the coordinator, and why, for people.
     pub through_coordinator: Vec<String>,
-}
-
-impl RankJob {
-    fn checkpoints(&self) -> PathBuf {
-        self.output_dir.join("checkpoints")
-    }
 }
 
 /// How long the ranks of a generation may take to find each other.
@@ -157,7 +153,7 @@ impl Rank {
         let packer = evaluation::packer(&train, &tokenizer, order, job.data.limits(), &task);
         let loader = Loader::new(packer, TOKENIZER_THREADS);
         let gradient = StepGradient::new(replica.model().device(), replica.master().layout().len())?;
-        let saver = Saver::new(job.checkpoints(), job.training.save_total_limit.map(|keep| keep as usize));
+        let saver = Saver::new(job.output.clone(), job.training.save_total_limit.map(|keep| keep as usize));
         let rank = Rank {
             held: job.start,
             fingerprint,
@@ -370,7 +366,7 @@ impl Rank {
         if actions.finish {
             if place.rank == 0 {
                 let best = self.read_best(actions.best_step)?;
-                output::write_model(&self.job.output_dir, &self.replica, best.as_ref(), &self.tokenizer)?;
+                output::write_model(&self.job.output, &self.replica, best.as_ref(), &self.tokenizer)?;
             }
             session.send(Report::Finished(Finished {
                 generation: place.generation,
@@ -507,8 +503,9 @@ impl Rank {
         if step == 0 || step == self.replica.step() {
             return Ok(None);
         }
-        let loaded = checkpoint::load(&checkpoint::path(&self.job.checkpoints(), step))?;
-        self.replica.read_weights(|name, shape, values| loaded.model.read(name, shape, values)).map(Some)
+        self.job.output.with_checkpoint(step, |loaded| {
+            self.replica.read_weights(|name, shape, values| loaded.model.read(name, shape, values)).map(Some)
+        })
     }
 
     /// Copies the state of the committed step for a checkpoint, which is then written while training goes on. The one of
@@ -549,7 +546,7 @@ impl Rank {
             batches.extend(share);
         }
         let evaluation = task.summarize(batches);
-        output::write_predictions(&self.job.output_dir, &evaluation.predictions)?;
+        output::write_predictions(&self.job.output, &evaluation.predictions)?;
         session.send(Report::Evaluated(Evaluated {
             step,
             loss: evaluation.loss,
@@ -608,7 +605,10 @@ fn open_adapter(
 
 /// Takes over the checkpoint that the coordinator resumes from.
 fn restore(job: &RankJob, step: u64, replica: &mut Replica) -> Result<()> {
-    let loaded = checkpoint::load(&checkpoint::path(&job.checkpoints(), step))?;
+    job.output.with_checkpoint(step, |loaded| restore_from(job, loaded, replica))
+}
+
+fn restore_from(job: &RankJob, loaded: Loaded, replica: &mut Replica) -> Result<()> {
     if loaded.progress.job_fingerprint != job.fingerprint {
         let problem = "belongs to a job with other data, model or training settings".to_string();
         return Err(Error::Checkpoint { path: loaded.path, problem });

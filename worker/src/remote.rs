@@ -4,16 +4,22 @@
 //! needed first. A coordinator that is away may come back, so that they are tried again for as long as a session would be.
 
 use std::fmt;
+use std::fs::File;
+use std::io::Read;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use quintet_data::{Leaf, Origin};
-use quintet_proto::HASH_BYTES;
 use quintet_proto::v1::coordinator_client::CoordinatorClient;
-use quintet_proto::v1::{self, LeavesReply, LeavesRequest, ListRequest, ReadRequest};
+use quintet_proto::v1::part::Content;
+use quintet_proto::v1::{self, LeavesReply, LeavesRequest, ListRequest, Part, Publication, ReadRequest};
+use quintet_proto::{HASH_BYTES, PIECE_BYTES};
 use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
@@ -23,6 +29,9 @@ use crate::{Error, Result};
 
 /// Pauses between attempts.
 const PAUSES: std::ops::RangeInclusive<Duration> = Duration::from_millis(50)..=Duration::from_secs(1);
+
+/// Pieces that are read ahead of the network.
+const PARTS_AHEAD: usize = 4;
 
 /// The coordinator's machine.
 pub struct Remote {
@@ -132,6 +141,24 @@ impl Remote {
         }
     }
 
+    /// Puts an artifact into the run's directory: `files`, whose contents are at `paths`. What breaks off is sent again.
+    ///
+    /// # Errors
+    /// As of [`Remote::list`].
+    pub fn publish(&self, artifact: &str, files: Vec<v1::File>, paths: &[PathBuf], removed: Vec<String>) -> Result<()> {
+        let (run_token, artifact) = (self.access.run_token(), artifact.to_owned());
+        let publication = Publication { run_token, artifact, files, removed };
+        let published = self.call(async |mut client| {
+            let (parts, sent) = mpsc::channel(PARTS_AHEAD);
+            let (publication, paths) = (publication.clone(), paths.to_vec());
+            // What ends early is refused over there.
+            tokio::task::spawn_blocking(move || send_files(publication, &paths, &parts));
+            client.publish(ReceiverStream::new(sent)).await?;
+            Ok(())
+        });
+        published.map_err(|failure| failure.into_error(&format!("write {}", publication.artifact)))
+    }
+
     /// Makes attempts until one succeeds or is refused, or patience is at its end.
     fn call<T>(
         &self,
@@ -184,6 +211,23 @@ impl Remote {
         // Nobody panics between lock and unlock.
         self.client.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Sends a publication and its files' contents, until somebody has heard enough.
+fn send_files(publication: Publication, paths: &[PathBuf], parts: &mpsc::Sender<Part>) -> std::io::Result<()> {
+    let send = |content| parts.blocking_send(Part { content: Some(content) }).map_err(std::io::Error::other);
+    send(Content::Publication(publication))?;
+    for path in paths {
+        let mut file = File::open(path)?;
+        loop {
+            let mut data = Vec::with_capacity(PIECE_BYTES);
+            if file.by_ref().take(PIECE_BYTES as u64).read_to_end(&mut data)? == 0 {
+                break;
+            }
+            send(Content::Data(data))?;
+        }
+    }
+    Ok(())
 }
 
 impl Failure {

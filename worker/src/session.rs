@@ -146,7 +146,7 @@ struct Vitals {
 }
 
 /// Tells other threads when the coordinator has said stop.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Ended(Arc<Vitals>);
 
 impl Ended {
@@ -495,7 +495,7 @@ mod tests {
     use quintet_proto::TOKEN_BYTES;
     use quintet_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
     use quintet_proto::v1::{Finished, JoinReply, JoinRequest, LeavesReply, LeavesRequest, ListReply, ListRequest};
-    use quintet_proto::v1::{Piece, ReadRequest};
+    use quintet_proto::v1::{Part, Piece, Published, ReadRequest};
     use tokio_stream::{Stream, StreamExt};
     use tonic::{Request, Response};
 
@@ -523,6 +523,10 @@ mod tests {
         }
 
         async fn list(&self, _: Request<ListRequest>) -> std::result::Result<Response<ListReply>, Status> {
+            Err(Status::unimplemented("no files"))
+        }
+
+        async fn publish(&self, _: Request<Streaming<Part>>) -> std::result::Result<Response<Published>, Status> {
             Err(Status::unimplemented("no files"))
         }
 

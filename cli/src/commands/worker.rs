@@ -189,7 +189,7 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
     let address = access.address(url).map_err(quintet_worker::Error::from)?;
     let remote = Arc::new(Remote::new(address, access.clone(), reconnect_timeout, session.ended()));
     let machine = Machine { remote: &remote, base: &base_dir, probe: &welcome.probe };
-    let Settled { notes, fetched } = machine.settle(&mut job)?;
+    let Settled { notes, fetched, output } = machine.settle(&mut job)?;
     let stores = welcome.stores.iter().map(store_about).collect::<Option<_>>();
     let stores = stores.ok_or_else(|| Failure::failed("the coordinator sent a bad digest of its data"))?;
     let collective_token = welcome.collective_token.as_slice().try_into();
@@ -210,7 +210,7 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
         data: job.data,
         training: job.training,
         evaluation: job.evaluation,
-        output_dir: job.output_dir,
+        output,
         base_dir,
         tokenizer_json: welcome.tokenizer_json,
         collective_token,

@@ -140,17 +140,18 @@ fn workers_without_the_runs_files_get_them_from_the_coordinator_and_write_there(
 #[test]
 fn whoever_dies_the_run_goes_on_without_shared_files() {
     let workspace = fine_tuning("");
-    let settings = "--workers 2 training.max_steps=120 training.save_steps=3 training.save_total_limit=3";
+    let settings = "--workers 2 training.max_steps=160 training.save_steps=3 training.save_total_limit=3";
     let local = workspace.trained("local", settings);
     let mut coordinator = Coordinator::start(&workspace, "127.0.0.1:0", settings);
     let machines = [Machine::new(), Machine::new()];
     let mut workers = machines.each_ref().map(|machine| machine.worker(&mut coordinator));
     let run = workspace.output("run");
-    // Each of them was rank 0 of some generation.
+    // One after the other, so that each rank 0 is among them.
     for (victim, committed) in [(0, 15), (1, 40)] {
         assert!(coordinator.process.wait_for_lines(&run.path("ledger.jsonl"), committed));
-        let newcomer = machines[victim].worker(&mut coordinator);
-        std::mem::replace(&mut workers[victim], newcomer).kill();
+        workers[victim].signal(rustix::process::Signal::KILL);
+        coordinator.process.wait_for("lost worker ");
+        workers[victim] = machines[victim].worker(&mut coordinator);
     }
     assert!(coordinator.process.wait_for_lines(&run.path("ledger.jsonl"), 65));
     let address = coordinator.address();
@@ -160,7 +161,7 @@ fn whoever_dies_the_run_goes_on_without_shared_files() {
     for worker in workers {
         worker.wait().expect(0);
     }
-    run.check_ledger(120);
+    run.check_ledger(160);
     assert_same(&run, &local);
     for machine in machines {
         assert_eq!((machine.cached("model-").len(), machine.cached("checkpoints").len()), (1, 0));

@@ -159,7 +159,8 @@ fn read_invitation() -> Result<Invitation> {
     std::thread::spawn(|| {
         // Whatever comes is none of ours; what counts is that it ends.
         let _ = std::io::stdin().lock().read_to_end(&mut Vec::new());
-        eprintln!("error: the launcher is gone");
+        // Nor may there be anybody to read this.
+        say("error: the launcher is gone");
         std::process::exit(i32::from(exit::FAILURE));
     });
     Invitation::parse(&line).ok_or_else(|| Failure::bad_input("standard input holds no invitation of a launcher"))

@@ -2,7 +2,7 @@
 //! from `proto/quintet/v1/*.proto`. No logic lives here, only what both ends must agree on.
 
 /// Raised by every change of the contract that an older peer would misread.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// Length of the secrets in `Hello` and `Welcome`, in bytes.
 pub const TOKEN_BYTES: usize = 32;

@@ -24,4 +24,5 @@ mod parity;
 mod recovery;
 mod security;
 mod selection;
+mod sharding;
 mod structure;

@@ -24,6 +24,8 @@ pub mod scaler;
 pub mod schedule;
 mod selection;
 pub mod session;
+pub mod shards;
+mod transfer;
 
 pub use config::{EvaluationConfig, LoraConfig, ModelSection, Precision, TrainingConfig};
 pub use device::DeviceChoice;

@@ -23,7 +23,7 @@ mod top_tokens;
 
 pub use activation::{gated_gelu_backward, gated_gelu_forward, relu_backward, relu_forward};
 pub use adafactor::{Adafactor, adafactor};
-pub use adamw::{AdamW, adamw};
+pub use adamw::{AdamW, Moments, adamw};
 pub use attention::{Attention, AttentionGradients, attention_backward, attention_forward};
 pub use cached_attention::{CachedAttention, cached_attention};
 pub use cast::cast;
@@ -33,7 +33,7 @@ pub use linear::{PreparedWeight, linear_forward_prepared};
 pub use linear::{linear_backward_input, linear_backward_input_scaled, linear_backward_weight};
 pub use linear::{linear_forward, linear_forward_scaled};
 pub(crate) use modules::{KernelModule, modules};
-pub use norm::{find_not_finite, global_norm};
+pub use norm::{NORM_BLOCK, find_not_finite, global_norm, sums_of_squares};
 pub use relative_bias::{RelativeBuckets, relative_bias_backward, relative_bias_forward};
 pub use residual::{dropout, residual_forward};
 pub use rms_norm::{rms_norm_backward, rms_norm_forward};

@@ -6,7 +6,8 @@ use std::sync::LazyLock;
 use rustix::process::Signal;
 
 use crate::harness::{references, send_signal};
-use crate::jobs::{RunOutput, Workspace};
+use crate::jobs::{RunOutput, Workspace, words};
+use crate::recovery::Coordinator;
 
 /// A model of seven blocks of 32,768 weights, so that four workers have slices.
 const WIDE: &str = "model.architecture.d_model=64 model.architecture.d_ff=256";
@@ -72,9 +73,9 @@ fn nothing_differs_for_any_number_of_workers() {
 
 #[test]
 fn adapters_have_a_state_to_shard_too() {
-    let workspace = Workspace::fine_tuning(&references().join("v1_1"), "[lora]\nr = 4\n");
-    let whole = workspace.trained("whole", "--workers 1 model.tokenizer=byt5");
-    let sharded = workspace.trained("sharded", &format!("--workers 3 model.tokenizer=byt5 {SHARDED}"));
+    let workspace = Workspace::fine_tuning(&references().join("byt5"), "[lora]\nr = 4\n");
+    let whole = workspace.trained("whole", "--workers 1");
+    let sharded = workspace.trained("sharded", &format!("--workers 3 {SHARDED}"));
     assert!(sharded.weights() == whole.weights());
     assert!(optimizer(&sharded, 20) == optimizer(&whole, 20));
 }
@@ -135,6 +136,27 @@ fn a_run_is_resumed_by_any_number_sharded_or_not() {
         assert!(ended.stderr.contains("resuming after step "), "{}", ended.stderr);
         assert_undisturbed(&run);
     }
+}
+
+#[test]
+fn a_coordinator_that_comes_back_finds_all_parts_with_the_workers() {
+    let workspace = Workspace::new();
+    let run = workspace.output("run");
+    let settings = format!("--workers 3 {SHARDED} {LONG}");
+    let mut coordinator = Coordinator::start(&workspace, &words(&settings));
+    let address = coordinator.url.trim_start_matches("http://").to_string();
+    let workers = [0, 1, 2].map(|_| coordinator.worker(workspace.path(), &coordinator.token));
+    for committed in [7, 26] {
+        assert!(coordinator.process.wait_for_lines(&run.path("ledger.jsonl"), committed));
+        coordinator.process.kill();
+        coordinator = Coordinator::start_at(&workspace, &address, &words(&format!("--resume {settings}")));
+    }
+    coordinator.process.wait().expect(0);
+    for worker in workers {
+        worker.wait().expect(0);
+    }
+    assert_undisturbed(&run);
+    assert_eq!(steps_recomputed(&run), 0);
 }
 
 #[test]

@@ -205,7 +205,7 @@ fn pass_state(
 ) -> Result<()> {
     let gives = transfer.from == collective.rank();
     let optimizer = replica.optimizer_mut();
-    if gives && !covers(&optimizer.held(), &transfer.range) {
+    if gives && !optimizer.holds(&transfer.range) {
         // It can be made from where the state began; `settle` gives it up again.
         optimizer.hold(transfer.range.clone())?;
     }

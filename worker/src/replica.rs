@@ -310,7 +310,7 @@ impl Replica {
         if let Update::Apply(mean) = update {
             let rate = self.learning_rate(step);
             self.optimizer.step(rate, self.master.view_mut(), sum, mean.scale)?;
-            self.is_whole = self.optimizer.held() == [0..self.master.layout().len()];
+            self.is_whole = self.optimizer.holds(&(0..self.master.layout().len()));
             if self.is_whole {
                 self.refresh_compute()?;
             }
@@ -329,8 +329,8 @@ impl Replica {
 
     /// Whether nothing of the state has to be had from other ranks.
     pub fn has_everything(&self) -> bool {
-        let held = self.optimizer.held();
-        self.is_whole && (self.optimizer.has_origin() || held == [0..self.master.layout().len()])
+        let whole = 0..self.master.layout().len();
+        self.is_whole && (self.optimizer.has_origin() || self.optimizer.holds(&whole))
     }
 
     /// Brings the weights that other ranks have updated from them, after [`Replica::update`].

@@ -110,11 +110,11 @@ mod tests {
     #[test]
     fn a_rank_holds_two_slices_of_many_and_all_of_two() {
         let shards = Shards::sharded(40 * NORM_BLOCK, 4);
-        let blocks = |rank| -> Vec<Range<usize>> {
+        let blocks = |rank| -> Vec<[usize; 2]> {
             let parts = shards.parts(rank).into_iter();
-            parts.map(|part| part.start / NORM_BLOCK..part.end / NORM_BLOCK).collect()
+            parts.map(|part| [part.start / NORM_BLOCK, part.end / NORM_BLOCK]).collect()
         };
-        assert_eq!([blocks(0), blocks(1), blocks(3)], [vec![0..10, 30..40], vec![0..20], vec![20..40]]);
+        assert_eq!([blocks(0), blocks(1), blocks(3)], [vec![[0, 10], [30, 40]], vec![[0, 20]], vec![[20, 40]]]);
         assert!(!shards.is_replicated() && Shards::sharded(40 * NORM_BLOCK, 2).is_replicated());
         let whole: Range<usize> = 0..5000;
         assert!((0..3).all(|rank| Shards::replicated(5000, 3).parts(rank) == [whole.clone()]));

@@ -39,6 +39,11 @@ impl Optimizer {
         self.parts.iter().map(|part| part.range.clone()).collect()
     }
 
+    /// Whether one part has the state of all these elements.
+    pub fn holds(&self, range: &Range<usize>) -> bool {
+        self.parts.iter().any(|part| part.range.start <= range.start && range.end <= part.range.end)
+    }
+
     /// Whether the state of all other elements can be had from where it began: until the first update.
     pub fn has_origin(&self) -> bool {
         self.origin.is_some()

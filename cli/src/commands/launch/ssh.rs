@@ -35,7 +35,9 @@ pub(super) fn run(arguments: SshArguments) -> Result<u8> {
     }
     let ip = block_on(own_address(&ssh, &hosts))?;
     // What is wrong with the job is to be found before anything is copied.
-    let mut first = Some(prepare_run(&cluster, workers, cluster.job.resume, ip)?);
+    let first = prepare_run(&cluster, workers, cluster.job.resume, ip)?;
+    let max_restarts = first.0.job.cluster.max_restarts;
+    let mut first = Some(first);
     if let Some(pack) = pack {
         for host in &hosts {
             pipe(&pack, &ssh.unpack(host)).map_err(|failure| on(host, failure))?;
@@ -43,7 +45,7 @@ pub(super) fn run(arguments: SshArguments) -> Result<u8> {
     }
     let prepare = |resume| first.take().map_or_else(|| prepare_run(&cluster, workers, resume, ip), Ok);
     serve_to_end(prepare, |address, admission| {
-        let mut left = invitation(address, admission, workers)?;
+        let mut left = invitation(address, admission, workers, max_restarts)?;
         let remotes = hosts.iter().enumerate().map(|(index, host)| {
             let rest = left.tokens.split_off(host.slots as usize);
             let mine = std::mem::replace(&mut left.tokens, rest);

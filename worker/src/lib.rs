@@ -6,6 +6,7 @@
 pub mod access;
 pub mod adapter;
 pub mod checkpoint;
+pub mod classify;
 pub mod collective;
 pub mod config;
 pub mod device;
@@ -25,9 +26,11 @@ pub mod schedule;
 mod selection;
 pub mod session;
 pub mod shards;
+pub mod task;
 mod transfer;
 
-pub use config::{EvaluationConfig, LoraConfig, ModelSection, Precision, TrainingConfig};
+pub use config::{EvaluationConfig, LoraConfig, ModelSection, ModelTask, Precision, TrainingConfig};
 pub use device::DeviceChoice;
 pub use error::{Error, Result};
 pub use metrics::Metric;
+pub use task::Task;

@@ -34,7 +34,7 @@ impl Image {
         let mut weights = host.empty(DType::F32, 1, view.cols())?;
         view.read(weights.as_mut_slice::<f32>())?;
         let arenas = std::iter::once(weights).chain(state.tensors).collect();
-        let base_fingerprint = replica.adapter().map(|about| about.base_fingerprint.clone());
+        let base_fingerprint = replica.adapter().map(|about| about.base.fingerprint.clone());
         let (model, optimizer) = (replica.pieces(), replica.optimizer().pieces());
         Ok(Self { arenas, model, optimizer, progress, base_fingerprint })
     }

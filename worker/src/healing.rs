@@ -94,7 +94,7 @@ pub fn heal(collective: &mut Collective, replica: &mut Replica, shards: &Shards,
 /// Those of the mesh; this rank then has both.
 pub fn settle(collective: &mut Collective, replica: &mut Replica, shards: &Shards, step: u64) -> Result<()> {
     collective.all_gather_bytes(step, &[])?;
-    replica.optimizer_mut().retain(&shards.parts(collective.rank()));
+    replica.divide(shards, collective.rank());
     Ok(())
 }
 

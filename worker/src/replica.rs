@@ -105,6 +105,8 @@ pub struct Replica {
     step: u64,
     /// Whether it is in all of them, and not only in those whose optimizer state is held.
     is_whole: bool,
+    /// Whether ranks bring each other the weights that they have updated.
+    is_sharded: bool,
 }
 
 /// A base that stays as it is: no gradient, no moments, and no copy in f32 but where fp16 needs one.
@@ -208,8 +210,8 @@ impl Replica {
         let optimizer = Optimizer::without_state(model.device(), training.optimizer, training.hyperparameters(), slots);
         let schedule = training.schedule(total_steps);
         let training = training.clone();
-        let (step, is_whole) = (0, true);
-        Ok(Replica { model, master, compute, frozen, optimizer, schedule, training, scaling, step, is_whole })
+        let (step, is_whole, is_sharded) = (0, true, false);
+        Ok(Replica { model, master, compute, frozen, optimizer, schedule, training, scaling, step, is_whole, is_sharded })
     }
 
     pub fn model(&self) -> &Model {
@@ -300,15 +302,16 @@ impl Replica {
         self.scaling.filter(|scaling| scaling.scaler.can_shrink()).map(|_| Update::Skip)
     }
 
-    /// Does what was planned for a step that is committed, from the same sum, and counts it. Where only parts of the
-    /// optimizer's state are held, these weights are updated, and [`Replica::complete`] is to bring the others.
+    /// Does what was planned for a step that is committed, from the same sum, and counts it. Where the optimizer's state is
+    /// sharded, the weights whose state is held are updated, and [`Replica::complete`] is to bring the others.
     pub fn update(&mut self, step: u64, sum: View, update: Update) -> Result<()> {
         assert_eq!(step, self.step + 1, "steps are applied in order");
         assert!(self.is_whole, "weights of another step");
         if let Update::Apply(mean) = update {
             let rate = self.learning_rate(step);
             self.optimizer.step(rate, self.master.view_mut(), sum, mean.scale)?;
-            self.is_whole = self.optimizer.holds(&(0..self.master.layout().len()));
+            // Who holds everything has to send it all the same.
+            self.is_whole = !self.is_sharded;
             if self.is_whole {
                 self.refresh_compute()?;
             }
@@ -323,6 +326,12 @@ impl Replica {
     /// Whether all weights are those of the last step.
     pub fn is_whole(&self) -> bool {
         self.is_whole
+    }
+
+    /// Gives up all of the optimizer's state but this rank's part of a division, by which steps go on.
+    pub fn divide(&mut self, shards: &Shards, rank: u32) {
+        self.optimizer.retain(&shards.parts(rank));
+        self.is_sharded = !shards.is_replicated();
     }
 
     /// Whether nothing of the state has to be had from other ranks.

@@ -45,6 +45,10 @@ pub enum Error {
     #[error("rank {rank} could not hand over the state of the run: {problem}")]
     Healing { rank: u32, problem: String },
 
+    /// The coordinator does not give what this machine lacks, or gives something else.
+    #[error("cannot {action} through the coordinator: {problem}")]
+    Remote { action: String, problem: String },
+
     /// No rank has a part of the state of the run.
     #[error("the state of the run is lost: {problem}")]
     StateLost { problem: String },

@@ -211,7 +211,19 @@ impl Replica {
         let schedule = training.schedule(total_steps);
         let training = training.clone();
         let (step, is_whole, is_sharded) = (0, true, false);
-        Ok(Replica { model, master, compute, frozen, optimizer, schedule, training, scaling, step, is_whole, is_sharded })
+        Ok(Replica {
+            model,
+            master,
+            compute,
+            frozen,
+            optimizer,
+            schedule,
+            training,
+            scaling,
+            step,
+            is_whole,
+            is_sharded,
+        })
     }
 
     pub fn model(&self) -> &Model {

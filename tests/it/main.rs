@@ -26,4 +26,5 @@ mod parity;
 mod recovery;
 mod security;
 mod selection;
+mod sharding;
 mod structure;

@@ -34,6 +34,8 @@ pub(crate) enum Command {
     Generate(GenerateArguments),
     /// A job file from the arguments of a Hugging Face training.
     ImportArgs(ImportArguments),
+    /// Texts as vectors: the means of an encoder's last hidden states.
+    Embed(EmbedArguments),
     /// A model with an adapter folded into it, as a model directory.
     Merge(MergeArguments),
     /// Look at a data source, or write a built-in one as JSON lines.
@@ -204,7 +206,13 @@ pub(crate) struct EvaluateArguments {
     /// A tokenizer other than the model's.
     #[arg(long)]
     pub(crate) tokenizer: Option<String>,
-    /// Names of scores, as in job files; loss and exact_match by default.
+    /// The classifier that the score toxicity is measured by, a directory or a repository of the hub.
+    #[arg(long, value_name = "DIR", conflicts_with = "compare")]
+    pub(crate) toxicity_model: Option<String>,
+    /// Its class of toxic texts; "toxic" by default.
+    #[arg(long, value_name = "CLASS", requires = "toxicity_model")]
+    pub(crate) toxic_label: Option<String>,
+    /// Names of scores, as in job files; loss and exact_match by default, of a classifier loss and accuracy.
     #[arg(long, value_delimiter = ',')]
     pub(crate) metrics: Vec<String>,
     #[arg(long, default_value_t = 32)]
@@ -314,6 +322,35 @@ pub(crate) struct ImportArguments {
 }
 
 #[derive(Args)]
+pub(crate) struct EmbedArguments {
+    /// A model directory in Hugging Face's layout, a repository of the hub, or an adapter that names its model.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// An adapter of that model, in PEFT's layout.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: Option<PathBuf>,
+    /// A tokenizer other than the model's.
+    #[arg(long)]
+    pub(crate) tokenizer: Option<String>,
+    #[arg(long, required_unless_present = "input_file")]
+    pub(crate) input: Option<String>,
+    /// One input a line.
+    #[arg(long, value_name = "FILE", conflicts_with = "input")]
+    pub(crate) input_file: Option<PathBuf>,
+    /// Longer inputs are cut.
+    #[arg(long, default_value_t = 512)]
+    pub(crate) max_source_length: usize,
+    /// Inputs computed at a time.
+    #[arg(long, default_value_t = 32)]
+    pub(crate) batch_size: usize,
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) device: DeviceChoice,
+    /// Print one JSON object an input, instead of numbers between tabs.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
 pub(crate) struct MergeArguments {
     /// A model directory in Hugging Face's layout, or an adapter that names its model.
     #[arg(long, value_name = "DIR")]
@@ -324,6 +361,9 @@ pub(crate) struct MergeArguments {
     /// A tokenizer other than the model's.
     #[arg(long)]
     pub(crate) tokenizer: Option<String>,
+    /// Keep the encoder alone, as transformers' T5EncoderModel.
+    #[arg(long)]
+    pub(crate) encoder_only: bool,
     /// The new model directory.
     #[arg(long, value_name = "DIR")]
     pub(crate) output: PathBuf,

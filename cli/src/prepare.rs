@@ -17,7 +17,7 @@ use quintet_data::{Classes, Splits, Tokenizer, TokenizerSpec};
 use quintet_identity::Authority;
 use quintet_kernels::Device;
 use quintet_t5::Model;
-use quintet_worker::{Metric, adapter, checkpoint, replica, task};
+use quintet_worker::{Metric, adapter, checkpoint, replica, task, toxicity};
 
 use crate::error::{Failure, Result};
 use crate::hub::{self, LocalModel};
@@ -89,7 +89,8 @@ pub(crate) fn prepare(job: Job, serving: Serving, door: &Door) -> Result<Prepare
     let resume = serving.resume && holds_work(&job.output_dir);
     let tokenizer = Arc::new(run_tokenizer(&job, &base, pretrained.as_ref(), &splits, resume)?);
     let directory = pretrained.as_ref().map(|pretrained| pretrained.directory.as_path());
-    let classes = task::classes(&job.model, directory, &splits)?;
+    let toxicity_model = toxicity_model(&job, &base)?;
+    let classes = task::classes(&job.model, job.lora.as_ref(), directory, &splits)?;
     let trainable = check_model(&job, directory, &tokenizer, classes.as_deref())?;
     let splits = splits.tokenized(&tokenizer)?;
     let schedule = job.training.steps(splits.order().positions())?;
@@ -126,7 +127,7 @@ pub(crate) fn prepare(job: Job, serving: Serving, door: &Door) -> Result<Prepare
     };
     let run = Run {
         settings,
-        job_json: for_workers(&job, pretrained.as_ref())?,
+        job_json: for_workers(&job, pretrained.as_ref(), toxicity_model.as_ref())?,
         tokenizer_json: tokenizer.to_json(),
         admission: door.admission(&job.output_dir, started.identity.run_token)?,
         collective_token: started.identity.collective_token,
@@ -157,6 +158,14 @@ fn eval_steps(job: &Job, splits: &Splits, total_steps: u64) -> Result<Option<u64
 /// The model that the job begins with, on this machine.
 pub(crate) fn pretrained(job: &Job, base: &Path) -> Result<Option<LocalModel>> {
     job.model.pretrained.as_ref().map(|name| hub::model("model.pretrained", name, base)).transpose()
+}
+
+/// The classifier that toxicity is measured by, if it is.
+fn toxicity_model(job: &Job, base: &Path) -> Result<Option<LocalModel>> {
+    let Some(name) = &job.evaluation.toxicity_model else { return Ok(None) };
+    let model = hub::model("evaluation.toxicity_model", name, base)?;
+    toxicity::toxic_class(&quintet_t5::read_config(&model.directory)?, job.evaluation.toxic_label())?;
+    Ok(Some(model))
 }
 
 /// What follows from the best evaluation, if anything does.
@@ -218,10 +227,11 @@ fn tokenizer_file(job: &Job) -> PathBuf {
     job.output_dir.join("tokenizer.json")
 }
 
-/// The job as workers get it: with the commit of a hub's model, so that all of them load the same one.
-fn for_workers(job: &Job, pretrained: Option<&LocalModel>) -> Result<String> {
+/// The job as workers get it: with the commits of a hub's models, so that all of them load the same ones.
+fn for_workers(job: &Job, pretrained: Option<&LocalModel>, toxicity_model: Option<&LocalModel>) -> Result<String> {
     let mut job = job.clone();
     job.model.pretrained = pretrained.map(|model| model.name.clone());
+    job.evaluation.toxicity_model = toxicity_model.map(|model| model.name.clone());
     serde_json::to_string(&job).map_err(|error| Failure::failed(error.to_string()))
 }
 

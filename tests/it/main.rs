@@ -6,6 +6,8 @@ mod adapters;
 mod bad_input;
 mod bench;
 mod classification;
+mod classifier_adapters;
+mod classifier_uses;
 mod data;
 mod devices;
 mod diagnostics;

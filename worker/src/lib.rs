@@ -26,6 +26,7 @@ pub mod schedule;
 mod selection;
 pub mod session;
 pub mod task;
+pub mod toxicity;
 
 pub use config::{EvaluationConfig, LoraConfig, ModelSection, ModelTask, Precision, TrainingConfig};
 pub use device::DeviceChoice;

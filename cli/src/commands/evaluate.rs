@@ -8,6 +8,7 @@ use quintet_data::{Classes, Dataset, Limits, SourceList, Template};
 use quintet_t5::{Model, Weights};
 use quintet_worker::evaluation::EvaluationTask;
 use quintet_worker::metrics::{self, Pair};
+use quintet_worker::toxicity::{self, ToxicityModel};
 use quintet_worker::{EvaluationConfig, Metric, ModelTask, Task};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -16,12 +17,19 @@ use crate::args::{EvaluateArguments, GenerationFlags};
 use crate::commands::{compare, open_model, print_json, require_decoder};
 use crate::device;
 use crate::error::{Failure, Result, exit};
+use crate::hub;
 use crate::job::with_nearest_name;
 use crate::prepare::working_directory;
 
 pub(crate) fn run(arguments: EvaluateArguments) -> Result<u8> {
     if !arguments.compare.is_empty() {
-        let table = compare::compare(&arguments.compare, &text_metrics(&arguments.metrics, &COMPARED)?)?;
+        let metrics = text_metrics(&arguments.metrics, &COMPARED)?;
+        if metrics.contains(&Metric::Toxicity) {
+            return Err(Failure::bad_input(
+                "--metrics: toxicity is not compared; score each file of predictions by itself",
+            ));
+        }
+        let table = compare::compare(&arguments.compare, &metrics)?;
         match arguments.json {
             true => print_json(&table),
             false => compare::print_table(&table),
@@ -29,7 +37,7 @@ pub(crate) fn run(arguments: EvaluateArguments) -> Result<u8> {
         return Ok(exit::DONE);
     }
     let result = match &arguments.predictions {
-        Some(path) => score_predictions(path, &text_metrics(&arguments.metrics, &[Metric::ExactMatch])?)?,
+        Some(path) => score_predictions(path, &arguments)?,
         None => evaluate_model(&arguments)?,
     };
     if arguments.json {
@@ -88,25 +96,24 @@ fn evaluate_model(arguments: &EvaluateArguments) -> Result<Value> {
         metrics: parse_metrics(&arguments.metrics, &[Metric::Loss, Metric::ExactMatch])?,
         max_examples: arguments.max_examples,
         batch_size: arguments.batch_size,
+        toxicity_model: toxicity_model(arguments)?,
+        toxic_label: arguments.toxic_label.clone(),
         ..evaluation_of(&arguments.generation)
     };
-    config.validate()?;
-    let loaded = open_model(
-        &device::open(arguments.device)?,
-        directory,
-        arguments.adapter.as_deref(),
-        arguments.tokenizer.as_deref(),
-    )?;
+    config.validate().map_err(in_flag)?;
+    let device = device::open(arguments.device)?;
+    let loaded = open_model(&device, directory, arguments.adapter.as_deref(), arguments.tokenizer.as_deref())?;
     let limits =
         Limits { max_source_length: arguments.max_source_length, max_target_length: arguments.max_target_length };
     require_decoder(&loaded.model)?;
     let classes = classes_of(&loaded.model, &dataset)?;
     if classes.is_some() {
         config.metrics = parse_metrics(&arguments.metrics, &[Metric::Loss, Metric::Accuracy])?;
-        check_for_classifier(&config)?;
+        config.validate_for(ModelTask::SequenceClassification).map_err(in_flag)?;
     }
     let task = Task::new(classes, &config, loaded.model.config(), Some(&loaded.directory))?;
-    let task = EvaluationTask::new(&dataset, &loaded.tokenizer, limits, &config, &task);
+    let toxicity = ToxicityModel::of(&config, &device).map_err(in_flag)?;
+    let task = EvaluationTask::new(&dataset, &loaded.tokenizer, limits, &config, &task, toxicity.as_ref());
     let evaluation = task.summarize(task.evaluate_share(&loaded.model, Weights::from(&loaded.weights), 0, 1)?);
     Ok(json!({
         "loss": evaluation.loss,
@@ -126,16 +133,22 @@ fn classes_of(model: &Model, dataset: &Dataset) -> Result<Option<Arc<Classes>>> 
     Ok(Some(Arc::new(classes)))
 }
 
-/// As a job's, under the names of the flags.
-fn check_for_classifier(config: &EvaluationConfig) -> Result<()> {
-    let in_flag = |error: quintet_worker::Error| match error {
+/// What is wrong with a key of `[evaluation]`, under the name of its flag.
+fn in_flag(error: quintet_worker::Error) -> Failure {
+    match error {
         quintet_worker::Error::Config { key, problem } => {
             let flag = key.trim_start_matches("evaluation.").replace('_', "-");
-            Failure::bad_input(format!("--{flag}: {problem}"))
+            Failure::bad_input(format!("--{flag}: {}", problem.replace("evaluation.", "--")))
         }
         other => other.into(),
-    };
-    config.validate_for(ModelTask::SequenceClassification).map_err(in_flag)
+    }
+}
+
+/// The directory of the classifier that measures toxicity.
+fn toxicity_model(arguments: &EvaluateArguments) -> Result<Option<String>> {
+    let Some(name) = &arguments.toxicity_model else { return Ok(None) };
+    let model = hub::model("--toxicity-model", name, &working_directory()?)?;
+    Ok(Some(model.directory.display().to_string()))
 }
 
 /// What the flags say about generation, as a job does.
@@ -186,9 +199,24 @@ pub(crate) fn read_predictions(path: &Path) -> Result<Vec<Line>> {
     Ok(lines)
 }
 
-fn score_predictions(path: &Path, metrics: &[Metric]) -> Result<Value> {
+fn score_predictions(path: &Path, arguments: &EvaluateArguments) -> Result<Value> {
+    let metrics = text_metrics(&arguments.metrics, &[Metric::ExactMatch])?;
     let lines = read_predictions(path)?;
     let pairs: Vec<Pair> =
         lines.iter().map(|line| Pair { prediction: &line.prediction, target: &line.target }).collect();
-    Ok(json!({"examples": pairs.len(), "metrics": to_map(metrics::scores(metrics, &pairs, None))}))
+    let mut scores = metrics::scores(&metrics, &pairs, None);
+    let config = EvaluationConfig {
+        metrics,
+        toxicity_model: toxicity_model(arguments)?,
+        toxic_label: arguments.toxic_label.clone(),
+        ..EvaluationConfig::default()
+    };
+    config.validate().map_err(in_flag)?;
+    if config.toxicity_model.is_some() {
+        let model = ToxicityModel::of(&config, &device::open(arguments.device)?).map_err(in_flag)?;
+        let texts: Vec<&str> = lines.iter().map(|line| line.prediction.as_str()).collect();
+        let probabilities = model.map(|model| model.probabilities(&texts)).transpose()?;
+        scores.extend(toxicity::scores(&probabilities.unwrap_or_default()));
+    }
+    Ok(json!({"examples": pairs.len(), "metrics": to_map(scores)}))
 }

@@ -1,6 +1,5 @@
 //! `quintet generate`: text out of a model, or how probable given texts are.
 
-use std::fs;
 use std::io::Write;
 
 use quintet_t5::{Generated, Generation, GenerationOptions, Generator, Sources};
@@ -9,7 +8,7 @@ use serde_json::json;
 use crate::args::{GenerateArguments, GenerationFlags};
 use crate::commands::classify::classify;
 use crate::commands::evaluate::evaluation_of;
-use crate::commands::{Loaded, open_model, print_json, require_decoder};
+use crate::commands::{Loaded, open_model, print_json, read_inputs, require_decoder};
 use crate::device;
 use crate::error::{Failure, Result, exit};
 
@@ -18,7 +17,7 @@ const BATCHES_SORTED: usize = 32;
 
 pub(crate) fn run(arguments: GenerateArguments) -> Result<u8> {
     check(&arguments)?;
-    let inputs = read_inputs(&arguments)?;
+    let inputs = read_inputs(arguments.input.as_deref(), arguments.input_file.as_deref())?;
     let adapter = arguments.adapter.as_deref();
     let loaded =
         open_model(&device::open(arguments.device)?, &arguments.model, adapter, arguments.tokenizer.as_deref())?;
@@ -118,21 +117,6 @@ impl GenerationFlags {
             return Err(Failure::bad_input(format!("{flag}: has no effect without --num-beams of at least 2")));
         }
         Ok(())
-    }
-}
-
-fn read_inputs(arguments: &GenerateArguments) -> Result<Vec<String>> {
-    match (&arguments.input, &arguments.input_file) {
-        (Some(input), _) => Ok(vec![input.clone()]),
-        (None, Some(path)) => {
-            let text = fs::read_to_string(path)
-                .map_err(|error| Failure::bad_input(format!("{}: cannot read: {error}", path.display())))?;
-            if text.is_empty() {
-                return Err(Failure::bad_input(format!("{}: holds no inputs; an input is a line", path.display())));
-            }
-            Ok(text.lines().map(str::to_string).collect())
-        }
-        (None, None) => Err(Failure::bad_input("give --input or --input-file")),
     }
 }
 

@@ -187,6 +187,10 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
         let model = hub::model("model.pretrained", name, &base_dir)?;
         job.model.pretrained = Some(model.directory.display().to_string());
     }
+    if let Some(name) = &job.evaluation.toxicity_model {
+        let model = hub::model("evaluation.toxicity_model", name, &base_dir)?;
+        job.evaluation.toxicity_model = Some(model.directory.display().to_string());
+    }
     let collective_token = welcome.collective_token.as_slice().try_into();
     let collective_token = collective_token.map_err(|_| Failure::failed("the coordinator sent a bad token"))?;
     let wanted = arguments.device.map_or(job.cluster.device, Into::into);

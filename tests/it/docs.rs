@@ -99,6 +99,8 @@ fn every_flag_in_the_readme_exists() {
         "evaluate",
         "import-args",
         "generate",
+        "embed",
+        "merge",
         "data inspect",
         "data prepare",
         "data export",

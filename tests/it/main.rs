@@ -28,4 +28,5 @@ mod parity;
 mod recovery;
 mod security;
 mod selection;
+mod sharding;
 mod structure;

@@ -28,8 +28,10 @@ pub mod scaler;
 pub mod schedule;
 mod selection;
 pub mod session;
+pub mod shards;
 pub mod task;
 pub mod toxicity;
+mod transfer;
 
 pub use config::{EvaluationConfig, LoraConfig, ModelSection, ModelTask, Precision, TrainingConfig};
 pub use device::DeviceChoice;

@@ -21,6 +21,7 @@ mod launch;
 mod model_files;
 mod nccl;
 mod parity;
+mod recipes;
 mod recovery;
 mod security;
 mod selection;

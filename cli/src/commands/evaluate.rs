@@ -4,19 +4,20 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use quintet_data::{Dataset, Limits, SourceList, Template};
+use quintet_data::{Dataset, Limits, SourceList, Splits, Template, Tokenizer};
 use quintet_t5::Weights;
 use quintet_worker::evaluation::EvaluationTask;
 use quintet_worker::metrics::{self, Pair};
+use quintet_worker::output::write_predictions;
 use quintet_worker::{EvaluationConfig, Metric};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::args::{EvaluateArguments, GenerationFlags};
+use crate::args::{EvaluateArguments, GenerationFlags, JobArguments};
 use crate::commands::{compare, open_model, print_json};
 use crate::device;
 use crate::error::{Failure, Result, exit};
-use crate::job::with_nearest_name;
+use crate::job::{Job, with_nearest_name};
 use crate::prepare::working_directory;
 
 pub(crate) fn run(arguments: EvaluateArguments) -> Result<u8> {
@@ -76,41 +77,100 @@ fn text_metrics(names: &[String], usual: &[Metric]) -> Result<Vec<Metric>> {
 }
 
 fn evaluate_model(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result<Value> {
-    let (Some(directory), Some(data), Some(input), Some(target)) =
-        (&arguments.model, &arguments.data, &arguments.input, &arguments.target)
-    else {
-        return Err(Failure::bad_input("give --model, --data, --input and --target, or --predictions"));
+    let asked = match &arguments.job {
+        Some(path) => Asked::by_job(path, arguments.overrides.clone())?,
+        None => Asked::by_flags(arguments, metrics)?,
     };
-    let template = |name: &str, text: &str| {
-        Template::parse(text).map_err(|error| Failure::bad_input(format!("--{name}: {error}")))
+    if arguments.output.is_some() && !asked.config.metrics.iter().any(|metric| metric.needs_predictions()) {
+        return Err(Failure::bad_input("--output: nothing predicts; add a metric of texts, such as exact_match"));
+    }
+    let Some(directory) = &arguments.model else {
+        return Err(Failure::bad_input("give --model, or --predictions"));
     };
-    let (input, target) = (template("input", input)?, template("target", target)?);
-    let sources = SourceList::from(data.as_str());
-    let dataset = Arc::new(Dataset::load(&sources, &input, &target, &working_directory()?)?);
-    let config = EvaluationConfig {
-        metrics,
-        max_examples: arguments.max_examples,
-        batch_size: arguments.batch_size,
-        ..evaluation_of(&arguments.generation)
-    };
-    config.validate()?;
     let loaded = open_model(
         &device::open(arguments.device)?,
         directory,
         arguments.adapter.as_deref(),
         arguments.tokenizer.as_deref(),
     )?;
-    let limits =
-        Limits { max_source_length: arguments.max_source_length, max_target_length: arguments.max_target_length };
-    let generation = config.resolve_generation(loaded.model.config(), Some(&loaded.directory))?;
-    let task = EvaluationTask::new(&dataset, &loaded.tokenizer, limits, &config, &generation);
+    let dataset = asked.examples.dataset(&loaded.tokenizer)?;
+    let generation = asked.config.resolve_generation(loaded.model.config(), Some(&loaded.directory))?;
+    let task = EvaluationTask::new(&dataset, &loaded.tokenizer, asked.limits, &asked.config, &generation);
     let evaluation = task.summarize(task.evaluate_share(&loaded.model, Weights::from(&loaded.weights), 0, 1)?);
+    if let Some(output) = &arguments.output {
+        fs::create_dir_all(output)
+            .map_err(|error| Failure::failed(format!("{}: cannot create: {error}", output.display())))?;
+        write_predictions(output, &evaluation.predictions)?;
+    }
     Ok(json!({
         "loss": evaluation.loss,
         "examples": evaluation.examples,
         "target_tokens": evaluation.target_tokens,
         "metrics": to_map(evaluation.metrics),
     }))
+}
+
+/// What a model is asked, and how it is scored.
+struct Asked {
+    examples: Examples,
+    limits: Limits,
+    config: EvaluationConfig,
+}
+
+enum Examples {
+    Dataset(Arc<Dataset>),
+    /// Those that a job holds out.
+    HeldOut(Box<Splits>),
+}
+
+impl Asked {
+    fn by_flags(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result<Self> {
+        let (Some(data), Some(input), Some(target)) = (&arguments.data, &arguments.input, &arguments.target) else {
+            return Err(Failure::bad_input("give --data, --input and --target, or --job, or --predictions"));
+        };
+        let template = |name: &str, text: &str| {
+            Template::parse(text).map_err(|error| Failure::bad_input(format!("--{name}: {error}")))
+        };
+        let (input, target) = (template("input", input)?, template("target", target)?);
+        let sources = SourceList::from(data.as_str());
+        let dataset = Arc::new(Dataset::load(&sources, &input, &target, &working_directory()?)?);
+        let config = EvaluationConfig {
+            metrics,
+            max_examples: arguments.max_examples,
+            batch_size: arguments.batch_size,
+            ..evaluation_of(&arguments.generation)
+        };
+        config.validate()?;
+        let limits =
+            Limits { max_source_length: arguments.max_source_length, max_target_length: arguments.max_target_length };
+        Ok(Asked { examples: Examples::Dataset(dataset), limits, config })
+    }
+
+    /// As the job's own evaluations are.
+    fn by_job(path: &Path, overrides: Vec<String>) -> Result<Self> {
+        let job = Job::load(&JobArguments::new(path, overrides))?;
+        let splits = Splits::load(&job.data, &working_directory()?, job.training.seed)?;
+        if splits.validation.is_none() {
+            return Err(Failure::bad_input(format!(
+                "{}: there is nothing to evaluate on; give data.validation or data.validation_split",
+                path.display()
+            )));
+        }
+        Ok(Asked { examples: Examples::HeldOut(Box::new(splits)), limits: job.data.limits(), config: job.evaluation })
+    }
+}
+
+impl Examples {
+    /// Masks of span corruption, for one, need the tokenizer.
+    fn dataset(self, tokenizer: &Arc<Tokenizer>) -> Result<Arc<Dataset>> {
+        match self {
+            Examples::Dataset(dataset) => Ok(dataset),
+            Examples::HeldOut(splits) => {
+                let validation = splits.tokenized(tokenizer)?.validation;
+                validation.map(Arc::new).ok_or_else(|| Failure::failed("the examples that were held out are gone"))
+            }
+        }
+    }
 }
 
 /// What the flags say about generation, as a job does.

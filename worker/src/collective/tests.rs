@@ -17,6 +17,11 @@ fn loopback() -> Listener {
     Listener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap()
 }
 
+/// By TCP to rank 0, as between machines, and inside the machine among the others.
+fn listener_of(rank: u32) -> Listener {
+    if rank == 0 { Listener::bind_tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap() } else { loopback() }
+}
+
 fn connect(listener: &Listener, rank: u32, members: &[(u32, SocketAddr)], generation: u64) -> Result<Mesh> {
     connect_as(None, listener, rank, members, generation)
 }
@@ -34,7 +39,7 @@ fn connect_as(
 
 /// Runs `body` as every rank of a mesh, each on its own thread.
 fn on_mesh<T: Send>(world: u32, body: impl Fn(u32, Collective) -> T + Sync) -> Vec<T> {
-    let listeners: Vec<Listener> = (0..world).map(|_| loopback()).collect();
+    let listeners: Vec<Listener> = (0..world).map(listener_of).collect();
     let members: Vec<(u32, SocketAddr)> = (0..world).zip(&listeners).map(|(rank, l)| (rank, l.local_addr())).collect();
     std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..world)

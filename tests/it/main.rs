@@ -5,6 +5,7 @@
 mod adapters;
 mod bad_input;
 mod bench;
+mod classification;
 mod data;
 mod devices;
 mod diagnostics;

@@ -12,7 +12,9 @@ use crate::structure::root;
 
 /// Tiny, for a few steps.
 const SHORT: &str = "training.num_train_epochs=0.5 training.warmup_steps=0 training.global_batch_size=4 \
-    training.micro_batch_size=2 evaluation.max_examples=6 evaluation.max_new_tokens=3 cluster.workers=1";
+    training.micro_batch_size=2 evaluation.max_examples=6 cluster.workers=1";
+/// Where texts are predicted.
+const SHORT_TEXTS: &str = "evaluation.max_new_tokens=3";
 
 /// A folder in which the recipes find their texts and leave their runs.
 struct Recipes {
@@ -45,10 +47,10 @@ impl Recipes {
         run(self.path(), ["train", job.to_str().unwrap()].into_iter().chain(words(&settings))).expect(0)
     }
 
-    fn evaluate(&self, arguments: &str) -> Ended {
-        let job = example("tweets/finetune.toml");
-        let arguments = format!("{arguments} evaluation.max_new_tokens=3");
-        run(self.path(), ["evaluate", "--job", job.to_str().unwrap()].into_iter().chain(words(&arguments)))
+    /// Of what a job holds out.
+    fn evaluate(&self, job: &str, arguments: &str) -> Ended {
+        let job = example(job);
+        run(self.path(), ["evaluate", "--job", job.to_str().unwrap()].into_iter().chain(words(arguments)))
     }
 
     /// The model that the others begin with.
@@ -82,14 +84,15 @@ fn review(number: usize) -> Value {
 fn the_recipes_for_tweets_fit_together() {
     let recipes = Recipes::new();
     recipes.pretrain();
-    recipes.train("tweets/instruct.toml", "");
+    recipes.train("tweets/instruct.toml", SHORT_TEXTS);
     for shots in [0, 1] {
-        let asked =
-            format!("--model runs/tweets/instruct/model --output runs/tweets/{shots}-shot data.num_shots={shots}");
-        recipes.evaluate(&asked).expect(0);
+        let asked = format!("--model runs/tweets/instruct/model --output runs/tweets/{shots}-shot");
+        let settings = format!("data.num_shots={shots} {SHORT_TEXTS}");
+        recipes.evaluate("tweets/finetune.toml", &format!("{asked} {settings}")).expect(0);
     }
-    recipes.train("tweets/finetune.toml", "evaluation.max_examples=30");
-    recipes.train("tweets/lora.toml", "evaluation.max_examples=30");
+    let all = format!("{SHORT_TEXTS} evaluation.max_examples=30");
+    recipes.train("tweets/finetune.toml", &all);
+    recipes.train("tweets/lora.toml", &all);
     // The same tweets are held out by all, and are asked in the words of each.
     let asked = |run: &str| -> Vec<(Value, Value)> {
         let fields = |line: Value| (line["input"].clone(), line["target"].clone());
@@ -109,7 +112,8 @@ fn the_recipes_for_tweets_fit_together() {
     let table = run(recipes.path(), compare).expect(0).stdout;
     assert!(table.contains("rouge1") && table.contains("6 examples"), "{table}");
     // What a run's own evaluation found, the command finds in the model it left.
-    recipes.evaluate("--model runs/tweets/lora/adapter --output again").expect(0);
+    let again = format!("--model runs/tweets/lora/adapter --output again {SHORT_TEXTS}");
+    recipes.evaluate("tweets/finetune.toml", &again).expect(0);
     assert_eq!(recipes.predictions("again"), recipes.predictions("runs/tweets/lora"));
 }
 
@@ -117,10 +121,8 @@ fn the_recipes_for_tweets_fit_together() {
 fn the_other_recipes_run() {
     let recipes = Recipes::new();
     recipes.pretrain();
-    let reviews = recipes.train("reviews.toml", "training.eval_steps=2");
+    let reviews = recipes.train("reviews.toml", &format!("{SHORT_TEXTS} training.eval_steps=2"));
     assert!(reviews.stdout.contains("rougeL"), "{}", reviews.stdout);
-    let classified = recipes.train("classification.toml", "training.eval_steps=2");
-    assert!(classified.stdout.contains("accuracy"), "{}", classified.stdout);
     // A folder as that of SQuAD: two splits, and answers that are lists within an object.
     let question = |number: usize| {
         json!({"id": number, "title": "Rome", "context": format!("Rome has {number} hills."),
@@ -128,23 +130,42 @@ fn the_other_recipes_run() {
     };
     recipes.write("squad/plain_text/train-00000-of-00001.jsonl", (0..12).map(question));
     recipes.write("squad/plain_text/validation-00000-of-00001.jsonl", (12..18).map(question));
-    let answered =
-        recipes.train("question-answering.toml", "model.pretrained=runs/pretrain/model training.eval_steps=2");
+    let settings = format!("{SHORT_TEXTS} model.pretrained=runs/pretrain/model training.eval_steps=2");
+    let answered = recipes.train("question-answering.toml", &settings);
     assert!(answered.stdout.contains("adapter: runs/question-answering/adapter"), "{}", answered.stdout);
     assert_eq!(recipes.predictions("runs/question-answering").len(), 6);
 }
 
 #[test]
+fn the_recipe_for_a_classifier_runs() {
+    let recipes = Recipes::new();
+    recipes.pretrain();
+    let settings = "training.eval_steps=2 data.validation_split=0.3 evaluation.max_examples=30";
+    let classified = recipes.train("classification.toml", settings);
+    assert!(classified.stdout.contains("accuracy"), "{}", classified.stdout);
+    let predictions = recipes.predictions("runs/classification");
+    let known = |line: &Value| ["negative", "positive"].contains(&line["prediction"].as_str().unwrap());
+    assert!(predictions.len() == 6 && predictions.iter().all(known), "{predictions:?}");
+    let model = "--model runs/classification/model";
+    let again = format!("{model} --output again data.validation_split=0.3");
+    recipes.evaluate("classification.toml", &again).expect(0);
+    assert_eq!(recipes.predictions("again"), predictions);
+    // The three classes of tweets are not its two; and it writes nothing.
+    let other = recipes.evaluate("tweets/finetune.toml", model).expect(2);
+    assert!(other.error().contains("data.target"), "{}", other.error());
+    let two = "data.where=label!='neutral' evaluation.metrics=[\"accuracy\"]";
+    let written = recipes.evaluate("tweets/finetune.toml", &format!("{model} {two}")).expect(2);
+    assert!(written.error().contains("evaluation.max_new_tokens: a classifier"), "{}", written.error());
+}
+
+#[test]
 fn a_job_is_asked_as_it_says_or_not_at_all() {
     let recipes = Recipes::new();
-    let refused = |arguments: &str| recipes.evaluate(arguments).expect(2).stderr;
-    let nothing =
-        refused("--model x data.stratify_by=label data.validation_split=0.5 --output y evaluation.metrics=[\"loss\"]");
+    let refused = |arguments: &str| recipes.evaluate("tweets/finetune.toml", arguments).expect(2).stderr;
+    let nothing = refused("--model x --output y evaluation.metrics=[\"loss\"]");
     assert!(nothing.contains("--output: nothing predicts"), "{nothing}");
     let conflict = refused("--model x --metrics loss");
     assert!(conflict.contains("cannot be used with"), "{conflict}");
-    let job = example("pretrain.toml");
-    let unknown =
-        run(recipes.path(), ["evaluate", "--job", job.to_str().unwrap(), "--model", "x", "--set", "data.x=1"]);
-    assert!(unknown.expect(2).error().contains("unknown key `x`"));
+    let unknown = recipes.evaluate("pretrain.toml", "--model x data.x=1").expect(2);
+    assert!(unknown.error().contains("unknown key `x`"), "{}", unknown.error());
 }

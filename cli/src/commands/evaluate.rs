@@ -4,17 +4,17 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use quintet_data::{Dataset, Limits, SourceList, Splits, Template, Tokenizer};
-use quintet_t5::Weights;
+use quintet_data::{Classes, Dataset, Limits, SourceList, Splits, Template, Tokenizer};
+use quintet_t5::{Model, Weights};
 use quintet_worker::evaluation::EvaluationTask;
 use quintet_worker::metrics::{self, Pair};
 use quintet_worker::output::write_predictions;
-use quintet_worker::{EvaluationConfig, Metric};
+use quintet_worker::{EvaluationConfig, Metric, ModelTask, Task};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::args::{EvaluateArguments, GenerationFlags, JobArguments};
-use crate::commands::{compare, open_model, print_json};
+use crate::commands::{compare, open_model, print_json, require_decoder};
 use crate::device;
 use crate::error::{Failure, Result, exit};
 use crate::job::{Job, with_nearest_name};
@@ -31,7 +31,7 @@ pub(crate) fn run(arguments: EvaluateArguments) -> Result<u8> {
     }
     let result = match &arguments.predictions {
         Some(path) => score_predictions(path, &text_metrics(&arguments.metrics, &[Metric::ExactMatch])?)?,
-        None => evaluate_model(&arguments, parse_metrics(&arguments.metrics)?)?,
+        None => evaluate_model(&arguments)?,
     };
     if arguments.json {
         print_json(&result);
@@ -46,10 +46,10 @@ pub(crate) fn run(arguments: EvaluateArguments) -> Result<u8> {
     Ok(exit::DONE)
 }
 
-/// The metrics of these names; the loss and exact matches without any.
-fn parse_metrics(names: &[String]) -> Result<Vec<Metric>> {
+/// The metrics of these names; `usual` ones without any.
+fn parse_metrics(names: &[String], usual: &[Metric]) -> Result<Vec<Metric>> {
     if names.is_empty() {
-        return Ok(vec![Metric::Loss, Metric::ExactMatch]);
+        return Ok(usual.to_vec());
     }
     let parse = |name: &String| {
         serde_json::from_value(json!(name.trim()))
@@ -63,10 +63,7 @@ const COMPARED: [Metric; 5] = [Metric::ExactMatch, Metric::F1, Metric::Rouge1, M
 
 /// Those that texts alone can tell; `usual` ones without any.
 fn text_metrics(names: &[String], usual: &[Metric]) -> Result<Vec<Metric>> {
-    if names.is_empty() {
-        return Ok(usual.to_vec());
-    }
-    let metrics = parse_metrics(names)?;
+    let metrics = parse_metrics(names, usual)?;
     match metrics.iter().find(|metric| !metric.needs_predictions()) {
         Some(metric) => Err(Failure::bad_input(format!(
             "--metrics: {} follows from a model's probabilities, not from texts; give --model instead of predictions",
@@ -76,10 +73,10 @@ fn text_metrics(names: &[String], usual: &[Metric]) -> Result<Vec<Metric>> {
     }
 }
 
-fn evaluate_model(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result<Value> {
+fn evaluate_model(arguments: &EvaluateArguments) -> Result<Value> {
     let asked = match &arguments.job {
         Some(path) => Asked::by_job(path, arguments.overrides.clone())?,
-        None => Asked::by_flags(arguments, metrics)?,
+        None => Asked::by_flags(arguments)?,
     };
     if arguments.output.is_some() && !asked.config.metrics.iter().any(|metric| metric.needs_predictions()) {
         return Err(Failure::bad_input("--output: nothing predicts; add a metric of texts, such as exact_match"));
@@ -93,9 +90,16 @@ fn evaluate_model(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result
         arguments.adapter.as_deref(),
         arguments.tokenizer.as_deref(),
     )?;
+    require_decoder(&loaded.model)?;
     let dataset = asked.examples.dataset(&loaded.tokenizer)?;
-    let generation = asked.config.resolve_generation(loaded.model.config(), Some(&loaded.directory))?;
-    let task = EvaluationTask::new(&dataset, &loaded.tokenizer, asked.limits, &asked.config, &generation);
+    let targets = if arguments.job.is_some() { "data.target" } else { "--target" };
+    let classes = classes_of(&loaded.model, &dataset, targets)?;
+    let config = match classes {
+        Some(_) => for_classifier(asked.config, arguments)?,
+        None => asked.config,
+    };
+    let task = Task::new(classes, &config, loaded.model.config(), Some(&loaded.directory))?;
+    let task = EvaluationTask::new(&dataset, &loaded.tokenizer, asked.limits, &config, &task);
     let evaluation = task.summarize(task.evaluate_share(&loaded.model, Weights::from(&loaded.weights), 0, 1)?);
     if let Some(output) = &arguments.output {
         fs::create_dir_all(output)
@@ -124,7 +128,7 @@ enum Examples {
 }
 
 impl Asked {
-    fn by_flags(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result<Self> {
+    fn by_flags(arguments: &EvaluateArguments) -> Result<Self> {
         let (Some(data), Some(input), Some(target)) = (&arguments.data, &arguments.input, &arguments.target) else {
             return Err(Failure::bad_input("give --data, --input and --target, or --job, or --predictions"));
         };
@@ -135,7 +139,7 @@ impl Asked {
         let sources = SourceList::from(data.as_str());
         let dataset = Arc::new(Dataset::load(&sources, &input, &target, &working_directory()?)?);
         let config = EvaluationConfig {
-            metrics,
+            metrics: parse_metrics(&arguments.metrics, &[Metric::Loss, Metric::ExactMatch])?,
             max_examples: arguments.max_examples,
             batch_size: arguments.batch_size,
             ..evaluation_of(&arguments.generation)
@@ -173,8 +177,35 @@ impl Examples {
     }
 }
 
+/// The classes of a classifier, which those of the data must be, as `targets` makes them.
+fn classes_of(model: &Model, dataset: &Dataset, targets: &str) -> Result<Option<Arc<Classes>>> {
+    if !model.config().is_classifier() {
+        return Ok(None);
+    }
+    let classes = Classes::new(model.config().labels());
+    classes.check(dataset, targets)?;
+    Ok(Some(Arc::new(classes)))
+}
+
+/// What a classifier can be asked for, as a job's, under the names of the keys or flags that asked.
+fn for_classifier(mut config: EvaluationConfig, arguments: &EvaluateArguments) -> Result<EvaluationConfig> {
+    let by_flags = arguments.job.is_none();
+    if by_flags {
+        config.metrics = parse_metrics(&arguments.metrics, &[Metric::Loss, Metric::Accuracy])?;
+    }
+    let in_flag = |error: quintet_worker::Error| match error {
+        quintet_worker::Error::Config { key, problem } if by_flags => {
+            let flag = key.trim_start_matches("evaluation.").replace('_', "-");
+            Failure::bad_input(format!("--{flag}: {problem}"))
+        }
+        other => other.into(),
+    };
+    config.validate_for(ModelTask::SequenceClassification).map_err(in_flag)?;
+    Ok(config)
+}
+
 /// What the flags say about generation, as a job does.
-fn evaluation_of(flags: &GenerationFlags) -> EvaluationConfig {
+pub(crate) fn evaluation_of(flags: &GenerationFlags) -> EvaluationConfig {
     EvaluationConfig {
         num_beams: flags.num_beams,
         max_new_tokens: flags.max_new_tokens,

@@ -178,7 +178,7 @@ impl Examples {
 }
 
 /// The classes of a classifier, which those of the data must be, as `targets` makes them.
-fn classes_of(model: &Model, dataset: &Dataset, targets: &str) -> Result<Option<Arc<Classes>>> {
+fn classes_of(model: &Model, dataset: &Dataset, targets: &'static str) -> Result<Option<Arc<Classes>>> {
     if !model.config().is_classifier() {
         return Ok(None);
     }

@@ -10,6 +10,7 @@ mod data;
 mod devices;
 mod diagnostics;
 mod docs;
+mod elsewhere;
 mod generation;
 mod gpu;
 mod harness;

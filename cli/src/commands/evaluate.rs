@@ -8,6 +8,7 @@ use quintet_data::{Classes, Dataset, Limits, SourceList, Splits, Template, Token
 use quintet_t5::{Model, Weights};
 use quintet_worker::evaluation::EvaluationTask;
 use quintet_worker::metrics::{self, Pair};
+use quintet_worker::outbox::Outbox;
 use quintet_worker::output::write_predictions;
 use quintet_worker::{EvaluationConfig, Metric, ModelTask, Task};
 use serde::Deserialize;
@@ -104,7 +105,7 @@ fn evaluate_model(arguments: &EvaluateArguments) -> Result<Value> {
     if let Some(output) = &arguments.output {
         fs::create_dir_all(output)
             .map_err(|error| Failure::failed(format!("{}: cannot create: {error}", output.display())))?;
-        write_predictions(output, &evaluation.predictions)?;
+        write_predictions(&Outbox::shared(output.clone()), &evaluation.predictions)?;
     }
     Ok(json!({
         "loss": evaluation.loss,

@@ -110,6 +110,20 @@ impl Process {
         }
     }
 
+    /// Whether it has ended; what it said then is all there, unless its children still run.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        let ended = self.child.try_wait().unwrap().is_some();
+        if ended {
+            self.give(DEADLINE);
+        }
+        ended
+    }
+
+    /// Time from now on, instead of what was left of it.
+    pub(crate) fn give(&mut self, time: Duration) {
+        self.deadline = Instant::now() + time;
+    }
+
     /// The processes that this one started.
     pub(crate) fn children(&self) -> Vec<u32> {
         children(self.id())
@@ -130,6 +144,7 @@ impl Process {
     /// kill -9, and the end of all that it started.
     pub(crate) fn kill(mut self) -> Ended {
         self.child.kill().unwrap();
+        self.give(DEADLINE);
         self.wait()
     }
 }

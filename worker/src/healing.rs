@@ -21,24 +21,38 @@ struct Condition {
     digest: String,
 }
 
-/// Hands the state of rank `source` to the ranks of `healed`; the others do not take part.
+/// Hands the state of rank `source` to the ranks of `healed`; the others do not take part. Whenever a piece has been
+/// handed over, `progressed` is called.
 ///
 /// # Errors
 /// Those of the mesh; [`Error::Healing`] where what arrived is not what was sent. The replica of a rank that is healed is
 /// then worthless.
-pub fn heal(collective: &mut Collective, replica: &mut Replica, step: u64, source: u32, healed: &[u32]) -> Result<()> {
+pub fn heal(
+    collective: &mut Collective,
+    replica: &mut Replica,
+    step: u64,
+    source: u32,
+    healed: &[u32],
+    progressed: &dyn Fn(),
+) -> Result<()> {
     let rank = collective.rank();
+    let mut pass_on = |bytes: &mut [u8]| {
+        progressed();
+        collective.broadcast(step, source, healed, bytes)
+    };
     if rank == source {
-        hand_over(collective, replica, step, healed)
+        hand_over(replica, &mut pass_on)
     } else if healed.contains(&rank) {
-        take_over(collective, replica, step, source, healed)
+        take_over(replica, step, source, &mut pass_on)
     } else {
         Ok(())
     }
 }
 
-fn hand_over(collective: &mut Collective, replica: &Replica, step: u64, healed: &[u32]) -> Result<()> {
-    let source = collective.rank();
+/// Sends bytes to those who are healed, or receives them.
+type PassOn<'a> = &'a mut dyn FnMut(&mut [u8]) -> Result<()>;
+
+fn hand_over(replica: &Replica, pass_on: PassOn) -> Result<()> {
     let mut hasher = blake3::Hasher::new();
     for arena in replica.arenas() {
         let elements = arena.rows() * arena.cols();
@@ -48,7 +62,7 @@ fn hand_over(collective: &mut Collective, replica: &Replica, step: u64, healed: 
             arena.reshape(start, 1, piece.len()).read(piece)?;
             let bytes: &mut [u8] = bytemuck::cast_slice_mut(piece);
             hasher.update(bytes);
-            collective.broadcast(step, source, healed, bytes)?;
+            pass_on(bytes)?;
         }
     }
     let condition = Condition {
@@ -60,21 +74,21 @@ fn hand_over(collective: &mut Collective, replica: &Replica, step: u64, healed: 
     let mut bytes = serde_json::to_vec(&condition).expect("numbers and strings always have a JSON form");
     assert!(bytes.len() <= CONDITION_BYTES, "a condition of {} bytes", bytes.len());
     bytes.resize(CONDITION_BYTES, b' ');
-    collective.broadcast(step, source, healed, &mut bytes)
+    pass_on(&mut bytes)
 }
 
-fn take_over(collective: &mut Collective, replica: &mut Replica, step: u64, source: u32, healed: &[u32]) -> Result<()> {
+fn take_over(replica: &mut Replica, step: u64, source: u32, pass_on: PassOn) -> Result<()> {
     for mut arena in replica.arenas_mut() {
         let elements = arena.rows() * arena.cols();
         let mut buffer = vec![0.0_f32; PIECE_ELEMENTS.min(elements)];
         for start in (0..elements).step_by(PIECE_ELEMENTS) {
             let piece = &mut buffer[..PIECE_ELEMENTS.min(elements - start)];
-            collective.broadcast(step, source, healed, bytemuck::cast_slice_mut(piece))?;
+            pass_on(bytemuck::cast_slice_mut(piece))?;
             arena.reborrow().reshape(start, 1, piece.len()).write(piece)?;
         }
     }
     let mut bytes = vec![0; CONDITION_BYTES];
-    collective.broadcast(step, source, healed, &mut bytes)?;
+    pass_on(&mut bytes)?;
     let wrong = |problem: String| Error::Healing { rank: source, problem };
     let condition: Condition =
         serde_json::from_slice(&bytes).map_err(|error| wrong(format!("its condition does not parse: {error}")))?;

@@ -285,7 +285,8 @@ impl Rank {
             let mesh = Mesh::connect(&self.listener, membership, deadline, self.job.silence_limit, interrupter)?;
             self.link(session, mesh, plan.committed_step)?
         };
-        healing::heal(&mut collective, &mut self.replica, plan.committed_step, plan.source, &plan.healed)?;
+        let (step, source, healed) = (plan.committed_step, plan.source, &plan.healed);
+        healing::heal(&mut collective, &mut self.replica, step, source, healed, &|| session.count_progress())?;
         if plan.healed.contains(&plan.rank) {
             self.held = Some(State { step: plan.committed_step, generation: plan.committed_generation });
         }
@@ -595,7 +596,8 @@ fn tell_saved(session: &Session, saved: Option<saver::Saved>) -> Result<()> {
 }
 
 fn step_failed(generation: u64, step: u64, error: &Error) -> Report {
-    Report::StepFailed(StepFailed { generation, step, detail: error.to_string() })
+    let unreachable = error.unreachable().to_vec();
+    Report::StepFailed(StepFailed { generation, step, detail: error.to_string(), unreachable })
 }
 
 fn failed(exit_code: u32, message: String) -> Report {

@@ -71,6 +71,9 @@ impl Machine {
     }
 
     fn watch(&mut self) {
+        if self.has_heard_of_broken_links() {
+            return self.go_on_without_broken_links();
+        }
         // By now a dead peer would have been found silent.
         if self.failed_ms.is_some_and(|ms| self.now_ms - ms > self.settings.heartbeat_timeout_ms) {
             return self.try_again();
@@ -92,11 +95,12 @@ impl Machine {
             if !hung.is_empty() && hung.len() < self.world() as usize {
                 return self.lose(hung);
             }
-            if still_ms > limit(STUCK_MIN_MS)
-                && self.ranks().all(|(_, member)| member.waiting || member.failed.is_some())
-            {
-                // Everybody waits for everybody.
-                self.try_again();
+            let waits = |member: &super::Member| {
+                let stands_still = self.now_ms - member.progress.1 > limit(WATCHDOG_MIN_MS);
+                member.waiting && stands_still || member.done.is_some() || member.failed.is_some()
+            };
+            if self.ranks().all(|(_, member)| waits(member)) {
+                self.connect_anew();
             }
         }
     }
@@ -160,5 +164,6 @@ impl Machine {
             wait.forgive(pause_ms);
         }
         self.failed_ms = self.failed_ms.map(|ms| ms + pause_ms);
+        self.stalled_ms = self.stalled_ms.map(|ms| ms + pause_ms);
     }
 }

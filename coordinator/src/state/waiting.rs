@@ -46,7 +46,7 @@ impl Machine {
     }
 
     /// What the committed step asks for: computing the next, or what a run leaves.
-    fn phase_at_committed(&self) -> Phase {
+    pub(super) fn phase_at_committed(&self) -> Phase {
         let last = self.committed_step == self.settings.schedule.total_steps || self.due.finish;
         match (last, self.preempting) {
             (true, _) => Phase::Finishing,
@@ -65,8 +65,7 @@ impl Machine {
     }
 
     pub(super) fn can_go_on(&self) -> bool {
-        let ready = self.members.values().filter(|member| member.ready.is_some()).count() as u32;
-        ready >= self.workers_needed() && self.is_held()
+        self.roster().len() as u32 >= self.workers_needed() && self.is_held()
     }
 
     pub(super) fn wait_for_workers(&mut self, cause: String) {
@@ -152,6 +151,8 @@ impl Machine {
                 self.retired.push(member.pid);
                 self.replace(member.pid);
             }
+            // It is well.
+            Notice::Link => {}
         }
     }
 

@@ -147,7 +147,7 @@ pub(crate) struct WorkerArguments {
     /// Wait so long for a coordinator that is not there yet.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) wait_seconds: u32,
-    /// Start so many workers here, which share the cores and take a GPU each.
+    /// Start so many workers here, which share the cores and take a GPU each, and others in place of those that die.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) nproc_per_node: Option<u32>,
     /// Where to compute; what the job says by default.

@@ -29,8 +29,8 @@ pub struct ClusterConfig {
     pub workers: Option<u32>,
     /// The run goes on while so many are left. Default 1.
     pub min_workers: u32,
-    /// So many dead worker processes `quintet train` replaces before ten steps in a row go well.
-    /// Default 10.
+    /// So many dead worker processes `quintet train` replaces before ten steps in a row go well; elsewhere, so often each
+    /// worker is replaced on its host. Default 10.
     pub max_restarts: u32,
     /// `"auto"`, `"cpu"`, `"cuda"` or `"emulated"`. Default `"auto"`.
     pub device: Device,
@@ -69,6 +69,9 @@ impl Default for ClusterConfig {
 /// Sanity bound: the state machine visits all workers at each step.
 const WORKERS_MAX: u32 = 4096;
 
+/// Each worker is invited so often beforehand.
+const RESTARTS_MAX: u32 = 100;
+
 impl ClusterConfig {
     /// Checks every range.
     ///
@@ -87,6 +90,9 @@ impl ClusterConfig {
         if self.min_workers > workers {
             let problem = format!("{} is more than cluster.workers, {workers}", self.min_workers);
             return refuse("min_workers", problem);
+        }
+        if self.max_restarts > RESTARTS_MAX {
+            return refuse("max_restarts", format!("{} is more than {RESTARTS_MAX}", self.max_restarts));
         }
         self.listen_address()?;
         let seconds = [
@@ -155,6 +161,7 @@ mod tests {
         let too_many = problem(|c| (c.workers, c.min_workers) = (Some(2), 3));
         assert_eq!(too_many, "cluster.min_workers: 3 is more than cluster.workers, 2");
         assert_eq!(problem(|c| c.min_workers = 2), "cluster.min_workers: 2 is more than cluster.workers, 1");
+        assert_eq!(problem(|c| c.max_restarts = 101), "cluster.max_restarts: 101 is more than 100");
         assert!(problem(|c| c.listen = "localhost".to_owned()).starts_with("cluster.listen: \"localhost\""));
         assert!(problem(|c| c.heartbeat_timeout_seconds = f64::NAN).starts_with("cluster.heartbeat_"));
         assert!(problem(|c| c.step_timeout_seconds = 0.0).starts_with("cluster.step_timeout_seconds: 0"));

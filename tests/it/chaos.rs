@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use quintet_worker::checkpoint;
 use rustix::process::Signal;
 
-use crate::harness::Process;
+use crate::harness::{Process, announce};
 use crate::jobs::{RunOutput, Workspace};
 use crate::network::{Link, Network, fill_disk, join_tokens, mount_small_disk, with_own_mounts};
 use crate::random::Random;
@@ -131,8 +131,8 @@ struct Chaos<'a> {
     drawn: Option<(Fault, Instant)>,
     /// What the ledger held when last seen, in whole lines.
     ledger: Vec<u8>,
-    /// How many lines it had when a worker was last killed.
-    killed_at: usize,
+    /// The generation of its last line when a worker was last killed.
+    killed_in: u64,
     /// All are killed: the ledger may be cut back.
     cut_back: bool,
     began: Instant,
@@ -163,7 +163,7 @@ impl<'a> Chaos<'a> {
             passing: Vec::new(),
             drawn: None,
             ledger: Vec::new(),
-            killed_at: 0,
+            killed_in: 0,
             cut_back: false,
             began: now,
             story: String::new(),
@@ -269,8 +269,9 @@ impl<'a> Chaos<'a> {
             if let Some(process) = &mut place.process {
                 if process.has_ended() {
                     let ended = place.process.take().unwrap().wait();
-                    // 2: there are as many as the run is to have, one of which is not known yet to be gone.
-                    let known = ended.code.is_some_and(|code| code <= 2);
+                    // 2: there are as many as the run is to have, one of which is not known yet to be gone; 69: the run
+                    // has ended, because nobody holds its state.
+                    let known = ended.code.is_some_and(|code| code <= 2 || code == 69);
                     let text = format!("worker of host{} ended with {:?}:\n{}", index + 1, ended.code, ended.stderr);
                     place.start = Instant::now() + self.random.milliseconds(50, 1000);
                     self.say(&text);
@@ -359,12 +360,15 @@ impl<'a> Chaos<'a> {
         }
     }
 
+    /// A number of the ledger's last line; 0 without any.
+    fn last_line(&self, key: &str) -> u64 {
+        let last = self.ledger.rsplitn(3, |&byte| byte == b'\n').nth(1).unwrap_or_default();
+        serde_json::from_slice::<serde_json::Value>(last).map_or(0, |line| line[key].as_u64().unwrap())
+    }
+
     /// Whether at least two hold the state, and nothing is under way that could make it one.
     fn can_lose_one(&self) -> bool {
-        let last = self.ledger.rsplitn(3, |&byte| byte == b'\n').nth(1).unwrap_or_default();
-        let workers =
-            serde_json::from_slice::<serde_json::Value>(last).map_or(0, |line| line["workers"].as_u64().unwrap());
-        workers >= 2 && self.lines() > self.killed_at && self.passing.is_empty()
+        self.last_line("workers") >= 2 && self.last_line("generation") > self.killed_in && self.passing.is_empty()
     }
 
     /// Has a fault happen, if it can.
@@ -469,7 +473,7 @@ impl<'a> Chaos<'a> {
         let ended = process.kill();
         place.stopped = false;
         place.start = Instant::now() + self.random.milliseconds(0, 600);
-        self.killed_at = self.lines();
+        self.killed_in = self.last_line("generation");
         self.say(&format!("{name} host{}, which had said:\n{}", index + 1, ended.stderr));
         true
     }
@@ -587,7 +591,7 @@ fn chaos() {
     let seed = given("QUINTET_CHAOS_SEED")
         .unwrap_or_else(|| std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64 % 1_000_000_000);
     let wanted = given("QUINTET_CHAOS_FAULTS");
-    eprintln!("chaos: seed {seed} (QUINTET_CHAOS_SEED={seed} draws the same again)");
+    announce(&format!("chaos: seed {seed} (QUINTET_CHAOS_SEED={seed} draws the same again)"));
     with_own_mounts(|| {
         let _ = &*UNDISTURBED;
         let (mut random, mut tally, began) = (Random(seed), Tally::default(), Instant::now());
@@ -599,10 +603,11 @@ fn chaos() {
             let Some(chaos) = Chaos::new(&mut random, &mut tally) else { return };
             chaos.drive(&more);
             let (jobs, count) = (tally.jobs, tally.count());
-            eprintln!("chaos: {jobs} jobs, {count} faults, {:.0} s", began.elapsed().as_secs_f64());
+            announce(&format!("chaos: {jobs} jobs, {count} faults, {:.0} s", began.elapsed().as_secs_f64()));
         }
         let (faults, fallen) = (&tally.faults, tally.from_checkpoint);
-        eprintln!("chaos: {faults:?}; {fallen} times from a checkpoint; {} generations", tally.generations);
+        let generations = tally.generations;
+        announce(&format!("chaos: {faults:?}; {fallen} times from a checkpoint; {generations} generations"));
         assert!(tally.count() >= 10, "chaos that hardly happened");
     });
 }

@@ -1,7 +1,7 @@
 //! What tests share: where the reference data is, and how to run the program.
 
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -172,6 +172,12 @@ impl Ended {
         assert_eq!(errors.len(), 1, "one line that says what is wrong, but it said:\n{}", self.stderr);
         errors[0]
     }
+}
+
+/// Says a line that is seen although the test passes.
+pub(crate) fn announce(line: &str) {
+    // Without standard error there is nobody to tell.
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 pub(crate) fn send_signal(process: u32, signal: Signal) {

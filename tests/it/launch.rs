@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 
 use rustix::process::Signal;
 
-use crate::harness::{Ended, Process, quintet, run};
+use crate::harness::{Ended, Process, quintet, run, send_signal};
 use crate::jobs::Workspace;
 
 /// An sshd of our own, with keys of its own, that lets this user in as hosts `n1` and `n2`; `nobody` is a host where none
@@ -166,6 +166,26 @@ fn remote_workers_end_with_their_launcher() {
         assert_eq!(workers.len(), 2, "{stderr}");
         wait_for_end(&workers);
     }
+}
+
+#[test]
+fn a_killed_remote_worker_is_replaced_where_it_was() {
+    let workspace = Workspace::new();
+    let Some(sshd) = Sshd::start(workspace.path()) else { return };
+    let settings = ["training.max_steps=160", "training.save_steps=10", "training.eval_steps=40"];
+    let local = workspace.trained("local", &format!("--workers 1 {}", settings.join(" ")));
+    // Not on 127.0.0.1, tokens admit once.
+    let arguments = format!("--output hosts --listen 127.0.0.2:0 --set {}", settings.join(" --set "));
+    let mut process = sshd.launch(&workspace, "n1:2,n2", &arguments);
+    let worker = joined(&process.wait_for("3 of 3 workers joined: process "))[0];
+    assert!(process.wait_for_lines(&workspace.path().join("hosts/ledger.jsonl"), 15));
+    send_signal(worker, Signal::KILL);
+    process.wait_for(&format!("process {worker} died (signal: 9 (SIGKILL)); another takes its place, 1 of 10"));
+    process.wait_for("1 joined (1 given the state)");
+    process.wait().expect(0);
+    let hosts = workspace.output("hosts");
+    assert!(hosts.weights() == local.weights());
+    hosts.check_ledger(160);
 }
 
 #[test]

@@ -19,7 +19,7 @@ use rustix::ioctl::{Setter, ioctl, opcode};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
-use crate::harness::{Process, quintet, run};
+use crate::harness::{Process, announce, quintet, run};
 use crate::jobs::{Workspace, words};
 use crate::random::Random;
 
@@ -60,7 +60,9 @@ impl Network {
         let (hosts, wires): (Vec<Host>, Vec<File>) = match made {
             Ok(made) => made.into_iter().unzip(),
             Err(error) => {
-                eprintln!("SKIPPED: hosts that are network namespaces, because they cannot be made here: {error}");
+                announce(&format!(
+                    "SKIPPED: a test on hosts that are network namespaces, which cannot be made here: {error}"
+                ));
                 return None;
             }
         };
@@ -283,7 +285,9 @@ pub(crate) fn with_own_mounts(test: impl FnOnce() + Send) {
         let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
         match unshared.and_then(|()| mount_change("/", private)) {
             Ok(()) => test(),
-            Err(error) => eprintln!("SKIPPED: a test with mounts of its own, which are not permitted here: {error}"),
+            Err(error) => {
+                announce(&format!("SKIPPED: a test with mounts of its own, which cannot be made here: {error}"))
+            }
         }
     };
     let ended = std::thread::scope(|scope| scope.spawn(run).join());

@@ -520,7 +520,10 @@ impl Rank {
         let task = EvaluationTask::new(validation, &self.tokenizer, limits, config, &self.generation);
         let share = task.evaluate_share(self.replica.model(), self.replica.weights(), place.rank, place.world_size)?;
         let bytes = serde_json::to_vec(&share).expect("an evaluation is plain data"); // why: no map keys, no custom types
-        let Some(shares) = place.collective.gather_bytes(step, 0, &bytes)? else { return Ok(()) };
+        let waiting = session.wait();
+        let gathered = place.collective.gather_bytes(step, 0, &bytes)?;
+        drop(waiting);
+        let Some(shares) = gathered else { return Ok(()) };
         let mut batches: Vec<BatchEvaluation> = Vec::new();
         for (rank, bytes) in (0..).zip(shares) {
             let share: Vec<BatchEvaluation> = serde_json::from_slice(&bytes).map_err(|error| Error::Protocol {

@@ -5,12 +5,14 @@ use std::fs;
 use std::io::{BufRead, Read, Write};
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quintet_coordinator::admission::{JOIN_TOKEN_VARIABLE, RUN_TOKEN_VARIABLE};
+use quintet_coordinator::config::ClusterConfig;
 use quintet_coordinator::launch::environment::Place;
 use quintet_coordinator::launch::invitation::Invitation;
-use quintet_coordinator::launch::{LocalWorkers, address};
+use quintet_coordinator::launch::{Death, LocalWorkers, address};
 use quintet_coordinator::secret::Secret;
 use quintet_worker::access::{Access, Pass};
 use quintet_worker::rank::{self, RankJob};
@@ -33,16 +35,21 @@ const INVITATION_PATIENCE: Duration = Duration::from_secs(600);
 /// How often a coordinator is tried that is not there yet.
 const JOIN_INTERVAL: Duration = Duration::from_millis(500);
 
+/// How long a coordinator may take to be there, when a worker has failed that another could take the place of.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The exit code of a Rust program whose main thread panicked.
+const PANICKED: u32 = 101;
+
 pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
     let variable = |name: &str| std::env::var(name).ok();
     let place = Place::from_variables(variable, arguments.coordinator.clone())?;
     if !arguments.supervised && place.is_told() {
         say(&place.to_string());
     }
-    let count = arguments.nproc_per_node.unwrap_or(1);
-    let joining = Joining::find(&arguments, &place, count)?;
-    if count > 1 {
-        return supervise(&arguments, &place, &joining, count);
+    let joining = Joining::find(&arguments, &place, arguments.nproc_per_node.unwrap_or(1))?;
+    if let Some(count) = arguments.nproc_per_node {
+        return supervise(&arguments, &place, joining, count);
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let share = (cores / place.local_world_size.value.max(1) as usize).max(1);
@@ -53,11 +60,13 @@ pub(crate) fn run(arguments: WorkerArguments) -> Result<u8> {
 /// Where to join and with what.
 struct Joining {
     coordinator: String,
-    /// Those for the workers of this process first: one each.
-    tokens: Vec<String>,
-    /// The file that they are from, and the line of the first, for workers to look for others if theirs were used by
-    /// processes whose place they take.
+    /// By worker of this process: its token, and those of the processes that may take its place. A worker joins with the
+    /// first that nobody has used.
+    tokens: Vec<Vec<String>>,
+    /// The file that they are from, and the line of the first: workers look there for themselves.
     file: Option<(String, usize)>,
+    /// How often a worker may be replaced.
+    max_restarts: u32,
 }
 
 impl Joining {
@@ -72,24 +81,17 @@ impl Joining {
                         "where is the coordinator? Give --coordinator URL, as it printed it, or set QUINTET_COORDINATOR",
                     )
                 })?;
-                let coordinator = coordinator.value.clone();
-                if is_encrypted(&coordinator) {
-                    let file = std::env::var(tokens::FILE_VARIABLE).ok().map(|path| (path, first));
-                    Joining { coordinator, tokens: tokens::given(first)?, file }
-                } else {
-                    // The run has one for all.
-                    let token = std::env::var(RUN_TOKEN_VARIABLE).unwrap_or_default();
-                    Joining { coordinator, tokens: vec![token; count as usize], file: None }
-                }
+                Self::by_variables(coordinator.value.clone(), first, count)?
             }
         };
-        let is_secret = |token| Secret::from_hex(token).is_some();
-        if !is_encrypted(&joining.coordinator) && !joining.tokens.iter().all(|token| is_secret(token)) {
+        let is_secret = |token: &String| Secret::from_hex(token).is_some();
+        if !is_encrypted(&joining.coordinator) && !joining.tokens.iter().flatten().all(is_secret) {
             return Err(Failure::bad_input(format!(
                 "{RUN_TOKEN_VARIABLE} must hold the token that the coordinator printed"
             )));
         }
-        if joining.tokens.len() < count as usize {
+        let tokens = if joining.file.is_some() { joining.tokens[0].len() } else { joining.tokens.len() };
+        if tokens < count as usize {
             return Err(Failure::bad_input(format!("there are not {count} tokens to join by")));
         }
         Ok(joining)
@@ -97,24 +99,45 @@ impl Joining {
 
     fn from(invitation: Invitation, first: usize) -> Self {
         let Invitation { coordinator, mut tokens } = invitation;
+        tokens.retain(|lives| !lives.is_empty());
         let first = first % tokens.len().max(1);
         tokens.rotate_left(first);
-        Joining { coordinator, tokens, file: None }
+        let max_restarts = tokens.first().map_or(0, |lives| lives.len() as u32 - 1);
+        Joining { coordinator, tokens, file: None, max_restarts }
     }
 
-    /// For the worker of this index in this process: the variable by which it joins.
-    fn ticket(&self, index: usize) -> (&'static str, String) {
+    /// What the environment gives; how often the run would have workers replaced, is not known yet.
+    fn by_variables(coordinator: String, first: usize, count: u32) -> Result<Self> {
+        let often = ClusterConfig::default().max_restarts;
+        if !is_encrypted(&coordinator) {
+            // The run has one for all.
+            let token = std::env::var(RUN_TOKEN_VARIABLE).unwrap_or_default();
+            let tokens = vec![vec![token]; count as usize];
+            return Ok(Joining { coordinator, tokens, file: None, max_restarts: often });
+        }
+        let file = std::env::var(tokens::FILE_VARIABLE).ok().map(|path| (path, first));
+        let max_restarts = if file.is_some() { often } else { 0 };
+        Ok(Joining { coordinator, tokens: vec![tokens::given(first)?], file, max_restarts })
+    }
+
+    /// For the worker of this index in this process, which was replaced so often: the variable by which it joins.
+    fn ticket(&self, index: usize, restarts: usize) -> (&'static str, String) {
         if let Some((path, _)) = &self.file {
             return (tokens::FILE_VARIABLE, path.clone());
         }
-        let name = if is_encrypted(&self.coordinator) { JOIN_TOKEN_VARIABLE } else { RUN_TOKEN_VARIABLE };
-        (name, self.tokens[index].clone())
+        let lives = &self.tokens[index];
+        if is_encrypted(&self.coordinator) {
+            (JOIN_TOKEN_VARIABLE, lives[restarts].clone())
+        } else {
+            (RUN_TOKEN_VARIABLE, lives[0].clone())
+        }
     }
 
     fn access(&self, insecure: bool) -> std::result::Result<Access, SessionError> {
-        match Secret::from_hex(&self.tokens[0]).filter(|_| !is_encrypted(&self.coordinator)) {
+        let tokens = &self.tokens[0];
+        match Secret::from_hex(&tokens[0]).filter(|_| !is_encrypted(&self.coordinator)) {
             Some(secret) => Ok(Access::Plain { run_token: *secret.as_bytes(), insecure }),
-            None => Pass::join(&self.coordinator, &self.tokens).map(Access::Certificate),
+            None => Pass::join(&self.coordinator, tokens).map(Access::Certificate),
         }
     }
 }
@@ -263,8 +286,9 @@ fn pass_on_signals(interrupt: impl Fn() + Send + 'static) -> Result<()> {
     Ok(())
 }
 
-/// Starts `count` workers on this machine and waits for their end; the exit code is that of the first that failed.
-fn supervise(arguments: &WorkerArguments, place: &Place, joining: &Joining, count: u32) -> Result<u8> {
+/// Starts `count` workers on this machine, and others in place of those that die, and waits for their end; the exit code
+/// is that of the first that failed and was not replaced.
+fn supervise(arguments: &WorkerArguments, place: &Place, joining: Joining, count: u32) -> Result<u8> {
     let executable = std::env::current_exe()
         .map_err(|error| Failure::failed(format!("cannot find this program's own file: {error}")))?;
     let failed = |error: std::io::Error| Failure::failed(format!("cannot watch for signals: {error}"));
@@ -275,14 +299,18 @@ fn supervise(arguments: &WorkerArguments, place: &Place, joining: &Joining, coun
         let mut user = signal(SignalKind::user_defined1()).map_err(failed)?;
         let (told, _) = watch::channel(());
         let mut running = JoinSet::new();
+        let joining = Arc::new(joining);
         for index in 0..count {
-            let child = child_arguments(arguments, joining, index);
+            let child = child_arguments(arguments, &joining, index);
             let variables = place.child(index, count);
             let variables = variables.each_ref().map(|(name, value)| (*name, value.as_str()));
-            let ticket = joining.ticket(index as usize);
-            let ticket = Box::new(move || Ok(ticket.clone()));
+            let (tickets, mut started) = (joining.clone(), 0);
+            let ticket = Box::new(move || {
+                started += 1;
+                Ok(tickets.ticket(index as usize, started - 1))
+            });
             let worker = LocalWorkers::spawn(&executable, &[child], &variables, ticket)?;
-            running.spawn(watch_over(worker, told.subscribe()));
+            running.spawn(watch_over(worker, joining.clone(), told.subscribe()));
         }
         let mut code = exit::DONE;
         loop {
@@ -299,16 +327,44 @@ fn supervise(arguments: &WorkerArguments, place: &Place, joining: &Joining, coun
     })
 }
 
-/// Passes signals on to a worker until it ends; its exit code.
-async fn watch_over(mut worker: LocalWorkers, mut told: watch::Receiver<()>) -> u8 {
+/// Passes signals on to a worker until it ends, and replaces it where that makes sense; the last one's exit code.
+async fn watch_over(mut worker: LocalWorkers, joining: Arc<Joining>, mut told: watch::Receiver<()>) -> u8 {
+    let mut restarts = 0;
+    let mut is_told = false;
     loop {
         tokio::select! {
             death = worker.next_death() => {
-                let code = death.and_then(|death| death.exit_code);
-                return code.and_then(|code| u8::try_from(code).ok()).unwrap_or(exit::FAILURE);
+                let Some(death) = death else { return exit::FAILURE };
+                if is_told || restarts == joining.max_restarts || !is_worth_replacing(&death, &joining).await {
+                    return death.exit_code.and_then(|code| u8::try_from(code).ok()).unwrap_or(exit::FAILURE);
+                }
+                restarts += 1;
+                let Death { pid, status, .. } = &death;
+                say(&format!("process {pid} died ({status}); another takes its place, {restarts} of {}", joining.max_restarts));
+                if let Err(error) = worker.replace(*pid) {
+                    say(&format!("error: {error}"));
+                    return exit::FAILURE;
+                }
             }
-            Ok(()) = told.changed() => worker.terminate(),
+            Ok(()) = told.changed() => {
+                is_told = true;
+                worker.terminate();
+            }
         }
+    }
+}
+
+/// A worker that was killed or that failed, other than by what would make the next one fail as well: bad input, the end of
+/// the run, or that its coordinator is gone.
+async fn is_worth_replacing(death: &Death, joining: &Joining) -> bool {
+    match death.exit_code {
+        None => true,
+        Some(code) if code == u32::from(exit::FAILURE) || code == PANICKED => {
+            let address = joining.coordinator.split_once("://").map_or("", |(_, address)| address);
+            let connect = tokio::net::TcpStream::connect(address.trim_end_matches('/'));
+            matches!(tokio::time::timeout(CONNECT_TIMEOUT, connect).await, Ok(Ok(_)))
+        }
+        Some(_) => false,
     }
 }
 

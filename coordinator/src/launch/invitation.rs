@@ -1,4 +1,4 @@
-//! What a worker needs to join a run: where, and with which token.
+//! What workers need to join a run: where, and with which tokens.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -18,8 +18,9 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 pub struct Invitation {
     /// The coordinator's URL.
     pub coordinator: String,
-    /// One for each worker, by its index among those that the invitation is for.
-    pub tokens: Vec<String>,
+    /// By worker, by its index among those that the invitation is for: a token, and one for each that may take its place
+    /// when it has died.
+    pub tokens: Vec<Vec<String>>,
 }
 
 impl Invitation {
@@ -94,7 +95,10 @@ mod tests {
     use super::*;
 
     fn invitation() -> Invitation {
-        Invitation { coordinator: "http://127.0.0.1:4700".to_owned(), tokens: vec!["a".to_owned(), "b".to_owned()] }
+        Invitation {
+            coordinator: "http://127.0.0.1:4700".to_owned(),
+            tokens: vec![vec!["a".to_owned()], vec!["b".to_owned()]],
+        }
     }
 
     #[test]

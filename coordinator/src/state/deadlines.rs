@@ -82,27 +82,32 @@ impl Machine {
         if still_ms > self.settings.step_timeout_ms {
             return self.on_step_timeout();
         }
-        // How long an evaluation or the writing of a model takes, the pace does not tell.
-        if self.due.evaluate || self.phase != Phase::Running {
-            return;
-        }
         let limit =
             |least_ms| self.pace.limit_ms(least_ms).map_or(u64::MAX, |ms| ms.min(self.settings.step_timeout_ms));
-        if still_ms > limit(WATCHDOG_MIN_MS) {
+        if still_ms <= limit(WATCHDOG_MIN_MS) {
+            return;
+        }
+        // How long an evaluation or the writing of a model takes, the pace does not tell.
+        if self.phase == Phase::Running && !self.due.evaluate {
             let mut hung = self.silent(SILENCE_MS);
             hung.retain(|loss| self.members[&loss.worker].rank.is_some());
             hung.extend(self.stuck(limit(STUCK_MIN_MS)));
             if !hung.is_empty() && hung.len() < self.world() as usize {
                 return self.lose(hung);
             }
-            let waits = |member: &super::Member| {
-                let stands_still = self.now_ms - member.progress.1 > limit(WATCHDOG_MIN_MS);
-                member.waiting && stands_still || member.done.is_some() || member.failed.is_some()
-            };
-            if self.ranks().all(|(_, member)| waits(member)) {
-                self.connect_anew();
-            }
         }
+        if self.everybody_waits(limit(WATCHDOG_MIN_MS)) {
+            self.connect_anew();
+        }
+    }
+
+    /// All members are heard of, and have waited for so long.
+    fn everybody_waits(&self, limit_ms: u64) -> bool {
+        self.ranks().all(|(_, member)| {
+            let waits = member.waiting && self.now_ms - member.progress.1 > limit_ms;
+            let answered = member.done.is_some() || member.failed.is_some() || member.finished.is_some();
+            self.now_ms - member.heard_ms <= SILENCE_MS && (waits || answered)
+        })
     }
 
     /// Members that hold up the others, though they live.
@@ -136,7 +141,10 @@ impl Machine {
                 Loss { worker, noticed_by: Notice::Watchdog, why }
             })
             .collect();
-        if !hung.is_empty() && hung.len() < self.world() as usize {
+        if hung.is_empty() {
+            return self.connect_anew();
+        }
+        if hung.len() < self.world() as usize {
             return self.lose(hung);
         }
         let reason = format!(

@@ -3,12 +3,12 @@
 //! TLS is fed record by record, so that it takes nothing off the socket that comes after it.
 
 use std::io::{self, Write};
-use std::net::TcpStream;
 use std::sync::Arc;
 
 use quintet_identity::{Credentials, RecordKey, Role, member_of, worker_name};
 use tokio_rustls::rustls::{self, ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
 
+use super::stream::Stream;
 use super::wire::{Ciphers, Opener, Sealer};
 
 /// Of a TLS record: type, version, length.
@@ -35,7 +35,7 @@ impl MeshIdentity {
     }
 
     /// As the rank that dialled. `read` fills a buffer from `stream` or fails, in time.
-    pub(super) fn dial(&self, stream: &TcpStream, read: Fill) -> io::Result<Ciphers> {
+    pub(super) fn dial(&self, stream: &Stream, read: Fill) -> io::Result<Ciphers> {
         let tls = ClientConnection::new(Arc::clone(&self.client), worker_name()).map_err(io::Error::other)?;
         let mut tls = Connection::Client(tls);
         shake(&mut tls, stream, read)?;
@@ -44,7 +44,7 @@ impl MeshIdentity {
     }
 
     /// As the rank that listens.
-    pub(super) fn answer(&self, stream: &TcpStream, read: Fill) -> io::Result<Ciphers> {
+    pub(super) fn answer(&self, stream: &Stream, read: Fill) -> io::Result<Ciphers> {
         let tls = ServerConnection::new(Arc::clone(&self.server)).map_err(io::Error::other)?;
         let mut tls = Connection::Server(tls);
         shake(&mut tls, stream, read)?;
@@ -58,10 +58,10 @@ impl MeshIdentity {
     }
 }
 
-type Fill<'a> = &'a dyn Fn(&TcpStream, &mut [u8]) -> io::Result<()>;
+type Fill<'a> = &'a dyn Fn(&Stream, &mut [u8]) -> io::Result<()>;
 
 /// Exchanges records until both ends have proved themselves.
-fn shake(tls: &mut Connection, mut stream: &TcpStream, read: Fill) -> io::Result<()> {
+fn shake(tls: &mut Connection, mut stream: &Stream, read: Fill) -> io::Result<()> {
     loop {
         while tls.wants_write() {
             // A handshake fits the socket's buffer, so that this does not block.

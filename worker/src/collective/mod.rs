@@ -8,6 +8,7 @@
 mod handshake;
 mod nccl;
 mod rendezvous;
+mod stream;
 mod tcp;
 #[cfg(test)]
 mod tests;

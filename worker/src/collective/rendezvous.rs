@@ -4,13 +4,14 @@
 //! is encrypted for a peer with a certificate of the same authority.
 
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::handshake::MeshIdentity;
+use super::stream::{self, Door, Stream};
 use super::tcp::{Link, Mesh};
 use super::wire::Ciphers;
 use crate::{Error, Result};
@@ -34,20 +35,25 @@ const LOOK_UP: Duration = Duration::from_millis(50);
 
 /// The port on which a worker accepts the other ranks; outlives generations.
 pub struct Listener {
-    socket: TcpListener,
+    door: Door,
     address: SocketAddr,
 }
 
 impl Listener {
-    /// Binds `address`; port 0 takes a free one, see [`Listener::local_addr`].
+    /// Binds `address`; port 0 takes a free one, see [`Listener::local_addr`]. Ranks on the same machine come by a Unix
+    /// socket.
     pub fn bind(address: SocketAddr) -> Result<Self> {
-        let bind = || {
-            let socket = TcpListener::bind(address)?;
-            socket.set_nonblocking(true)?;
-            let address = socket.local_addr()?;
-            Ok(Self { socket, address })
-        };
-        bind().map_err(|source| Error::Listen { address, source })
+        Self::open(address, true)
+    }
+
+    /// [`Listener::bind`] for TCP alone: what is measured or tried is then what machines do between each other.
+    pub fn bind_tcp(address: SocketAddr) -> Result<Self> {
+        Self::open(address, false)
+    }
+
+    fn open(address: SocketAddr, local: bool) -> Result<Self> {
+        let opened = Door::open(address, local).map_err(|source| Error::Listen { address, source });
+        opened.map(|(door, address)| Self { door, address })
     }
 
     pub fn local_addr(&self) -> SocketAddr {
@@ -77,7 +83,7 @@ pub struct Interrupter {
 #[derive(Default)]
 struct InterruptState {
     interrupted: AtomicBool,
-    sockets: Mutex<Vec<TcpStream>>,
+    sockets: Mutex<Vec<Stream>>,
 }
 
 impl Interrupter {
@@ -98,12 +104,11 @@ impl Interrupter {
     /// Shuts every connection, which releases the threads blocked on them.
     pub(super) fn shut_sockets(&self) {
         for socket in self.state.sockets.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            // An error means that the connection is already gone, which is what is wanted.
-            let _ = socket.shutdown(std::net::Shutdown::Both);
+            socket.shut();
         }
     }
 
-    fn watch(&self, sockets: Vec<TcpStream>) {
+    fn watch(&self, sockets: Vec<Stream>) {
         *self.state.sockets.lock().unwrap_or_else(PoisonError::into_inner) = sockets;
         // An interrupt between its flag and this registration found no sockets to shut.
         if self.is_interrupted() {
@@ -163,15 +168,15 @@ fn address_of(rank: u32, members: &[(u32, SocketAddr)]) -> SocketAddr {
 
 /// A connection to a peer that has proved itself.
 struct Line {
-    stream: TcpStream,
+    stream: Stream,
     ciphers: Option<Ciphers>,
 }
 
 impl Line {
     fn send(&mut self, hello: &[u8; HELLO_BYTES]) -> io::Result<()> {
         match &mut self.ciphers {
-            None => self.stream.write_all(hello),
-            Some(ciphers) => ciphers.sealer.write(&mut self.stream, hello).map(|_| ()),
+            None => (&self.stream).write_all(hello),
+            Some(ciphers) => ciphers.sealer.write(&mut &self.stream, hello).map(|_| ()),
         }
     }
 
@@ -220,7 +225,7 @@ fn meet(listener: &Listener, membership: Membership, deadline: Instant, interrup
             && keep_going()
             && !reached.iter().any(|reached| reached.failing() > UNREACHABLE_LIMIT)
         {
-            while let Ok((stream, _)) = listener.socket.accept() {
+            while let Some(stream) = listener.door.accept() {
                 if handshakes.fetch_add(1, Ordering::SeqCst) >= HANDSHAKES_MAX {
                     handshakes.fetch_sub(1, Ordering::SeqCst);
                     continue;
@@ -279,12 +284,12 @@ fn dial(
 ) {
     let address = address_of(peer, membership.members);
     let patience = Patience { deadline, keep_going };
-    let attempt = || -> io::Result<Line> {
+    let attempt = |local: bool| -> io::Result<Line> {
         let left = deadline.saturating_duration_since(Instant::now());
         let limit = left.clamp(Duration::from_millis(1), Duration::from_secs(1));
-        let stream = TcpStream::connect_timeout(&address, limit).inspect_err(|_| reached.note(false))?;
+        let inside = if local { stream::dial_locally(address) } else { None };
+        let stream = inside.map_or_else(|| Stream::dial(&address, limit), Ok).inspect_err(|_| reached.note(false))?;
         reached.note(true);
-        stream.set_nodelay(true)?;
         let ciphers = membership.identity.map(|identity| identity.dial(&stream, &|s, b| patience.fill(s, b)));
         let mut line = Line { ciphers: ciphers.transpose()?, stream };
         line.send(&hello(membership, membership.rank, peer))?;
@@ -293,8 +298,12 @@ fn dial(
         }
         Ok(line)
     };
-    while keep_going() && Instant::now() < deadline {
-        match attempt() {
+    // In turns, so that whoever else has taken the name inside the machine does not keep ranks apart.
+    for local in [true, false].into_iter().cycle() {
+        if !keep_going() || Instant::now() >= deadline {
+            return;
+        }
+        match attempt(local) {
             Ok(line) => {
                 // The receiver outlives this thread, so this cannot fail.
                 let _ = arrived.send((peer, line));
@@ -307,14 +316,12 @@ fn dial(
 
 /// Reads a hello, and answers it if it is from a higher rank of this job and generation.
 fn welcome(
-    stream: TcpStream,
+    stream: Stream,
     membership: Membership,
     deadline: Instant,
     keep_going: &dyn Fn() -> bool,
 ) -> io::Result<(u32, Line)> {
     let rank = membership.rank;
-    stream.set_nonblocking(false)?;
-    stream.set_nodelay(true)?;
     let patience = Patience { deadline, keep_going };
     let ciphers = membership.identity.map(|identity| identity.answer(&stream, &|s, b| patience.fill(s, b)));
     let mut line = Line { ciphers: ciphers.transpose()?, stream };
@@ -358,14 +365,14 @@ struct Patience<'a> {
 }
 
 impl Patience<'_> {
-    fn fill(self, stream: &TcpStream, buffer: &mut [u8]) -> io::Result<()> {
+    fn fill(self, stream: &Stream, buffer: &mut [u8]) -> io::Result<()> {
         Patient { stream, patience: self }.read_exact(buffer)
     }
 }
 
 /// A stream that gives up.
 struct Patient<'a> {
-    stream: &'a TcpStream,
+    stream: &'a Stream,
     patience: Patience<'a>,
 }
 

@@ -1,17 +1,17 @@
-//! Collectives over a full mesh of TCP connections.
+//! Collectives over a full mesh of connections: TCP, and Unix sockets inside a machine.
 //!
 //! Every operation runs one sending thread a peer beside the receiving one, so no pair of
 //! ranks can block each other with full buffers. A failed operation leaves streams half
 //! read: it shuts the whole mesh, and the next generation builds a new one.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
 use std::ops::Range;
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::rendezvous::{self, Interrupter, Listener, Membership};
+use super::stream::Stream;
 use super::tree::{Node, TreeSum, merge_plan, nodes_of};
 use super::wire::{Ciphers, Wire};
 use crate::{Error, Result};
@@ -48,7 +48,7 @@ pub(super) struct Link {
 impl Link {
     pub(super) fn new(
         peer: u32,
-        stream: TcpStream,
+        stream: Stream,
         ciphers: Option<Ciphers>,
         silence_limit: Duration,
     ) -> io::Result<Self> {

@@ -17,6 +17,11 @@ fn loopback() -> Listener {
     Listener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap()
 }
 
+/// By TCP to rank 0, as between machines, and inside the machine among the others.
+fn listener_of(rank: u32) -> Listener {
+    if rank == 0 { Listener::bind_tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap() } else { loopback() }
+}
+
 fn connect(listener: &Listener, rank: u32, members: &[(u32, SocketAddr)], generation: u64) -> Result<Mesh> {
     connect_as(None, listener, rank, members, generation)
 }
@@ -34,7 +39,7 @@ fn connect_as(
 
 /// Runs `body` as every rank of a mesh, each on its own thread.
 fn on_mesh<T: Send>(world: u32, body: impl Fn(u32, Collective) -> T + Sync) -> Vec<T> {
-    let listeners: Vec<Listener> = (0..world).map(|_| loopback()).collect();
+    let listeners: Vec<Listener> = (0..world).map(listener_of).collect();
     let members: Vec<(u32, SocketAddr)> = (0..world).zip(&listeners).map(|(rank, l)| (rank, l.local_addr())).collect();
     std::thread::scope(|scope| {
         let ranks: Vec<_> = (0..world)
@@ -285,6 +290,20 @@ fn a_missing_rank_is_named_at_the_deadline() {
     let deadline = Instant::now() + Duration::from_millis(30);
     let error = Mesh::connect(&listener, membership, deadline, PATIENCE, Interrupter::new()).err();
     assert!(matches!(error, Some(Error::Rendezvous { rank: 1, generation: 9, .. })), "{error:?}");
+}
+
+#[test]
+fn a_rank_whose_machine_does_not_answer_is_told_apart_from_one_that_is_late() {
+    let (listener, late) = (loopback(), loopback());
+    // Whoever asks here is refused.
+    let gone = loopback().local_addr();
+    let members = [(0, late.local_addr()), (1, gone), (2, listener.local_addr())];
+    let membership = Membership { rank: 2, members: &members, token: &TOKEN, identity: None, generation: 9 };
+    let began = Instant::now();
+    let deadline = began + Duration::from_secs(60);
+    let error = Mesh::connect(&listener, membership, deadline, PATIENCE, Interrupter::new()).err().unwrap();
+    assert_eq!(error.unreachable(), [1], "{error:?}");
+    assert!(began.elapsed() < Duration::from_secs(20), "nobody waits for the deadline");
 }
 
 #[test]

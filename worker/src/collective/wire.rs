@@ -10,9 +10,10 @@
 //! On the wire: length (4 bytes, little endian, authenticated), tag (16 bytes), ciphertext.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
 
 use quintet_identity::RecordKey;
+
+use super::stream::Stream;
 
 /// The longest record. What is shorter than a processor's second-level cache is encrypted in it.
 const RECORD_BYTES_MAX: usize = 128 << 10;
@@ -21,7 +22,7 @@ const PREFIX_BYTES: usize = 4 + TAG_BYTES;
 
 /// One direction of a connection.
 pub(super) struct Wire {
-    stream: TcpStream,
+    stream: Stream,
     cipher: Cipher,
 }
 
@@ -39,7 +40,7 @@ pub(super) struct Ciphers {
 
 impl Wire {
     /// Both directions of a connection, to read and to write.
-    pub(super) fn pair(stream: TcpStream, ciphers: Option<Ciphers>) -> io::Result<(Self, Self)> {
+    pub(super) fn pair(stream: Stream, ciphers: Option<Ciphers>) -> io::Result<(Self, Self)> {
         let other = stream.try_clone()?;
         let (opens, seals) = match ciphers {
             None => (Cipher::Plain, Cipher::Plain),
@@ -52,8 +53,8 @@ impl Wire {
 impl Read for Wire {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match &mut self.cipher {
-            Cipher::Plain => self.stream.read(buffer),
-            Cipher::Opens(opener) => opener.read(&mut self.stream, buffer),
+            Cipher::Plain => (&self.stream).read(buffer),
+            Cipher::Opens(opener) => opener.read(&mut &self.stream, buffer),
             Cipher::Seals(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
@@ -62,8 +63,8 @@ impl Read for Wire {
 impl Write for Wire {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match &mut self.cipher {
-            Cipher::Plain => self.stream.write(bytes),
-            Cipher::Seals(sealer) => sealer.write(&mut self.stream, bytes),
+            Cipher::Plain => (&self.stream).write(bytes),
+            Cipher::Seals(sealer) => sealer.write(&mut &self.stream, bytes),
             Cipher::Opens(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }

@@ -24,6 +24,8 @@ pub(super) struct Sums {
     pub(super) iterations: usize,
     /// Whether to time a plain copy too.
     pub(super) copies: bool,
+    /// Whether these ranks of one machine meet by TCP, as those of several do.
+    pub(super) tcp: bool,
 }
 
 /// What a rank measured at one size: seconds of each iteration.
@@ -56,6 +58,7 @@ pub(super) fn run(arguments: &BenchAllreduceArguments) -> Result<()> {
         bytes: bytes.take_while(|&bytes| bytes <= arguments.max_bytes).collect(),
         iterations: arguments.iterations,
         copies: true,
+        tcp: false,
     };
     if sums.bytes.is_empty() {
         return Err(Failure::bad_input("--max-bytes is less than --min-bytes"));

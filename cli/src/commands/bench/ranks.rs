@@ -135,7 +135,11 @@ pub(super) fn serve() -> Result<()> {
 }
 
 fn serve_on_threads(start: &Start) -> Result<()> {
-    let listener = Listener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+    let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let listener = match &start.task {
+        Task::AllReduce(sums) if sums.tcp => Listener::bind_tcp(any)?,
+        _ => Listener::bind(any)?,
+    };
     let choice = match start.device {
         Place::Cpu => DeviceChoice::Cpu,
         Place::Cuda(gpu) => DeviceChoice::Cuda(gpu),

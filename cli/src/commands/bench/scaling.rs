@@ -186,13 +186,13 @@ impl Scaling<'_> {
     }
 
     /// The model fitted to sums of two and four ranks at some sizes down from the gradient's, and sums that it was not
-    /// fitted to: of three ranks, and of sizes between.
+    /// fitted to: of three ranks, and of sizes between. By TCP, because what is modelled is between machines.
     fn fit(&self, gradient_bytes: usize, places: usize) -> Result<(CostModel, Vec<Held>)> {
         let sizes: Vec<usize> = (0..5).map(|power| (gradient_bytes >> (2 * power)).max(1 << 10)).collect();
         let (mut fitted, mut held) = (Vec::new(), Vec::new());
         for world_size in [2, 3, 4] {
             eprintln!("measuring sums of {world_size} ranks");
-            let sums = Sums { bytes: sizes.clone(), iterations: self.arguments.sums, copies: false };
+            let sums = Sums { bytes: sizes.clone(), iterations: self.arguments.sums, copies: false, tcp: true };
             for (index, row) in allreduce::measure(sums, world_size, &self.decision)?.into_iter().enumerate() {
                 let to_fit = world_size != 3 && index % 2 == 0;
                 (if to_fit { &mut fitted } else { &mut held }).push((world_size, row.bytes, row.seconds));

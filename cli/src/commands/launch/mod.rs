@@ -104,9 +104,10 @@ fn load_job(cluster: &ClusterArguments, workers: u32) -> Result<Job> {
     Job::load(&arguments)
 }
 
-/// For so many workers of a coordinator at `address`.
-fn invitation(address: SocketAddr, admission: &Admission, workers: u32) -> Result<Invitation> {
-    let tokens = (0..workers).map(|_| Ok(admission.ticket()?.1)).collect::<Result<_>>()?;
+/// For so many workers of a coordinator at `address`, each of which may be replaced so often.
+fn invitation(address: SocketAddr, admission: &Admission, workers: u32, max_restarts: u32) -> Result<Invitation> {
+    let lives = || (0..=max_restarts).map(|_| Ok(admission.ticket()?.1)).collect::<Result<_>>();
+    let tokens = (0..workers).map(|_| lives()).collect::<Result<_>>()?;
     Ok(Invitation { coordinator: format!("{}://{address}", admission.scheme()), tokens })
 }
 

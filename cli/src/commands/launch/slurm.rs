@@ -2,14 +2,14 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use quintet_coordinator::admission::Admission;
 use quintet_coordinator::exit_code::PREEMPTED;
 use quintet_coordinator::launch::command::CommandLine;
 use quintet_coordinator::launch::environment::Place;
-use quintet_coordinator::launch::invitation::InvitationFile;
+use quintet_coordinator::launch::invitation::{Invitation, InvitationFile};
 use quintet_coordinator::launch::remote::{Remote, Remotes};
 use quintet_coordinator::launch::slurm::{Allocation, Submission, node_address, show_node};
 use quintet_coordinator::launch::{LocalWorkers, address};
@@ -85,8 +85,8 @@ fn coordinate(cluster: &ClusterArguments, allocation: &Allocation) -> Result<u8>
         return Ok(exit::DONE);
     }
     let ip = block_on(own_address(allocation))?;
-    run_to_requeue(cluster, allocation, workers, ip, |address, admission| {
-        let written = InvitationFile::write(file, &invitation(address, admission, workers)?)?;
+    run_to_requeue(cluster, allocation, workers, ip, |invitation, _| {
+        let written = InvitationFile::write(file, invitation)?;
         let remote = Remote { name: "srun".to_string(), command: step, input: String::new() };
         Ok((Workers::Remote(Remotes::spawn(vec![remote])?), written))
     })
@@ -110,8 +110,8 @@ fn task(cluster: &ClusterArguments, allocation: &Allocation, place: &Place) -> R
     }
     let ip = block_on(own_address(allocation))?;
     let own = own_worker(cluster, &file)?;
-    run_to_requeue(cluster, allocation, workers, ip, |address, admission| {
-        let written = InvitationFile::write(file, &invitation(address, admission, workers)?)?;
+    run_to_requeue(cluster, allocation, workers, ip, |invitation, admission| {
+        let written = InvitationFile::write(file, invitation)?;
         let arguments: Vec<OsString> = own.arguments.iter().map(OsString::from).collect();
         let executable = PathBuf::from(own.program);
         let admission = admission.clone();
@@ -133,14 +133,16 @@ fn run_to_requeue(
     allocation: &Allocation,
     workers: u32,
     ip: IpAddr,
-    launch: impl FnOnce(SocketAddr, &Admission) -> Result<(Workers, InvitationFile)>,
+    launch: impl FnOnce(&Invitation, &Admission) -> Result<(Workers, InvitationFile)>,
 ) -> Result<u8> {
     let resume = cluster.job.resume || allocation.restarts > 0;
     let (prepared, options) = prepare_run(cluster, workers, resume, ip)?;
+    let max_restarts = prepared.job.cluster.max_restarts;
     // Until the run has ended.
     let mut written = None;
     let served = serve(prepared, &options, |address, admission| {
-        let (workers, file) = launch(address, admission)?;
+        let invitation = invitation(address, admission, workers, max_restarts)?;
+        let (workers, file) = launch(&invitation, admission)?;
         written = Some(file);
         Ok(workers)
     })?;

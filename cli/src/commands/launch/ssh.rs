@@ -40,8 +40,9 @@ pub(super) fn run(arguments: SshArguments) -> Result<u8> {
             pipe(&pack, &ssh.unpack(host)).map_err(|failure| on(host, failure))?;
         }
     }
+    let max_restarts = prepared.job.cluster.max_restarts;
     let served = serve(prepared, &options, |address, admission| {
-        let mut left = invitation(address, admission, workers)?;
+        let mut left = invitation(address, admission, workers, max_restarts)?;
         let remotes = hosts.iter().enumerate().map(|(index, host)| {
             let rest = left.tokens.split_off(host.slots as usize);
             let mine = std::mem::replace(&mut left.tokens, rest);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use quintet_coordinator::config::ClusterConfig;
 use quintet_data::DataConfig;
-use quintet_worker::{EvaluationConfig, LoraConfig, ModelSection, Precision, TrainingConfig};
+use quintet_worker::{EvaluationConfig, LoraConfig, ModelSection, Precision, TrainingConfig, task};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -81,6 +81,8 @@ impl Job {
             lora.validate()?;
         }
         self.evaluation.validate()?;
+        self.evaluation.validate_for(self.model.task)?;
+        task::check_objective(self.model.task, self.data.objective)?;
         self.cluster.validate()?;
         Ok(())
     }

@@ -13,10 +13,11 @@ use quintet_coordinator::journal::Identity;
 use quintet_coordinator::secret::Secret;
 use quintet_coordinator::server::Run;
 use quintet_coordinator::state::{Record, Selection, Settings};
-use quintet_data::{Splits, Tokenizer, TokenizerSpec};
+use quintet_data::{Classes, Splits, Tokenizer, TokenizerSpec};
 use quintet_identity::Authority;
 use quintet_kernels::Device;
-use quintet_worker::{Metric, adapter, checkpoint, replica};
+use quintet_t5::Model;
+use quintet_worker::{Metric, adapter, checkpoint, replica, task};
 
 use crate::error::{Failure, Result};
 use crate::hub::{self, LocalModel};
@@ -87,7 +88,9 @@ pub(crate) fn prepare(job: Job, serving: Serving, door: &Door) -> Result<Prepare
     // A run that has committed nothing is none: what stopped it can be put right and the job started again.
     let resume = serving.resume && holds_work(&job.output_dir);
     let tokenizer = Arc::new(run_tokenizer(&job, &base, pretrained.as_ref(), &splits, resume)?);
-    let trainable = check_model(&job, pretrained.as_ref(), &tokenizer)?;
+    let directory = pretrained.as_ref().map(|pretrained| pretrained.directory.as_path());
+    let classes = task::classes(&job.model, directory, &splits)?;
+    let trainable = check_model(&job, directory, &tokenizer, classes.as_deref())?;
     let splits = splits.tokenized(&tokenizer)?;
     let schedule = job.training.steps(splits.order().positions())?;
     let eval_steps = eval_steps(&job, &splits, schedule.total_steps)?;
@@ -224,13 +227,21 @@ fn for_workers(job: &Job, pretrained: Option<&LocalModel>) -> Result<String> {
 
 /// Finds a wrong model before any process starts. A directory's weights are checked by the workers that load them. For a
 /// LoRA run, a line that says how much is trained, as PEFT's `print_trainable_parameters` has it.
-fn check_model(job: &Job, pretrained: Option<&LocalModel>, tokenizer: &Tokenizer) -> Result<Option<String>> {
-    let Some(pretrained) = pretrained else {
+fn check_model(
+    job: &Job,
+    directory: Option<&Path>,
+    tokenizer: &Tokenizer,
+    classes: Option<&Classes>,
+) -> Result<Option<String>> {
+    let Some(directory) = directory else {
         replica::fresh_config(&job.model, tokenizer)?;
         return Ok(None);
     };
     let Some(lora) = &job.lora else { return Ok(None) };
-    let model = quintet_t5::open_pretrained(&Device::cpu(), &pretrained.directory)?;
+    let mut model = quintet_t5::open_pretrained(&Device::cpu(), directory)?;
+    if let Some(classes) = classes {
+        model = Model::new(&Device::cpu(), model.config().clone().into_classifier(classes.names()))?;
+    }
     let trained = adapter::plan(lora, &model)?.1.parameter_count();
     let all = model.layout().parameter_count() + trained;
     let share = 100.0 * trained as f64 / all as f64;

@@ -334,6 +334,20 @@ impl Dataset {
         (0..self.len()).map(|index| self.example(index))
     }
 
+    /// The target of the example `index`, where the objective makes none.
+    ///
+    /// # Panics
+    /// When there is no such example.
+    pub(crate) fn target(&self, index: u64) -> Cow<'_, str> {
+        let (part, index) = self.part(index);
+        part.texts.target(index)
+    }
+
+    /// All targets in file order, where the objective makes none.
+    pub(crate) fn targets(&self) -> impl Iterator<Item = Cow<'_, str>> {
+        (0..self.len()).map(|index| self.target(index))
+    }
+
     /// Every input, every target, and what prompts and objectives add to them: what a tokenizer is trained on.
     pub fn texts(&self) -> impl Iterator<Item = Cow<'_, str>> {
         let literals = self.literals.iter().map(|text| Cow::Borrowed(text.as_str()));

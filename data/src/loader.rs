@@ -6,6 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
+use crate::classes::Classes;
 use crate::dataset::{At, Dataset};
 use crate::error::Result;
 use crate::order::Order;
@@ -34,7 +35,7 @@ pub struct PackedBatch {
     pub source_ids: Vec<u32>,
     /// `[B + 1]`: input b is `source_ids[source_offsets[b]..source_offsets[b + 1]]`.
     pub source_offsets: Vec<u32>,
-    /// The tokens of all targets, each with its end of sequence: the labels.
+    /// The tokens of all targets, each with its end of sequence: the labels. Or, of each example, its class.
     pub target_ids: Vec<u32>,
     /// `[B + 1]`: target b is `target_ids[target_offsets[b]..target_offsets[b + 1]]`.
     pub target_offsets: Vec<u32>,
@@ -47,6 +48,7 @@ pub struct Packer {
     tokenizer: Arc<Tokenizer>,
     order: Order,
     limits: Limits,
+    classes: Option<Arc<Classes>>,
 }
 
 impl Packer {
@@ -54,13 +56,19 @@ impl Packer {
     /// When `order` is of another number of examples than `dataset`.
     pub fn new(dataset: Arc<Dataset>, tokenizer: Arc<Tokenizer>, order: Order, limits: Limits) -> Self {
         assert_eq!(order.examples(), dataset.len(), "the order must be of this dataset");
-        Self { dataset, tokenizer, order, limits }
+        Self { dataset, tokenizer, order, limits, classes: None }
+    }
+
+    /// Packs, as an example's target, the number of its class instead of tokens.
+    #[must_use]
+    pub fn with_classes(self, classes: Arc<Classes>) -> Self {
+        Self { classes: Some(classes), ..self }
     }
 
     /// The tokens of the examples at `positions` of `epoch`.
     ///
     /// # Errors
-    /// The tokenizer fails on a text.
+    /// The tokenizer fails on a text, or a target is no class.
     ///
     /// # Panics
     /// When a position lies beyond the dataset.
@@ -74,8 +82,14 @@ impl Packer {
         };
         for position in positions {
             let at = At { epoch, position, index: self.order.example(epoch, position) };
+            let targets = batch.target_ids.len();
             let PackedBatch { source_ids, target_ids, .. } = &mut batch;
             self.dataset.encode(at, &self.tokenizer, self.limits, source_ids, target_ids)?;
+            if let Some(classes) = &self.classes {
+                // In the place of its tokens.
+                target_ids.truncate(targets);
+                target_ids.push(classes.id_in(&self.dataset, at.index)?);
+            }
             batch.source_offsets.push(offset(batch.source_ids.len()));
             batch.target_offsets.push(offset(batch.target_ids.len()));
         }
@@ -267,6 +281,15 @@ mod tests {
             }
         );
         assert_eq!(packer(5, false).pack(0, 2..2).unwrap().source_offsets, [0]);
+    }
+
+    #[test]
+    fn packs_classes_in_the_place_of_targets() {
+        let names = ["", "tt", "t", "ttt"].map(str::to_owned).to_vec();
+        let batch = packer(6, false).with_classes(Arc::new(Classes::new(names))).pack(0, 1..5).unwrap();
+        assert_eq!((batch.target_ids, batch.target_offsets), (vec![2, 1, 3, 0], vec![0, 1, 2, 3, 4]));
+        let names = vec!["t".to_owned()];
+        assert!(packer(6, false).with_classes(Arc::new(Classes::new(names))).pack(0, 1..3).is_err());
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //
 //     relu         h[N,F] = f · max(x, 0)                        d_x = f · d_h where x > 0
 //     gated GELU   h[N,F] = f · gelu(gate) · up, x = [gate, up]  d_gate = f · d_h · up · gelu'(gate)   d_up = f · d_h · gelu(gate)
+//     tanh         y[N,F] = tanh(x)                              d_x = d_y · (1 − y²)
 //
 // `gelu(x) = x · s` with `s = 1/(1 + e^-2u)`, `u = √(2/π) · (x + 0.044715 x³)`, which is T5's approximation by tanh; its
 // slope is `s + x · s · (1 − s) · 2u'`.
@@ -54,6 +55,32 @@ KERNEL LAUNCH_BOUNDS(256) relu_backward(
     piece.factors(DROPOUT, factors);
 #pragma unroll
     for (u32 i = 0; i < 8; i++) gradients[i] = values[i] > 0.0f ? gradients[i] * factors[i] : 0.0f;
+    piece.store(d_x, d_x_stride, gradients);
+}
+
+// Of the classification head, a row for each example; dropout is another kernel's.
+KERNEL LAUNCH_BOUNDS(256) tanh_forward(
+    const element* x, u32 x_stride, element* y, u32 y_stride, u32 rows, u32 cols, u32 whole_vectors, DROPOUT_PARAMETERS
+) {
+    const Piece piece(rows, cols, whole_vectors);
+    float values[8] = {};
+    piece.load(x, x_stride, values);
+#pragma unroll
+    for (u32 i = 0; i < 8; i++) values[i] = tanhf(values[i]);
+    piece.store(y, y_stride, values);
+}
+
+// From the output y = tanh(x).
+KERNEL LAUNCH_BOUNDS(256) tanh_backward(
+    const element* y, u32 y_stride, const element* d_y, u32 d_y_stride, element* d_x, u32 d_x_stride, u32 rows, u32 cols,
+    u32 whole_vectors, DROPOUT_PARAMETERS
+) {
+    const Piece piece(rows, cols, whole_vectors);
+    float values[8] = {}, gradients[8] = {};
+    piece.load(y, y_stride, values);
+    piece.load(d_y, d_y_stride, gradients);
+#pragma unroll
+    for (u32 i = 0; i < 8; i++) gradients[i] *= 1.0f - values[i] * values[i];
     piece.store(d_x, d_x_stride, gradients);
 }
 

@@ -107,6 +107,15 @@ pub(crate) fn rms_norm_backward(d_y: &[f64], x: &[f64], weight: &[f64], eps: f64
     (d_x, d_weight)
 }
 
+pub(crate) fn tanh(x: &[f64]) -> Vec<f64> {
+    x.iter().map(|x| x.tanh()).collect()
+}
+
+/// From the output.
+pub(crate) fn tanh_backward(y: &[f64], d_y: &[f64]) -> Vec<f64> {
+    y.iter().zip(d_y).map(|(y, d_y)| d_y * (1.0 - y * y)).collect()
+}
+
 pub(crate) fn relu(x: &[f64]) -> Vec<f64> {
     x.iter().map(|x| x.max(0.0)).collect()
 }
@@ -423,6 +432,7 @@ mod tests {
         check("d_x", &x, &d_x, &d_y, |x| rms_norm(x, &weight, 1e-2).0);
         check("d_weight", &weight, &d_weight, &d_y, |weight| rms_norm(&x, weight, 1e-2).0);
         check("relu", &x, &relu_backward(&x, &d_y), &d_y, relu);
+        check("tanh", &x, &tanh_backward(&tanh(&x), &d_y), &d_y, tanh);
         check("gated gelu", &x, &gated_gelu_backward(&x, &d_y[..6], 3), &d_y[..6], |x| gated_gelu(x, 3));
     }
 

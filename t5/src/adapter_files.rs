@@ -116,7 +116,7 @@ pub fn with_adapter(model: Model, weights: Parameters, directory: &Path) -> Resu
     let fingerprint = weights.digest()?.to_hex().to_string();
     let mut files = AdapterFiles::open(&model, directory)?;
     let adapter = files.load(model.device(), &fingerprint)?;
-    let is_tied = model.layout().tied_head().is_some_and(|head| files.arena.adapters(head).next().is_some());
+    let is_tied = model.layout().tied_head.is_some_and(|head| files.arena.adapters(head).next().is_some());
     if !is_tied {
         let mut weights = weights;
         lora::merge_adapter(&adapter, &mut weights)?;

@@ -12,6 +12,8 @@ pub struct Batch {
     pub(crate) decoder_ids: Tensor,
     pub(crate) labels: Tensor,
     pub(crate) target: Segments,
+    /// Of a classifier's: the decoder's row that stands for each example.
+    pub(crate) pooled_rows: Option<Tensor>,
 }
 
 impl Batch {
@@ -42,7 +44,30 @@ impl Batch {
             decoder_ids: device.upload(&decoder_ids, decoder_ids.len(), 1)?,
             labels: device.upload(target_ids, target_ids.len(), 1)?,
             target,
+            pooled_rows: None,
         })
+    }
+
+    /// For a classifier: each source ends with `eos` (or has it somewhere), and `labels` are the classes' numbers. The
+    /// decoder reads the source too, shifted right.
+    pub fn classification(
+        device: &Device,
+        source_ids: &[u32],
+        source_offsets: &[u32],
+        labels: &[u32],
+        decoder_start: u32,
+        eos: u32,
+    ) -> Result<Self> {
+        let mut batch = Self::new(device, source_ids, source_offsets, source_ids, source_offsets, decoder_start)?;
+        assert_eq!(labels.len(), batch.examples(), "as many labels as examples");
+        let last_eos = |index: usize| {
+            let rows = batch.source.rows(index);
+            rows.clone().rev().find(|&row| source_ids[row] == eos).unwrap_or(rows.end - 1) as u32
+        };
+        let rows: Vec<u32> = (0..batch.examples()).map(last_eos).collect();
+        batch.pooled_rows = Some(device.upload(&rows, rows.len(), 1)?);
+        batch.labels = device.upload(labels, labels.len(), 1)?;
+        Ok(batch)
     }
 
     pub fn examples(&self) -> usize {
@@ -53,6 +78,7 @@ impl Batch {
         self.source_ids.rows()
     }
 
+    /// What losses are counted over: tokens of targets, or a classifier's examples.
     pub fn target_tokens(&self) -> usize {
         self.labels.rows()
     }

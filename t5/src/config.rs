@@ -22,6 +22,8 @@ pub struct Config {
     pub relative_attention_num_buckets: usize,
     pub relative_attention_max_distance: usize,
     pub dropout_rate: f32,
+    /// Of a classification head.
+    pub classifier_dropout: f32,
     pub layer_norm_epsilon: f32,
     pub initializer_factor: f32,
     pub feed_forward_proj: FeedForwardKind,
@@ -56,6 +58,36 @@ pub enum FeedForwardKind {
     GatedGelu,
 }
 
+/// What a model is for: which parts it has besides the encoder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ModelClass {
+    /// A decoder and an output head.
+    ConditionalGeneration,
+    /// A decoder and a classification head.
+    SequenceClassification,
+    /// Nothing.
+    Encoder,
+}
+
+impl ModelClass {
+    /// All but the usual one.
+    const SPECIAL: [Self; 2] = [Self::SequenceClassification, Self::Encoder];
+
+    /// What transformers calls it, behind the family's name.
+    fn suffix(self) -> &'static str {
+        match self {
+            Self::ConditionalGeneration => "ForConditionalGeneration",
+            Self::SequenceClassification => "ForSequenceClassification",
+            Self::Encoder => "EncoderModel",
+        }
+    }
+
+    /// What transformers puts before the names of the stacks' tensors.
+    pub(crate) fn prefix(self) -> &'static str {
+        if self == Self::SequenceClassification { "transformer." } else { "" }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Config {
@@ -70,6 +102,7 @@ impl Default for Config {
             relative_attention_num_buckets: 32,
             relative_attention_max_distance: 128,
             dropout_rate: 0.1,
+            classifier_dropout: 0.0,
             layer_norm_epsilon: 1e-6,
             initializer_factor: 1.0,
             feed_forward_proj: FeedForwardKind::Relu,
@@ -102,18 +135,77 @@ impl Config {
         self.model_type == ModelType::Umt5
     }
 
-    /// Whether it is a model that tells classes apart, by the name of its class in transformers.
-    pub fn is_classifier(&self) -> bool {
+    /// What the model is for, by the name of its class in transformers.
+    pub fn class(&self) -> ModelClass {
         let names = self.extra.get("architectures").and_then(Value::as_array);
-        names
-            .into_iter()
-            .flatten()
-            .any(|name| name.as_str().is_some_and(|name| name.ends_with("ForSequenceClassification")))
+        let mut names = names.into_iter().flatten().filter_map(Value::as_str);
+        let with_suffix = |name: &str| ModelClass::SPECIAL.into_iter().find(|class| name.ends_with(class.suffix()));
+        names.find_map(with_suffix).unwrap_or(ModelClass::ConditionalGeneration)
+    }
+
+    /// The name of its class in transformers.
+    pub fn class_name(&self) -> String {
+        self.name_of(self.class())
+    }
+
+    fn name_of(&self, class: ModelClass) -> String {
+        let family = match self.model_type {
+            ModelType::T5 => "T5",
+            ModelType::Mt5 => "MT5",
+            ModelType::Umt5 => "UMT5",
+        };
+        format!("{family}{}", class.suffix())
+    }
+
+    pub fn is_classifier(&self) -> bool {
+        self.class() == ModelClass::SequenceClassification
+    }
+
+    fn with_class(mut self, class: ModelClass) -> Self {
+        let name = self.name_of(class);
+        self.extra.insert("architectures".to_string(), vec![name].into());
+        self
+    }
+
+    /// The same stacks in a model that tells these classes apart.
+    #[must_use]
+    pub fn into_classifier(self, labels: &[String]) -> Self {
+        let mut config = self.with_class(ModelClass::SequenceClassification);
+        let numbered = || labels.iter().enumerate();
+        let id2label: Map<String, Value> =
+            numbered().map(|(id, label)| (id.to_string(), label.as_str().into())).collect();
+        let label2id: Map<String, Value> = numbered().map(|(id, label)| (label.clone(), id.into())).collect();
+        config.extra.remove("num_labels");
+        config.extra.insert("id2label".to_string(), id2label.into());
+        config.extra.insert("label2id".to_string(), label2id.into());
+        config.extra.insert("problem_type".to_string(), SINGLE_LABEL.into());
+        config
+    }
+
+    /// The encoder alone.
+    #[must_use]
+    pub fn into_encoder(self) -> Self {
+        self.with_class(ModelClass::Encoder)
+    }
+
+    /// Names of a classifier's classes, by their numbers.
+    pub fn labels(&self) -> Vec<String> {
+        let names = self.extra.get("id2label").and_then(Value::as_object);
+        let name = |id: usize| names.and_then(|names| names.get(&id.to_string())?.as_str());
+        (0..self.num_labels()).map(|id| name(id).map_or_else(|| format!("LABEL_{id}"), str::to_string)).collect()
+    }
+
+    /// The number of a classifier's classes; two where the file does not say, as in transformers.
+    pub fn num_labels(&self) -> usize {
+        let count = self.extra.get("num_labels").and_then(Value::as_u64);
+        let names = self.extra.get("id2label").and_then(Value::as_object);
+        names.map_or(count.map_or(2, |count| count as usize), Map::len)
     }
 
     /// What the logits are multiplied by.
     pub fn head_scale(&self) -> f32 {
-        if self.scale_decoder_outputs.unwrap_or(self.tie_word_embeddings) {
+        let generates = self.class() == ModelClass::ConditionalGeneration;
+        if generates && self.scale_decoder_outputs.unwrap_or(self.tie_word_embeddings) {
             (self.d_model as f32).powf(-0.5)
         } else {
             1.0
@@ -163,6 +255,36 @@ impl Config {
                 return Err(Error::Config(format!("{key} = {id} is not below vocab_size = {}", self.vocab_size)));
             }
         }
-        Ok(())
+        self.validate_classes()
+    }
+
+    fn validate_classes(&self) -> Result<()> {
+        let dropout = self.classifier_dropout;
+        if !(0.0..1.0).contains(&dropout) {
+            return Err(Error::Config(format!("classifier_dropout = {dropout} is out of range: 0 to below 1")));
+        }
+        if !self.is_classifier() {
+            return Ok(());
+        }
+        match self.extra.get("problem_type") {
+            None | Some(Value::Null) => {}
+            Some(kind) if kind == SINGLE_LABEL => {}
+            Some(other) => {
+                return Err(Error::Config(format!("problem_type = {other} is not supported; {SINGLE_LABEL} is")));
+            }
+        }
+        let (count, most) = (self.num_labels(), 1 << 12);
+        if !(2..=most).contains(&count) {
+            return Err(Error::Config(format!("a classifier of {count} classes; there must be 2 to {most}")));
+        }
+        let names = self.extra.get("id2label").and_then(Value::as_object);
+        let missing = |id: &usize| names.is_some_and(|names| !names.get(&id.to_string()).is_some_and(Value::is_string));
+        match (0..count).find(missing) {
+            Some(id) => Err(Error::Config(format!("id2label has {count} names, but none for class {id}"))),
+            None => Ok(()),
+        }
     }
 }
+
+/// transformers' name of the only kind of classification there is here: one class an example.
+const SINGLE_LABEL: &str = "single_label_classification";

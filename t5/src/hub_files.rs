@@ -14,7 +14,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Value, json};
 
 use crate::arena::NamedTensor;
-use crate::config::{Config, ModelType};
+use crate::config::{Config, ModelClass};
 use crate::{Error, Model, Parameters, Result};
 
 /// The model of a directory, with its weights in f32.
@@ -34,32 +34,50 @@ pub fn open_pretrained(device: &Device, directory: &Path) -> Result<Model> {
 
 fn open(device: &Device, directory: &Path) -> Result<(Model, WeightFiles)> {
     let weights = WeightFiles::open(directory)?;
-    let path = directory.join("config.json");
-    let config = fs::read_to_string(&path).map_err(|error| file_error(&path, format!("cannot read: {error}")))?;
-    let model = model_of(device, &path, &config, &weights)?;
+    let config = read_config(directory)?;
+    let model = model_of(device, config, &weights)?;
     Ok((model, weights))
+}
+
+const CONFIG_FILE: &str = "config.json";
+
+/// The configuration of a directory's model, as it is written there.
+pub fn read_config(directory: &Path) -> Result<Config> {
+    let path = directory.join(CONFIG_FILE);
+    let text = fs::read_to_string(&path).map_err(|error| file_error(&path, format!("cannot read: {error}")))?;
+    parse_config(&path, &text)
+}
+
+fn parse_config(path: &Path, text: &str) -> Result<Config> {
+    let config: Config =
+        serde_json::from_str(text).map_err(|error| file_error(path, format!("not a T5 configuration: {error}")))?;
+    config.validate().map_err(|error| match error {
+        Error::Config(message) => file_error(path, message),
+        other => other,
+    })?;
+    Ok(config)
 }
 
 /// A model that is part of the program: the text of its `config.json` and the bytes of its `model.safetensors`.
 pub fn load_embedded(device: &Device, config: &str, weights: &'static [u8]) -> Result<(Model, Parameters)> {
     let mut files = WeightFiles::default();
     files.add("model.safetensors".into(), Box::new(weights))?;
-    let model = model_of(device, Path::new("config.json"), config, &files)?;
+    let model = model_of(device, parse_config(Path::new(CONFIG_FILE), config)?, &files)?;
     let parameters = read(&model, &files)?;
     Ok((model, parameters))
 }
 
-fn model_of(device: &Device, config_path: &Path, config: &str, weights: &WeightFiles) -> Result<Model> {
-    let mut config: Config = serde_json::from_str(config)
-        .map_err(|error| file_error(config_path, format!("not a T5 configuration: {error}")))?;
-    decide_tying(&mut config, weights)?;
-    let model = Model::new(device, config).map_err(|error| match error {
-        Error::Config(message) => file_error(config_path, message),
-        other => other,
-    })?;
+fn model_of(device: &Device, mut config: Config, weights: &WeightFiles) -> Result<Model> {
+    let class = config.class();
+    if class == ModelClass::ConditionalGeneration {
+        decide_tying(&mut config, weights)?;
+    }
+    let model = Model::new(device, config)?;
     let mut known: HashSet<&str> = model.layout().tensors().iter().map(|tensor| tensor.name.as_str()).collect();
-    known.extend(["lm_head.weight"].iter().chain(&IGNORED));
-    if let Some((name, path)) = weights.paths.iter().find(|(name, _)| !known.contains(name.as_str())) {
+    known.insert("lm_head.weight");
+    let is_alias = |name: &str| name.strip_prefix(class.prefix()).is_some_and(|name| IGNORED.contains(&name));
+    if let Some((name, path)) = weights.paths.iter().find(|(name, _)| !known.contains(name.as_str()) && !is_alias(name))
+    {
         let message = "is no part of this architecture; check config.json".to_string();
         return Err(Error::Tensor { path: path.clone(), tensor: name.clone(), message });
     }
@@ -181,11 +199,13 @@ impl WeightFiles {
         let found = match self.tensor(&tensor.name)? {
             Some(found) => found,
             // The embedding under the names of its aliases.
-            None if tensor.name == "shared.weight" => {
-                let alias = self.tensor(IGNORED[0])?.or(self.tensor(IGNORED[1])?);
-                alias.ok_or_else(|| self.missing(tensor))?
-            }
-            None => return Err(self.missing(tensor)),
+            None => match tensor.name.strip_suffix("shared.weight") {
+                Some(prefix) => {
+                    let alias = |name: &str| self.tensor(&format!("{prefix}{name}"));
+                    alias(IGNORED[0])?.or(alias(IGNORED[1])?).ok_or_else(|| self.missing(tensor))?
+                }
+                None => return Err(self.missing(tensor)),
+            },
         };
         if found.shape() != tensor.shape {
             return Err(self.unfit(tensor, format!("shape {:?}, but {what} for {:?}", found.shape(), tensor.shape)));
@@ -270,28 +290,34 @@ fn convert<const SIZE: usize>(bytes: &[u8], target: &mut [f32], element: impl Fn
 /// those two.
 pub fn save_pretrained(model: &Model, parameters: &Parameters, directory: &Path) -> Result<()> {
     let config = model.config();
-    let class = match config.model_type {
-        ModelType::T5 => "T5ForConditionalGeneration",
-        ModelType::Mt5 => "MT5ForConditionalGeneration",
-        ModelType::Umt5 => "UMT5ForConditionalGeneration",
-    };
     // By way of text, in which an f32 has its shortest digits: 0.1, not 0.10000000149011612.
     let fields = serde_json::to_string(config).and_then(|text| serde_json::from_str::<Value>(&text));
     let fields = fields.map_err(|error| Error::Config(error.to_string()))?;
-    let mut value = json!({"architectures": [class], "is_encoder_decoder": true, "torch_dtype": "float32"});
+    let is_encoder_decoder = config.class() != ModelClass::Encoder;
+    let mut value = json!({
+        "architectures": [config.class_name()],
+        "is_encoder_decoder": is_encoder_decoder,
+        "torch_dtype": "float32",
+    });
     for (key, field) in fields.as_object().into_iter().flatten() {
         if !["architectures", "torch_dtype", "dtype", "is_encoder_decoder"].contains(&key.as_str()) {
             value[key] = field.clone();
         }
     }
-    write_json(&directory.join("config.json"), &value)?;
+    write_json(&directory.join(CONFIG_FILE), &value)?;
+    if config.class() == ModelClass::ConditionalGeneration {
+        write_generation_config(config, directory)?;
+    }
+    write_weights(parameters, &json!({"format": "pt"}), &directory.join("model.safetensors"))
+}
+
+fn write_generation_config(config: &Config, directory: &Path) -> Result<()> {
     let generation = json!({
         "decoder_start_token_id": config.decoder_start_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
     });
-    write_json(&directory.join("generation_config.json"), &generation)?;
-    write_weights(parameters, &json!({"format": "pt"}), &directory.join("model.safetensors"))
+    write_json(&directory.join("generation_config.json"), &generation)
 }
 
 pub(crate) fn write_json(path: &Path, value: &Value) -> Result<()> {

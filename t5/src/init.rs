@@ -27,6 +27,8 @@ fn standard_deviation(config: &Config, name: &str) -> Option<f64> {
         "shared" | "lm_head" => 1.0,
         "q" => (d_model * d_kv).powf(-0.5),
         "k" | "v" | "relative_attention_bias" | "wi" | "wi_0" | "wi_1" => d_model.powf(-0.5),
+        "dense" | "out_proj" => d_model.powf(-0.5),
+        "bias" => 0.0,
         "o" => inner.powf(-0.5),
         "wo" => d_ff.powf(-0.5),
         other => unreachable!("no initial deviation for {other}"),

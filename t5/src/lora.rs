@@ -83,7 +83,7 @@ struct Linear {
 /// All of a model, in the order of its arena.
 fn linears(layout: &Layout) -> Vec<Linear> {
     // The embedding's table is the head's matrix where they are tied.
-    let tied = layout.tied_head().map(|slot| Linear { path: "lm_head".to_string(), slot });
+    let tied = layout.tied_head.map(|slot| Linear { path: "lm_head".to_string(), slot });
     let is_linear = |tensor: &&NamedTensor| {
         tensor.shape.len() == 2
             && !["shared", "relative_attention_bias"].iter().any(|name| is_called(module(tensor), name))
@@ -276,13 +276,7 @@ pub(crate) fn untie(model: &Model, weights: &Parameters) -> Result<(Model, Param
     let config = Config { tie_word_embeddings: false, scale_decoder_outputs: is_scaled, ..model.config().clone() };
     let untied = Model::new(model.device(), config)?;
     let mut copy = untied.zero_parameters(DType::F32)?;
-    for tensor in untied.layout().tensors() {
-        let source = if tensor.name == "lm_head.weight" { "shared.weight" } else { &tensor.name };
-        // Every other tensor is the tied model's too.
-        if let Some(source) = model.layout().tensors().iter().find(|one| one.name == source) {
-            ops::cast(weights.slot(source.slot()), copy.slot_mut(tensor.slot()))?;
-        }
-    }
+    copy.copy_by_name(weights, |name| Some(if name == "lm_head.weight" { "shared.weight" } else { name }.to_string()))?;
     Ok((untied, copy))
 }
 

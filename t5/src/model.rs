@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use quintet_kernels::ops::CrossEntropy;
-use quintet_kernels::{DType, Device, Tensor};
+use quintet_kernels::{DType, Device, Segments, Tensor, View};
 
+use crate::classifier::Classifier;
 use crate::parameters::{Layout, Parameters, Weights};
 use crate::pass::{BackwardPass, Masks, OnFinished, Pass};
 use crate::stack::{Encoded, Keep, Stack, StackSaved};
@@ -90,9 +91,16 @@ impl Model {
         let weights = weights.into();
         let pass = self.inference_pass(weights);
         let forward = self.forward(&pass, batch, Keep::Nothing)?;
-        let loss = CrossEntropy { scale: self.config.head_scale(), label_smoothing: 0.0, gradient_scale: 1.0 };
-        let losses = head::loss(&pass, forward.decoded.view(), batch.labels.view(), loss)?;
+        let (decoded, labels, loss) = (forward.decoded.view(), batch.labels.view(), self.cross_entropy(0.0, 1.0));
+        let losses = match self.classifier(batch) {
+            Some(classifier) => classifier.loss(&pass, decoded, labels, loss)?.0,
+            None => head::loss(&pass, decoded, labels, loss)?,
+        };
         sums(&losses)
+    }
+
+    fn cross_entropy(&self, label_smoothing: f32, gradient_scale: f32) -> CrossEntropy {
+        CrossEntropy { scale: self.config.head_scale(), label_smoothing, gradient_scale }
     }
 
     /// The loss of a micro-batch, and the gradient of its **sum** over target tokens (times
@@ -126,8 +134,12 @@ impl Model {
         let Forward { encoded, encoder, decoded, decoder } = self.forward(&pass, batch, keep)?;
         let mut backward = BackwardPass { pass: &pass, gradients, on_finished };
 
-        let loss = CrossEntropy { scale: self.config.head_scale(), label_smoothing, gradient_scale };
-        let (losses, d_decoded) = head::train(&mut backward, decoded.view(), batch.labels.view(), loss)?;
+        let loss = self.cross_entropy(label_smoothing, gradient_scale);
+        let (h, labels) = (decoded.view(), batch.labels.view());
+        let (losses, d_decoded) = match self.classifier(batch) {
+            Some(classifier) => classifier.train(&mut backward, h, labels, loss)?,
+            None => head::train(&mut backward, h, labels, loss)?,
+        };
         drop(decoded);
         if let Some(head) = self.layout.lm_head {
             backward.finished(head.start());
@@ -136,30 +148,55 @@ impl Model {
         let mut d_encoded = self.device.zeros(weights.dtype(), encoded.rows(), encoded.cols())?;
         self.decoder(batch, &encoded).backward(&mut backward, decoder, d_decoded, Some(&mut d_encoded))?;
         drop(encoded);
-        self.encoder(batch).backward(&mut backward, encoder, d_encoded, None)?;
+        self.encoder(batch.source_ids.view(), &batch.source).backward(&mut backward, encoder, d_encoded, None)?;
         backward.finished(0);
         sums(&losses)
     }
 
+    /// Of a classifier: the loss as in evaluation, and the logits `[examples, classes]`, row after row.
+    ///
+    /// # Panics
+    /// If the model or the batch is none of a classifier.
+    pub fn classify<'a>(&'a self, weights: impl Into<Weights<'a>>, batch: &Batch) -> Result<(LossSums, Vec<f32>)> {
+        let pass = self.inference_pass(weights.into());
+        let forward = self.forward(&pass, batch, Keep::Nothing)?;
+        let classifier = self.classifier(batch).expect("a classifier"); // why: who asks has looked at the class
+        let loss = self.cross_entropy(0.0, 1.0);
+        let (losses, logits) = classifier.loss(&pass, forward.decoded.view(), batch.labels.view(), loss)?;
+        Ok((sums(&losses)?, pass.cast(logits.view(), DType::F32)?.download()?))
+    }
+
+    /// The head over a batch, of a classifier.
+    fn classifier<'a>(&'a self, batch: &'a Batch) -> Option<Classifier<'a>> {
+        let layout = self.layout.classifier.as_ref()?;
+        let pooled_rows = batch.pooled_rows.as_ref().expect("a batch of `Batch::classification`"); // why: its promise
+        Some(Classifier { layout, pooled_rows: pooled_rows.view() })
+    }
+
+    /// The encoder's last hidden states `[tokens, d_model]`, row after row, of concatenated ids and their offsets
+    /// (`cu_seqlens`, one more than there are texts).
+    pub fn encode<'a>(&'a self, weights: impl Into<Weights<'a>>, ids: &[u32], offsets: &[u32]) -> Result<Vec<f32>> {
+        let pass = self.inference_pass(weights.into());
+        let segments = Segments::from_offsets(offsets);
+        assert_eq!(segments.end(), ids.len(), "offsets end with the ids");
+        let ids = self.device.upload(ids, ids.len(), 1)?;
+        let (encoded, _) = self.encoder(ids.view(), &segments).forward(&pass, Keep::Nothing)?;
+        Ok(pass.cast(encoded.view(), DType::F32)?.download()?)
+    }
+
     fn forward(&self, pass: &Pass, batch: &Batch, keep: Keep) -> Result<Forward> {
-        let (encoded, encoder) = self.encoder(batch).forward(pass, keep)?;
+        let (encoded, encoder) = self.encoder(batch.source_ids.view(), &batch.source).forward(pass, keep)?;
         let (decoded, decoder) = self.decoder(batch, &encoded).forward(pass, keep)?;
         Ok(Forward { encoded, encoder, decoded, decoder })
     }
 
-    fn encoder<'a>(&'a self, batch: &'a Batch) -> Stack<'a> {
-        Stack {
-            layout: &self.layout.encoder,
-            decoder: false,
-            ids: batch.source_ids.view(),
-            segments: &batch.source,
-            encoded: None,
-        }
+    fn encoder<'a>(&'a self, ids: View<'a>, segments: &'a Segments) -> Stack<'a> {
+        Stack { layout: &self.layout.encoder, decoder: false, ids, segments, encoded: None }
     }
 
     fn decoder<'a>(&'a self, batch: &'a Batch, encoded: &'a Tensor) -> Stack<'a> {
         Stack {
-            layout: &self.layout.decoder,
+            layout: self.layout.decoder(),
             decoder: true,
             ids: batch.decoder_ids.view(),
             segments: &batch.target,

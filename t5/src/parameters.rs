@@ -9,6 +9,8 @@ use std::sync::Arc;
 use quintet_kernels::{DType, Device, Tensor, View, ViewMut, ops};
 
 use crate::arena::{Adapter, Arena, Slot};
+use crate::classifier::ClassifierLayout;
+use crate::config::ModelClass;
 use crate::{Config, Result};
 
 /// Where each tensor lies in the arena of a configuration.
@@ -16,10 +18,15 @@ use crate::{Config, Result};
 pub struct Layout {
     arena: Arc<Arena>,
     pub(crate) shared: Slot,
-    /// `None` where the head is tied to `shared`.
+    /// The output head, where it has a weight of its own.
     pub(crate) lm_head: Option<Slot>,
+    /// The embedding, where it is the output head's weight too.
+    pub(crate) tied_head: Option<Slot>,
     pub(crate) encoder: StackLayout,
-    pub(crate) decoder: StackLayout,
+    /// `None` of an encoder alone.
+    decoder: Option<StackLayout>,
+    /// In the place of an output head.
+    pub(crate) classifier: Option<ClassifierLayout>,
 }
 
 /// The slots of one stack.
@@ -72,13 +79,17 @@ pub(crate) struct FeedForwardLayout {
 
 impl Layout {
     pub fn new(config: &Config) -> Self {
-        let mut builder = Builder::default();
+        let class = config.class();
+        let mut builder = Builder { arena: Arena::default(), prefix: class.prefix() };
         let shared = builder.matrix("shared.weight", config.vocab_size, config.d_model);
         let encoder = builder.stack(config, "encoder", config.num_layers);
-        let decoder = builder.stack(config, "decoder", config.decoder_layers());
-        let lm_head =
-            (!config.tie_word_embeddings).then(|| builder.matrix("lm_head.weight", config.vocab_size, config.d_model));
-        Layout { arena: Arc::new(builder.arena), shared, lm_head, encoder, decoder }
+        let decoder = (class != ModelClass::Encoder).then(|| builder.stack(config, "decoder", config.decoder_layers()));
+        let generates = class == ModelClass::ConditionalGeneration;
+        let lm_head = (generates && !config.tie_word_embeddings)
+            .then(|| builder.matrix("lm_head.weight", config.vocab_size, config.d_model));
+        let classifier = (class == ModelClass::SequenceClassification).then(|| builder.classifier(config));
+        let tied_head = (generates && config.tie_word_embeddings).then_some(shared);
+        Layout { arena: Arc::new(builder.arena), shared, lm_head, tied_head, encoder, decoder, classifier }
     }
 
     /// The map of the arena.
@@ -86,14 +97,18 @@ impl Layout {
         &self.arena
     }
 
-    /// The embedding where it is the output head's weight too.
-    pub(crate) fn tied_head(&self) -> Option<Slot> {
-        self.lm_head.is_none().then_some(self.shared)
+    /// The weight of the output head: its own, or the embedding's.
+    ///
+    /// # Panics
+    /// If the model has none: it classifies, or only encodes.
+    pub(crate) fn head(&self) -> Slot {
+        self.lm_head.or(self.tied_head).expect("a model that generates") // why: who asks has looked at the class
     }
 
-    /// The weight of the output head: its own, or the embedding's.
-    pub(crate) fn head(&self) -> Slot {
-        self.lm_head.unwrap_or(self.shared)
+    /// # Panics
+    /// If the model only encodes.
+    pub(crate) fn decoder(&self) -> &StackLayout {
+        self.decoder.as_ref().expect("a model that decodes") // why: who asks has looked at the class
     }
 }
 
@@ -105,14 +120,17 @@ impl Deref for Layout {
     }
 }
 
-#[derive(Default)]
 struct Builder {
     arena: Arena,
+    /// Of the stacks' names.
+    prefix: &'static str,
 }
 
 impl Builder {
     fn group(&mut self, parts: &[(String, usize)], cols: usize) -> Slot {
-        self.arena.push_group(parts, cols)
+        let parts: Vec<(String, usize)> =
+            parts.iter().map(|(name, rows)| (format!("{}{name}", self.prefix), *rows)).collect();
+        self.arena.push_group(&parts, cols)
     }
 
     fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Slot {
@@ -120,7 +138,18 @@ impl Builder {
     }
 
     fn norm(&mut self, name: &str, size: usize) -> Slot {
-        self.arena.push(name.to_string(), &[size])
+        self.arena.push(format!("{}{name}", self.prefix), &[size])
+    }
+
+    fn classifier(&mut self, config: &Config) -> ClassifierLayout {
+        let (size, classes) = (config.d_model, config.num_labels());
+        let mut push = |name: &str, shape: &[usize]| self.arena.push(format!("classification_head.{name}"), shape);
+        ClassifierLayout {
+            dense: push("dense.weight", &[size, size]),
+            dense_bias: push("dense.bias", &[size]),
+            out_proj: push("out_proj.weight", &[classes, size]),
+            out_bias: push("out_proj.bias", &[classes]),
+        }
     }
 
     fn stack(&mut self, config: &Config, stack: &str, blocks: usize) -> StackLayout {
@@ -235,6 +264,17 @@ impl Parameters {
         let mut copy = Self::zeros(self.values.device(), self.arena.clone(), dtype)?;
         ops::cast(self.view(), copy.view_mut())?;
         Ok(copy)
+    }
+
+    /// Copies tensors of the same shapes from another arena; `source` is what each of this one's is called there.
+    pub(crate) fn copy_by_name(&mut self, from: &Parameters, source: impl Fn(&str) -> Option<String>) -> Result<()> {
+        for tensor in self.arena.clone().tensors() {
+            let source = source(&tensor.name).and_then(|name| from.arena.tensors().iter().find(|one| one.name == name));
+            if let Some(source) = source {
+                ops::cast(from.slot(source.slot()), self.slot_mut(tensor.slot()))?;
+            }
+        }
+        Ok(())
     }
 
     /// BLAKE3 of an f32 arena's bytes.

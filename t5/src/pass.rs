@@ -18,6 +18,8 @@ pub(crate) enum Place {
     CrossOutput,
     FeedForwardInner,
     FeedForwardOutput,
+    ClassifierInput,
+    ClassifierHidden,
 }
 
 /// A block of a stack, for telling dropout masks apart.
@@ -57,21 +59,24 @@ pub(crate) struct Pass<'a> {
 
 impl<'a> Pass<'a> {
     pub(crate) fn mask(&self, site: Site, place: Place) -> Dropout {
-        if !self.masks.training || self.masks.probability == 0.0 {
+        self.mask_of(self.masks.probability, site, place)
+    }
+
+    pub(crate) fn mask_of(&self, probability: f32, site: Site, place: Place) -> Dropout {
+        self.numbered_mask(probability, site.number(place))
+    }
+
+    fn numbered_mask(&self, probability: f32, number: u64) -> Dropout {
+        if !self.masks.training || probability == 0.0 {
             return Dropout::NONE;
         }
-        let stream = u64::from(self.masks.micro_batch) << 32 | site.number(place);
-        Dropout { probability: self.masks.probability, seed: self.masks.seed, stream }
+        let stream = u64::from(self.masks.micro_batch) << 32 | number;
+        Dropout { probability, seed: self.masks.seed, stream }
     }
 
     /// The mask before an adapter; its numbers never meet those of [`Site::number`].
     pub(crate) fn adapter_mask(&self, adapter: Adapter) -> Dropout {
-        if !self.masks.training || adapter.dropout == 0.0 {
-            return Dropout::NONE;
-        }
-        let number = 1 << 31 | u64::from(adapter.number);
-        let stream = u64::from(self.masks.micro_batch) << 32 | number;
-        Dropout { probability: adapter.dropout, seed: self.masks.seed, stream }
+        self.numbered_mask(adapter.dropout, 1 << 31 | u64::from(adapter.number))
     }
 
     /// A new activation of the weights' type.

@@ -25,7 +25,7 @@ fn contents(directory: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 
 /// Checks the code, that nothing went to stdout, and that the one line of error contains all of `needles`.
 #[track_caller]
-fn assert_refused(ended: &Ended, code: i32, needles: &[&str], what: &str) {
+pub(crate) fn assert_refused(ended: &Ended, code: i32, needles: &[&str], what: &str) {
     assert_eq!(ended.code, Some(code), "{what}: it said:\n{}", ended.stderr);
     assert_eq!(ended.stdout, "", "{what}");
     let error = ended.error();

@@ -6,6 +6,7 @@ mod adapters;
 mod bad_input;
 mod bench;
 mod chaos;
+mod classification;
 mod data;
 mod devices;
 mod diagnostics;

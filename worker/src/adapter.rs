@@ -14,9 +14,16 @@ pub struct Adapter {
     pub spec: LoraSpec,
     /// f32.
     pub weights: Parameters,
-    /// What the job calls the base.
-    pub base_name: String,
-    pub base_fingerprint: String,
+    pub base: Base,
+}
+
+/// The model that an adapter is of.
+#[derive(Clone, Debug)]
+pub struct Base {
+    /// What the job calls it.
+    pub name: String,
+    /// Of its weights as they were found, before a head was added.
+    pub fingerprint: String,
 }
 
 impl Adapter {
@@ -24,22 +31,21 @@ impl Adapter {
     ///
     /// # Errors
     /// A user error where it cannot be of this model.
-    pub fn open(config: &LoraConfig, model: &Model, base: &Parameters, base_name: &str, seed: u64) -> Result<Self> {
-        let base_fingerprint = base.digest()?.to_hex().to_string();
+    pub fn open(config: &LoraConfig, model: &Model, model_weights: &Parameters, base: Base, seed: u64) -> Result<Self> {
         let (spec, weights) = match &config.pretrained {
             Some(directory) => {
                 let files = AdapterFiles::open(model, Path::new(directory))?;
-                let weights = files.load(model.device(), &base_fingerprint)?;
+                let weights = files.load(model.device(), &base.fingerprint)?;
                 (files.spec, weights)
             }
             None => {
                 let (spec, arena) = plan(config, model)?;
                 let mut weights = Parameters::zeros(model.device(), arena, DType::F32)?;
-                initialize_adapter(seed, base, &mut weights)?;
+                initialize_adapter(seed, model_weights, &mut weights)?;
                 (spec, weights)
             }
         };
-        Ok(Adapter { spec, weights, base_name: base_name.to_string(), base_fingerprint })
+        Ok(Adapter { spec, weights, base })
     }
 }
 

@@ -18,6 +18,24 @@ use crate::optimizer::{Hyperparameters, OptimizerKind};
 use crate::schedule::{Schedule, SchedulerType};
 use crate::{DeviceChoice, Error, Result};
 
+/// `model.task`: what the model is trained for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelTask {
+    /// To write the target.
+    #[default]
+    #[serde(rename = "seq2seq")]
+    Seq2Seq,
+    /// To tell which of several classes the target is.
+    SequenceClassification,
+}
+
+impl ModelTask {
+    fn is_usual(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// `[model]`: where the weights come from.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -34,6 +52,8 @@ pub struct ModelSection {
     /// Replaces the model configuration's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dropout_rate: Option<f32>,
+    #[serde(default, skip_serializing_if = "ModelTask::is_usual")]
+    pub task: ModelTask,
 }
 
 impl ModelSection {
@@ -405,6 +425,31 @@ impl EvaluationConfig {
             check("evaluation.max_examples", examples > 0, examples, "at least 1; leave it out for all")?;
         }
         self.generation().check_ranges().map_err(evaluation_error)
+    }
+
+    /// Whether it fits the task; see [`EvaluationConfig::validate`] for the rest.
+    ///
+    /// # Errors
+    /// A user error that names the key and says what to do.
+    pub fn validate_for(&self, task: ModelTask) -> Result<()> {
+        if task == ModelTask::Seq2Seq {
+            return Ok(());
+        }
+        if let Some(metric) = self.metrics.iter().find(|metric| !metric.is_of_classes()) {
+            let problem = format!("{} does not fit a classifier; loss, accuracy and macro_f1 do", metric.name());
+            return Err(Error::config("evaluation.metrics", problem));
+        }
+        match self.generation_key() {
+            Some(key) => Err(Error::config(format!("evaluation.{key}"), "a classifier generates no text; remove this")),
+            None => Ok(()),
+        }
+    }
+
+    /// The first key that is given and about generation.
+    pub fn generation_key(&self) -> Option<String> {
+        const OTHERS: [&str; 3] = ["metrics", "max_examples", "batch_size"];
+        let given = serde_json::to_value(self).ok()?;
+        given.as_object()?.keys().find(|key| !OTHERS.contains(&key.as_str())).cloned()
     }
 
     /// What it says about generation. One prediction an example.

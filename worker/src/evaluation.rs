@@ -5,12 +5,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use quintet_data::{Dataset, Limits, Order, PackedBatch, Packer, Tokenizer, share};
-use quintet_t5::{Batch, Generation, Generator, Model, Sources, Weights};
+use quintet_t5::{Batch, Generated, Generator, Model, Sources, Weights};
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
 use crate::config::EvaluationConfig;
 use crate::metrics::{self, Pair};
+use crate::task::Task;
 
 /// What an evaluation is over: the first examples of a dataset, in file order.
 pub struct EvaluationTask<'a> {
@@ -18,7 +19,7 @@ pub struct EvaluationTask<'a> {
     tokenizer: &'a Tokenizer,
     packer: Packer,
     config: &'a EvaluationConfig,
-    generation: &'a Generation,
+    task: &'a Task,
 }
 
 /// One example and what the model made of it: a line of `predictions.jsonl`.
@@ -63,11 +64,11 @@ impl<'a> EvaluationTask<'a> {
         tokenizer: &'a Arc<Tokenizer>,
         limits: Limits,
         config: &'a EvaluationConfig,
-        generation: &'a Generation,
+        task: &'a Task,
     ) -> Self {
         let order = Order::new(dataset.len(), 0, false);
-        let packer = Packer::new(dataset.clone(), tokenizer.clone(), order, limits);
-        EvaluationTask { dataset, tokenizer, packer, config, generation }
+        let packer = packer(dataset, tokenizer, order, limits, task);
+        EvaluationTask { dataset, tokenizer, packer, config, task }
     }
 
     fn examples(&self) -> u64 {
@@ -93,8 +94,11 @@ impl<'a> EvaluationTask<'a> {
         rank: u32,
         world_size: u32,
     ) -> Result<Vec<BatchEvaluation>> {
-        let generates = self.config.metrics.iter().any(|metric| metric.needs_predictions());
-        let generator = generates.then(|| Generator::new(model, weights, self.generation.clone()));
+        let predicts = self.config.metrics.iter().any(|metric| metric.needs_predictions());
+        let generator = match self.task {
+            Task::Generation(generation) if predicts => Some(Generator::new(model, weights, generation.clone())),
+            _ => None,
+        };
         let batches = share(self.batches(), rank, world_size);
         batches.map(|index| self.evaluate_batch(model, weights, generator.as_ref(), index)).collect()
     }
@@ -109,34 +113,38 @@ impl<'a> EvaluationTask<'a> {
         let examples = self.batch(index);
         let packed = self.packer.pack(0, examples.clone())?;
         let batch = upload(model, &packed)?;
-        let sums = model.loss(weights, &batch)?;
-        let predictions = match generator {
-            Some(generator) => self.predict(generator, &packed, examples.clone())?,
-            None => Vec::new(),
+        let (sums, texts) = match (self.task, generator) {
+            (Task::Classification(classes), _) => {
+                let (sums, logits) = model.classify(weights, &batch)?;
+                let best = logits.chunks_exact(classes.names().len()).map(index_of_best);
+                (sums, best.map(|class| classes.names()[class].clone()).collect())
+            }
+            (_, Some(generator)) => {
+                (model.loss(weights, &batch)?, self.generate(generator, &packed, examples.clone())?)
+            }
+            (_, None) => (model.loss(weights, &batch)?, Vec::new()),
         };
         Ok(BatchEvaluation {
             loss_sum: sums.loss_sum,
             target_tokens: sums.target_tokens,
             examples: examples.end - examples.start,
-            predictions,
+            predictions: examples.zip(texts).map(|(example, text)| self.prediction(example, text)).collect(),
         })
     }
 
+    fn prediction(&self, example: u64, prediction: String) -> Prediction {
+        let example = self.dataset.example(example);
+        Prediction { input: example.input.into_owned(), target: example.target.into_owned(), prediction }
+    }
+
     /// The best output for each example; random numbers belong to the example, whoever computes it.
-    fn predict(&self, generator: &Generator, packed: &PackedBatch, examples: Range<u64>) -> Result<Vec<Prediction>> {
-        let numbers: Vec<u64> = examples.clone().collect();
+    fn generate(&self, generator: &Generator, packed: &PackedBatch, examples: Range<u64>) -> Result<Vec<String>> {
+        let numbers: Vec<u64> = examples.collect();
         let sources = Sources { ids: &packed.source_ids, offsets: &packed.source_offsets, numbers: &numbers };
         let outputs = generator.generate(sources, &mut |_, _, _| {})?;
-        let predictions = examples.zip(outputs).map(|(example, outputs)| {
-            let example = self.dataset.example(example);
-            let best = outputs.first().map_or(&[][..], |output| &output.token_ids);
-            Prediction {
-                input: example.input.into_owned(),
-                target: example.target.into_owned(),
-                prediction: self.tokenizer.decode(best),
-            }
-        });
-        Ok(predictions.collect())
+        let best =
+            |outputs: Vec<Generated>| outputs.into_iter().next().map(|output| output.token_ids).unwrap_or_default();
+        Ok(outputs.into_iter().map(|outputs| self.tokenizer.decode(&best(outputs))).collect())
     }
 
     /// The whole from the batches of all ranks, in order: the same numbers for any number of ranks.
@@ -156,14 +164,27 @@ impl<'a> EvaluationTask<'a> {
     }
 }
 
+/// The first of the largest.
+fn index_of_best(logits: &[f32]) -> usize {
+    (1..logits.len()).fold(0, |best, index| if logits[index] > logits[best] { index } else { best })
+}
+
+/// A packer of what the task's batches need.
+pub fn packer(dataset: &Arc<Dataset>, tokenizer: &Arc<Tokenizer>, order: Order, limits: Limits, task: &Task) -> Packer {
+    let packer = Packer::new(dataset.clone(), tokenizer.clone(), order, limits);
+    match task.classes() {
+        Some(classes) => packer.with_classes(classes.clone()),
+        None => packer,
+    }
+}
+
 /// A packed batch on the model's device.
 pub fn upload(model: &Model, packed: &PackedBatch) -> Result<Batch> {
-    Ok(Batch::new(
-        model.device(),
-        &packed.source_ids,
-        &packed.source_offsets,
-        &packed.target_ids,
-        &packed.target_offsets,
-        model.config().decoder_start_token_id,
-    )?)
+    let PackedBatch { source_ids, source_offsets, target_ids, target_offsets, .. } = packed;
+    let (device, config) = (model.device(), model.config());
+    let (start, eos) = (config.decoder_start_token_id, config.eos_token_id);
+    Ok(match config.is_classifier() {
+        true => Batch::classification(device, source_ids, source_offsets, target_ids, start, eos)?,
+        false => Batch::new(device, source_ids, source_offsets, target_ids, target_offsets, start)?,
+    })
 }

@@ -6,6 +6,7 @@
 pub mod access;
 pub mod adapter;
 pub mod checkpoint;
+pub mod classify;
 pub mod collective;
 pub mod config;
 pub mod device;
@@ -24,8 +25,10 @@ pub mod scaler;
 pub mod schedule;
 mod selection;
 pub mod session;
+pub mod task;
 
-pub use config::{EvaluationConfig, LoraConfig, ModelSection, Precision, TrainingConfig};
+pub use config::{EvaluationConfig, LoraConfig, ModelSection, ModelTask, Precision, TrainingConfig};
 pub use device::DeviceChoice;
 pub use error::{Error, Result};
 pub use metrics::Metric;
+pub use task::Task;

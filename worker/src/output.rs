@@ -31,8 +31,8 @@ pub fn write_model(
     let (model, weights) = (replica.model(), weights.unwrap_or(replica.master()));
     match replica.adapter() {
         None => quintet_t5::save_pretrained(model, weights, &beside)?,
-        Some(AdapterAbout { spec, base_name, base_fingerprint }) => {
-            quintet_t5::save_adapter(model, spec, weights, base_name, base_fingerprint, &beside)?;
+        Some(AdapterAbout { spec, base }) => {
+            quintet_t5::save_adapter(model, spec, weights, &base.name, &base.fingerprint, &beside)?;
         }
     }
     tokenizer.save(&beside)?;

@@ -12,15 +12,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quintet_data::{
-    DataConfig, Dataset, Loader, PackedBatch, Packer, Schedule as StepSchedule, Splits, Tokenizer, share,
+    Classes, DataConfig, Dataset, Loader, PackedBatch, Schedule as StepSchedule, Splits, Tokenizer, share,
 };
 use quintet_kernels::{Device, WaitLimits, ops};
 use quintet_proto::v1::{Actions, Commit, Evaluated, Failed, Finished, Lease, Linked, MicroBatch, NotFinite, Plan};
 use quintet_proto::v1::{Ready, SaveFailed, Saved, State, StepDone, StepFailed, Stop};
-use quintet_t5::{Generation, Model, Parameters};
+use quintet_t5::{Model, Parameters};
 
 use crate::access::Access;
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, Base};
 use crate::checkpoint::{self, Progress};
 use crate::collective::{Collective, Interrupter, Listener, Membership, Mesh};
 use crate::config::{EvaluationConfig, LoraConfig, ModelSection, Precision, TrainingConfig};
@@ -29,6 +29,7 @@ use crate::gradient::StepGradient;
 use crate::replica::{self, Replica, Update};
 use crate::saver::{self, Image, Saver};
 use crate::session::{self, Command, Report, Session, SessionError};
+use crate::task::{self, Task};
 use crate::{DeviceChoice, Error, Result};
 use crate::{healing, output};
 
@@ -100,8 +101,8 @@ struct Rank {
     /// The state that the replica is in; `None` where it is of no use.
     held: Option<State>,
     validation: Option<Arc<Dataset>>,
-    /// Of an evaluation's predictions.
-    generation: Generation,
+    /// How an evaluation's predictions are made.
+    task: Task,
     tokenizer: Arc<Tokenizer>,
     schedule: StepSchedule,
     loader: Loader,
@@ -136,14 +137,15 @@ impl Rank {
         let tokenizer = Arc::new(Tokenizer::from_json(&job.tokenizer_json)?);
         let splits = Splits::load(&job.data, &job.base_dir, job.training.seed)?.tokenized(&tokenizer)?;
         let (fingerprint, order) = (splits.fingerprint(), splits.order());
+        let schedule = job.training.steps(order.positions())?;
+        let pretrained = job.model.pretrained.as_deref().map(Path::new);
+        let classes = task::classes(&job.model, pretrained, &splits)?;
+        let replica = new_replica(&job, &tokenizer, classes.as_deref(), schedule.total_steps)?;
+        let task = Task::new(classes, &job.evaluation, replica.model().config(), pretrained)?;
         let train = Arc::new(splits.train);
         let validation = splits.validation.map(Arc::new);
-        let schedule = job.training.steps(order.positions())?;
-        let replica = new_replica(&job, &tokenizer, schedule.total_steps)?;
-        let pretrained = job.model.pretrained.as_deref().map(Path::new);
-        let generation = job.evaluation.resolve_generation(replica.model().config(), pretrained)?;
         let listener = Listener::bind(job.listen)?;
-        let packer = Packer::new(train, tokenizer.clone(), order, job.data.limits());
+        let packer = evaluation::packer(&train, &tokenizer, order, job.data.limits(), &task);
         let loader = Loader::new(packer, TOKENIZER_THREADS);
         let gradient = StepGradient::new(replica.model().device(), replica.master().layout().len())?;
         let saver = Saver::new(job.checkpoints(), job.training.save_total_limit.map(|keep| keep as usize));
@@ -153,7 +155,7 @@ impl Rank {
             job,
             replica,
             validation,
-            generation,
+            task,
             tokenizer,
             schedule,
             loader,
@@ -166,6 +168,10 @@ impl Rank {
         };
         rank.say_ready(session)?;
         Ok(rank)
+    }
+
+    fn classes(&self) -> Option<&Classes> {
+        self.task.classes().map(Arc::as_ref)
     }
 
     /// Tells a coordinator what this rank holds.
@@ -216,7 +222,7 @@ impl Rank {
             self.pending = None;
             if self.held != Some(start) {
                 self.job.start = Some(start);
-                self.replica = new_replica(&self.job, &self.tokenizer, self.schedule.total_steps)?;
+                self.replica = new_replica(&self.job, &self.tokenizer, self.classes(), self.schedule.total_steps)?;
                 self.held = Some(start);
             }
         }
@@ -517,7 +523,7 @@ impl Rank {
     fn evaluate(&mut self, session: &Session, place: &mut Place, step: u64) -> Result<()> {
         let Some(validation) = &self.validation else { return Ok(()) };
         let (limits, config) = (self.job.data.limits(), &self.job.evaluation);
-        let task = EvaluationTask::new(validation, &self.tokenizer, limits, config, &self.generation);
+        let task = EvaluationTask::new(validation, &self.tokenizer, limits, config, &self.task);
         let share = task.evaluate_share(self.replica.model(), self.replica.weights(), place.rank, place.world_size)?;
         let bytes = serde_json::to_vec(&share).expect("an evaluation is plain data"); // why: no map keys, no custom types
         let waiting = session.wait();
@@ -544,12 +550,17 @@ impl Rank {
 }
 
 /// The replica of a rank, in the state to start with.
-fn new_replica(job: &RankJob, tokenizer: &Tokenizer, total_steps: u64) -> Result<Replica> {
+fn new_replica(job: &RankJob, tokenizer: &Tokenizer, classes: Option<&Classes>, total_steps: u64) -> Result<Replica> {
     let device = job.device.open()?;
-    let (model, parameters) = replica::load_model(&device, &job.model, tokenizer, job.training.seed)?;
+    let seed = job.training.seed;
+    let (base, weights) = replica::load_model(&device, &job.model, tokenizer, seed)?;
+    let base_fingerprint = job.lora.as_ref().map(|_| weights.digest()).transpose()?;
+    let (model, parameters) = task::model_for(classes, base, weights, seed)?;
     let precision = job.training.precision.unwrap_or(Precision::default_on(job.device));
-    let tokens_max = u64::from(job.training.global_batch_size) * job.data.max_target_length as u64;
-    let adapter = open_adapter(job, &model, &parameters)?;
+    // A class counts as one token.
+    let target_length = classes.map_or(job.data.max_target_length as u64, |_| 1);
+    let tokens_max = u64::from(job.training.global_batch_size) * target_length;
+    let adapter = open_adapter(job, &model, &parameters, base_fingerprint)?;
     let mut replica = Replica::new(model, parameters, adapter, &job.training, precision, total_steps, tokens_max)?;
     if let Some(start) = job.start.filter(|start| start.step > 0) {
         restore(job, start.step, &mut replica)?;
@@ -557,11 +568,17 @@ fn new_replica(job: &RankJob, tokenizer: &Tokenizer, total_steps: u64) -> Result
     Ok(replica)
 }
 
-/// What a LoRA run trains.
-fn open_adapter(job: &RankJob, model: &Model, base: &Parameters) -> Result<Option<Adapter>> {
-    let name = job.base_name.as_deref().unwrap_or_default();
-    let open = |lora| Adapter::open(lora, model, base, name, job.training.seed);
-    job.lora.as_ref().map(open).transpose()
+/// What a LoRA run trains; `fingerprint` is that of its base.
+fn open_adapter(
+    job: &RankJob,
+    model: &Model,
+    weights: &Parameters,
+    fingerprint: Option<blake3::Hash>,
+) -> Result<Option<Adapter>> {
+    let (Some(lora), Some(fingerprint)) = (&job.lora, fingerprint) else { return Ok(None) };
+    let name = job.base_name.clone().unwrap_or_default();
+    let base = Base { name, fingerprint: fingerprint.to_hex().to_string() };
+    Adapter::open(lora, model, weights, base, job.training.seed).map(Some)
 }
 
 /// Takes over the checkpoint that the coordinator resumes from.

@@ -6,7 +6,7 @@ use quintet_data::Tokenizer;
 use quintet_kernels::{DType, Device, Tensor, View, ViewMut, ops};
 use quintet_t5::{Batch, Config, LoraSpec, LossSums, Model, OnFinished, Parameters, TrainOptions, Weights};
 
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, Base};
 use crate::config::{ModelSection, Precision, TrainingConfig};
 use crate::optimizer::{ClippedMean, NamedSlot, Optimizer, Piece};
 use crate::scaler::LossScaler;
@@ -114,9 +114,7 @@ struct Frozen {
 #[derive(Clone, Debug)]
 pub struct AdapterAbout {
     pub spec: LoraSpec,
-    /// What the job calls the base.
-    pub base_name: String,
-    pub base_fingerprint: String,
+    pub base: Base,
 }
 
 impl Frozen {
@@ -190,8 +188,8 @@ impl Replica {
         let dtype = precision.dtype();
         let (master, frozen) = match adapter {
             None => (weights, None),
-            Some(Adapter { weights: trained, spec, base_name, base_fingerprint }) => {
-                let about = AdapterAbout { spec, base_name, base_fingerprint };
+            Some(Adapter { weights: trained, spec, base }) => {
+                let about = AdapterAbout { spec, base };
                 (trained, Some(Frozen::new(weights, about, dtype)?))
             }
         };
@@ -336,7 +334,7 @@ impl Replica {
 
     /// BLAKE3 of the weights' bytes, an adapter's with its base's: equal on all replicas, or something is broken.
     pub fn digest(&self) -> Result<blake3::Hash> {
-        let base_fingerprint = self.adapter().map(|about| about.base_fingerprint.as_str());
+        let base_fingerprint = self.adapter().map(|about| about.base.fingerprint.as_str());
         Ok(digest_over(self.master.digest()?, base_fingerprint))
     }
 

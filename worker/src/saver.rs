@@ -35,7 +35,7 @@ impl Image {
             Ok(tensor)
         };
         let arenas = replica.arenas().into_iter().map(copy).collect::<Result<_>>()?;
-        let base_fingerprint = replica.adapter().map(|about| about.base_fingerprint.clone());
+        let base_fingerprint = replica.adapter().map(|about| about.base.fingerprint.clone());
         let (model, optimizer) = (replica.pieces(), replica.optimizer().pieces());
         Ok(Self { arenas, model, optimizer, progress, base_fingerprint })
     }

@@ -4,16 +4,16 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use quintet_data::{Dataset, Limits, SourceList, Template};
-use quintet_t5::Weights;
+use quintet_data::{Classes, Dataset, Limits, SourceList, Template};
+use quintet_t5::{Model, Weights};
 use quintet_worker::evaluation::EvaluationTask;
 use quintet_worker::metrics::{self, Pair};
-use quintet_worker::{EvaluationConfig, Metric};
+use quintet_worker::{EvaluationConfig, Metric, ModelTask, Task};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::args::{EvaluateArguments, GenerationFlags};
-use crate::commands::{compare, open_model, print_json};
+use crate::commands::{compare, open_model, print_json, require_decoder};
 use crate::device;
 use crate::error::{Failure, Result, exit};
 use crate::job::with_nearest_name;
@@ -30,7 +30,7 @@ pub(crate) fn run(arguments: EvaluateArguments) -> Result<u8> {
     }
     let result = match &arguments.predictions {
         Some(path) => score_predictions(path, &text_metrics(&arguments.metrics, &[Metric::ExactMatch])?)?,
-        None => evaluate_model(&arguments, parse_metrics(&arguments.metrics)?)?,
+        None => evaluate_model(&arguments)?,
     };
     if arguments.json {
         print_json(&result);
@@ -45,10 +45,10 @@ pub(crate) fn run(arguments: EvaluateArguments) -> Result<u8> {
     Ok(exit::DONE)
 }
 
-/// The metrics of these names; the loss and exact matches without any.
-fn parse_metrics(names: &[String]) -> Result<Vec<Metric>> {
+/// The metrics of these names; `usual` ones without any.
+fn parse_metrics(names: &[String], usual: &[Metric]) -> Result<Vec<Metric>> {
     if names.is_empty() {
-        return Ok(vec![Metric::Loss, Metric::ExactMatch]);
+        return Ok(usual.to_vec());
     }
     let parse = |name: &String| {
         serde_json::from_value(json!(name.trim()))
@@ -62,10 +62,7 @@ const COMPARED: [Metric; 5] = [Metric::ExactMatch, Metric::F1, Metric::Rouge1, M
 
 /// Those that texts alone can tell; `usual` ones without any.
 fn text_metrics(names: &[String], usual: &[Metric]) -> Result<Vec<Metric>> {
-    if names.is_empty() {
-        return Ok(usual.to_vec());
-    }
-    let metrics = parse_metrics(names)?;
+    let metrics = parse_metrics(names, usual)?;
     match metrics.iter().find(|metric| !metric.needs_predictions()) {
         Some(metric) => Err(Failure::bad_input(format!(
             "--metrics: {} follows from a model's probabilities, not from texts; give --model instead of predictions",
@@ -75,7 +72,7 @@ fn text_metrics(names: &[String], usual: &[Metric]) -> Result<Vec<Metric>> {
     }
 }
 
-fn evaluate_model(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result<Value> {
+fn evaluate_model(arguments: &EvaluateArguments) -> Result<Value> {
     let (Some(directory), Some(data), Some(input), Some(target)) =
         (&arguments.model, &arguments.data, &arguments.input, &arguments.target)
     else {
@@ -87,8 +84,8 @@ fn evaluate_model(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result
     let (input, target) = (template("input", input)?, template("target", target)?);
     let sources = SourceList::from(data.as_str());
     let dataset = Arc::new(Dataset::load(&sources, &input, &target, &working_directory()?)?);
-    let config = EvaluationConfig {
-        metrics,
+    let mut config = EvaluationConfig {
+        metrics: parse_metrics(&arguments.metrics, &[Metric::Loss, Metric::ExactMatch])?,
         max_examples: arguments.max_examples,
         batch_size: arguments.batch_size,
         ..evaluation_of(&arguments.generation)
@@ -102,8 +99,14 @@ fn evaluate_model(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result
     )?;
     let limits =
         Limits { max_source_length: arguments.max_source_length, max_target_length: arguments.max_target_length };
-    let generation = config.resolve_generation(loaded.model.config(), Some(&loaded.directory))?;
-    let task = EvaluationTask::new(&dataset, &loaded.tokenizer, limits, &config, &generation);
+    require_decoder(&loaded.model)?;
+    let classes = classes_of(&loaded.model, &dataset)?;
+    if classes.is_some() {
+        config.metrics = parse_metrics(&arguments.metrics, &[Metric::Loss, Metric::Accuracy])?;
+        check_for_classifier(&config)?;
+    }
+    let task = Task::new(classes, &config, loaded.model.config(), Some(&loaded.directory))?;
+    let task = EvaluationTask::new(&dataset, &loaded.tokenizer, limits, &config, &task);
     let evaluation = task.summarize(task.evaluate_share(&loaded.model, Weights::from(&loaded.weights), 0, 1)?);
     Ok(json!({
         "loss": evaluation.loss,
@@ -113,8 +116,30 @@ fn evaluate_model(arguments: &EvaluateArguments, metrics: Vec<Metric>) -> Result
     }))
 }
 
+/// The classes of a classifier, which those of the data must be.
+fn classes_of(model: &Model, dataset: &Dataset) -> Result<Option<Arc<Classes>>> {
+    if !model.config().is_classifier() {
+        return Ok(None);
+    }
+    let classes = Classes::new(model.config().labels());
+    classes.check(dataset, "--target")?;
+    Ok(Some(Arc::new(classes)))
+}
+
+/// As a job's, under the names of the flags.
+fn check_for_classifier(config: &EvaluationConfig) -> Result<()> {
+    let in_flag = |error: quintet_worker::Error| match error {
+        quintet_worker::Error::Config { key, problem } => {
+            let flag = key.trim_start_matches("evaluation.").replace('_', "-");
+            Failure::bad_input(format!("--{flag}: {problem}"))
+        }
+        other => other.into(),
+    };
+    config.validate_for(ModelTask::SequenceClassification).map_err(in_flag)
+}
+
 /// What the flags say about generation, as a job does.
-fn evaluation_of(flags: &GenerationFlags) -> EvaluationConfig {
+pub(crate) fn evaluation_of(flags: &GenerationFlags) -> EvaluationConfig {
     EvaluationConfig {
         num_beams: flags.num_beams,
         max_new_tokens: flags.max_new_tokens,

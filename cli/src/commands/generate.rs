@@ -7,7 +7,9 @@ use quintet_t5::{Generated, Generation, GenerationOptions, Generator, Sources};
 use serde_json::json;
 
 use crate::args::{GenerateArguments, GenerationFlags};
-use crate::commands::{Loaded, open_model, print_json};
+use crate::commands::classify::classify;
+use crate::commands::evaluate::evaluation_of;
+use crate::commands::{Loaded, open_model, print_json, require_decoder};
 use crate::device;
 use crate::error::{Failure, Result, exit};
 
@@ -20,6 +22,11 @@ pub(crate) fn run(arguments: GenerateArguments) -> Result<u8> {
     let adapter = arguments.adapter.as_deref();
     let loaded =
         open_model(&device::open(arguments.device)?, &arguments.model, adapter, arguments.tokenizer.as_deref())?;
+    require_decoder(&loaded.model)?;
+    if loaded.model.config().is_classifier() {
+        classify(&arguments, &loaded, &inputs)?;
+        return Ok(exit::DONE);
+    }
     if !arguments.candidates.is_empty() {
         score_candidates(&arguments, &loaded, &inputs)?;
         return Ok(exit::DONE);
@@ -86,6 +93,12 @@ impl GenerationFlags {
             seed: self.seed,
             ..GenerationOptions::default()
         }
+    }
+
+    /// The first flag that is given.
+    pub(crate) fn first_given(&self) -> Option<String> {
+        let key = evaluation_of(self).generation_key()?;
+        Some(format!("--{}", key.replace('_', "-")))
     }
 
     /// A flag without effect is a mistake.

@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 mod bench_data;
+mod classify;
 pub(crate) mod compare;
 pub(crate) mod coordinator;
 pub(crate) mod data;
@@ -21,7 +22,7 @@ use std::sync::Arc;
 
 use quintet_data::{Tokenizer, TokenizerSpec};
 use quintet_kernels::Device;
-use quintet_t5::{Model, Parameters, with_adapter};
+use quintet_t5::{Model, ModelClass, Parameters, with_adapter};
 use quintet_worker::ModelSection;
 
 use crate::error::{Failure, Result};
@@ -39,6 +40,7 @@ pub(crate) fn on_threads(threads: Option<usize>, compute: impl FnOnce() -> Resul
     pool.map_err(|error| Failure::failed(format!("cannot start threads: {error}")))?.install(compute)
 }
 
+/// A model with its tokenizer.
 struct Loaded {
     /// Of the model's files, also where an adapter or the hub was named.
     directory: PathBuf,
@@ -78,4 +80,14 @@ fn open_model(device: &Device, directory: &Path, adapter: Option<&Path>, tokeniz
         (model, weights) = with_adapter(model, weights, adapter)?;
     }
     Ok(Loaded { directory, model, weights, tokenizer: Arc::new(tokenizer) })
+}
+
+/// Refuses a model that does not write.
+fn require_decoder(model: &Model) -> Result<()> {
+    match model.config().class() {
+        ModelClass::Encoder => {
+            Err(Failure::bad_input("--model: is an encoder alone; `quintet embed` is what it can do"))
+        }
+        _ => Ok(()),
+    }
 }

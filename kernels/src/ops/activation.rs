@@ -82,6 +82,51 @@ multiversion! {
     }
 }
 
+/// `y[N,F] = tanh(x[N,F])`.
+pub fn tanh_forward(x: View, y: ViewMut) -> Result<()> {
+    check_shape!(x, y.rows(), y.cols());
+    check_dtype!(x.dtype(), y);
+    match y.device() {
+        Device::Gpu(gpu) => launch(gpu, "tanh_forward", &[x, y.view()], y.cols(), Dropout::NONE)?,
+        Device::Cpu(_) => with_float!(x.dtype(), T => {
+            let y = SharedMut::<T>::new(y);
+            for_each_row_block(x.rows(), rows_per_task(x.cols()), x.cols(), |_, rows| {
+                for row in rows {
+                    // SAFETY: a row belongs to one task.
+                    let y = unsafe { y.row(row, 0..x.cols()) };
+                    for (y, x) in y.iter_mut().zip(x.row::<T>(row)) {
+                        *y = T::from_f32(x.to_f32().tanh());
+                    }
+                }
+            });
+        }),
+    }
+    Ok(())
+}
+
+/// `d_x[N,F] = d_y[N,F] · (1 − y²)`, from the output `y[N,F]`.
+pub fn tanh_backward(y: View, d_y: View, d_x: ViewMut) -> Result<()> {
+    check_shape!(y, d_x.rows(), d_x.cols());
+    check_shape!(d_y, d_x.rows(), d_x.cols());
+    check_dtype!(y.dtype(), d_y, d_x);
+    match d_x.device() {
+        Device::Gpu(gpu) => launch(gpu, "tanh_backward", &[y, d_y, d_x.view()], y.cols(), Dropout::NONE)?,
+        Device::Cpu(_) => with_float!(y.dtype(), T => {
+            let d_x = SharedMut::<T>::new(d_x);
+            for_each_row_block(y.rows(), rows_per_task(y.cols()), y.cols(), |_, rows| {
+                for row in rows {
+                    // SAFETY: a row belongs to one task.
+                    let d_x = unsafe { d_x.row(row, 0..y.cols()) };
+                    for ((d_x, y), d_y) in d_x.iter_mut().zip(y.row::<T>(row)).zip(d_y.row::<T>(row)) {
+                        *d_x = T::from_f32(d_y.to_f32() * (1.0 - y.to_f32() * y.to_f32()));
+                    }
+                }
+            });
+        }),
+    }
+    Ok(())
+}
+
 /// `h[N,F] = dropout(gelu_tanh(x[:, ..F]) · x[:, F..])` for `x[N,2F]`, the outputs of `wi_0` and `wi_1` side by side.
 pub fn gated_gelu_forward(x: View, mask: Dropout, h: ViewMut) -> Result<()> {
     check_shape!(x, h.rows(), 2 * h.cols());

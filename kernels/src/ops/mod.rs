@@ -22,6 +22,7 @@ mod slots;
 mod top_tokens;
 
 pub use activation::{gated_gelu_backward, gated_gelu_forward, relu_backward, relu_forward};
+pub use activation::{tanh_backward, tanh_forward};
 pub use adafactor::{Adafactor, adafactor};
 pub use adamw::{AdamW, adamw};
 pub use attention::{Attention, AttentionGradients, attention_backward, attention_forward};

@@ -91,6 +91,12 @@ fn activations(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
     let mut d_x = bench.output(rows, cols)?;
     ops::relu_backward(x.tensor.view(), d_h.tensor.view(), MASK, d_x.view_mut())?;
     bench.compare("relu_backward", &d_x, &oracle::relu_backward(&x.exact, &d_dropped), 2, 1)?;
+    let mut y = bench.output(rows, cols)?;
+    ops::tanh_forward(x.tensor.view(), y.view_mut())?;
+    bench.compare("tanh_forward", &y, &oracle::tanh(&x.exact), 4, 1)?;
+    let mut d_x = bench.output(rows, cols)?;
+    ops::tanh_backward(x.tensor.view(), d_h.tensor.view(), d_x.view_mut())?;
+    bench.compare("tanh_backward", &d_x, &oracle::tanh_backward(&x.exact, &d_h.exact), 4, 1)?;
     Ok(())
 }
 

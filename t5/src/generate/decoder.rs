@@ -23,7 +23,7 @@ pub(crate) struct PreparedWeights(HashMap<Slot, PreparedWeight>);
 impl PreparedWeights {
     pub(super) fn new(layout: &Layout, weights: Weights) -> Self {
         let mut slots = vec![layout.head()];
-        for block in &layout.decoder.blocks {
+        for block in &layout.decoder().blocks {
             let cross = block.cross.iter().flat_map(|cross| [cross.q, cross.o]);
             slots.extend([block.attention.qkv, block.attention.o, block.feed_forward.wi, block.feed_forward.wo]);
             slots.extend(cross);
@@ -92,13 +92,13 @@ impl<'a> Decoder<'a> {
     pub(super) fn new(model: &'a Model, pass: &'a Pass, source_ids: &[u32], sources: &'a Segments) -> Result<Self> {
         let layout = model.layout();
         let encoded = encode(model, pass, source_ids, sources)?;
-        let mut blocks = Vec::with_capacity(layout.decoder.blocks.len());
-        for block in &layout.decoder.blocks {
+        let mut blocks = Vec::with_capacity(layout.decoder().blocks.len());
+        for block in &layout.decoder().blocks {
             let cross = pass.linear(encoded.view(), cross_layout(block).kv)?;
             let own = pass.empty(TOKENS_AT_FIRST * sources.len(), 2 * pass.config.inner())?;
             blocks.push(Cache { own, cross });
         }
-        let biases = stack::biases(pass, &layout.decoder, true)?;
+        let biases = stack::biases(pass, layout.decoder(), true)?;
         let source_of: Vec<usize> = (0..sources.len()).collect();
         let attention = SourceAttention::new(&source_of, sources);
         let rows = vec![Vec::new(); sources.len()];
@@ -135,7 +135,7 @@ impl<'a> Decoder<'a> {
         let ids = pass.device.upload(tokens, count, 1)?;
         let mut x = pass.empty(count, pass.config.d_model)?;
         ops::embedding_forward(ids.view(), pass.weights.slot(layout.shared), Dropout::NONE, x.view_mut())?;
-        for (index, block) in layout.decoder.blocks.iter().enumerate() {
+        for (index, block) in layout.decoder().blocks.iter().enumerate() {
             let cache = &mut self.blocks[index];
             let bias = self.biases[stack::shared_or_own(&self.biases, index)].view();
             x = self_attention(pass, &block.attention, &mut cache.own, self.used, rows.view(), bias, x)?;
@@ -144,7 +144,7 @@ impl<'a> Decoder<'a> {
             x = FeedForward { layout: &block.feed_forward, site }.forward(pass, x)?.0;
         }
         self.used += count;
-        let (hidden, _) = pass.norm(x.view(), layout.decoder.final_norm)?;
+        let (hidden, _) = pass.norm(x.view(), layout.decoder().final_norm)?;
         let mut logits = pass.device.empty(DType::F32, count, pass.config.vocab_size)?;
         pass.linear_into(hidden.view(), layout.head(), logits.view_mut())?;
         Ok(logits)

@@ -41,7 +41,7 @@ impl Model {
         let sources = Segments::from_ranges(targets.iter().map(|_| 0..source_ids.len()));
         let ids = device.upload(&decoder_ids, decoder_ids.len(), 1)?;
         let encoded = Some(Encoded { segments: &sources, output: encoded.view() });
-        let stack = Stack { layout: &layout.decoder, decoder: true, ids: ids.view(), segments: &target, encoded };
+        let stack = Stack { layout: layout.decoder(), decoder: true, ids: ids.view(), segments: &target, encoded };
         let (decoded, _) = stack.forward(&pass, Keep::Nothing)?;
 
         let labels = device.upload(&labels, labels.len(), 1)?;

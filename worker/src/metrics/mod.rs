@@ -72,6 +72,11 @@ impl Metric {
         !matches!(self, Self::Loss | Self::Perplexity)
     }
 
+    /// Whether it makes sense of predictions that are classes.
+    pub fn is_of_classes(self) -> bool {
+        matches!(self, Self::Loss | Self::Accuracy | Self::MacroF1)
+    }
+
     /// Whether more is better.
     pub fn greater_is_better(self) -> bool {
         !matches!(self, Self::Loss | Self::Perplexity | Self::PhonemeErrorRate | Self::WordErrorRate)

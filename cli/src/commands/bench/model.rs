@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use quintet_kernels::{DType, Device};
-use quintet_t5::{Batch, BatchShape, Model, Parameters, preset};
+use quintet_t5::{Batch, BatchShape, Model, ModelClass, Parameters, preset};
 use quintet_worker::{DeviceChoice, Precision};
 use serde_json::json;
 
@@ -25,7 +25,11 @@ pub(super) fn open(device: &Device, name: &str) -> Result<(Model, Parameters)> {
         return Err(Failure::bad_input(format!("--model {name}: neither a directory nor one of {known}")));
     }
     let directory = hub::model("--model", name, &working_directory()?)?.directory;
-    Ok(quintet_t5::load_pretrained(device, &directory)?)
+    let (model, weights) = quintet_t5::load_pretrained(device, &directory)?;
+    match model.config().class() {
+        ModelClass::ConditionalGeneration => Ok((model, weights)),
+        _ => Err(Failure::bad_input(format!("--model {name}: is no model that generates"))),
+    }
 }
 
 pub(super) fn precision(name: Option<&str>, device: DeviceChoice) -> Result<Precision> {

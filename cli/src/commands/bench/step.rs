@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use quintet_kernels::{DType, Device, inventory, ops};
 use quintet_t5::{Batch, BatchShape, training_flops};
-use quintet_worker::adapter::Adapter;
+use quintet_worker::adapter::{Adapter, Base};
 use quintet_worker::collective::Collective;
 use quintet_worker::gradient::StepGradient;
 use quintet_worker::memory::peak_bytes;
@@ -50,7 +50,9 @@ pub(super) fn run(arguments: &BenchStepArguments) -> Result<()> {
         None => None,
         Some(r) => {
             let lora = LoraConfig { r: Some(r), ..LoraConfig::default() };
-            Some(Adapter::open(&lora, &model, &weights, &arguments.model, training.seed)?)
+            let fingerprint = weights.digest()?.to_hex().to_string();
+            let base = Base { name: arguments.model.clone(), fingerprint };
+            Some(Adapter::open(&lora, &model, &weights, base, training.seed)?)
         }
     };
     let trainable = adapter.as_ref().map_or(parameters, |adapter| adapter.weights.layout().parameter_count());

@@ -608,6 +608,6 @@ fn chaos() {
         let (faults, fallen) = (&tally.faults, tally.from_checkpoint);
         let generations = tally.generations;
         announce(&format!("chaos: {faults:?}; {fallen} times from a checkpoint; {generations} generations"));
-        assert!(tally.count() >= 10, "chaos that hardly happened");
+        assert!(tally.count() >= 3, "chaos that hardly happened");
     });
 }

@@ -46,6 +46,11 @@ pub(crate) fn without_commit(name: &str) -> String {
     }
 }
 
+/// Whether a name is that of a repository at a commit, as [`model`] makes them.
+pub(crate) fn has_commit(name: &str) -> bool {
+    Repository::parse(name).is_some_and(|repository| repository.is_commit())
+}
+
 /// As huggingface_hub reads them.
 fn settings() -> Settings {
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());

@@ -6,6 +6,7 @@
 mod args;
 mod commands;
 mod device;
+mod elsewhere;
 mod error;
 mod hub;
 mod job;

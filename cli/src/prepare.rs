@@ -12,8 +12,9 @@ use quintet_coordinator::files::{CutOff, RunFiles};
 use quintet_coordinator::journal::Identity;
 use quintet_coordinator::secret::Secret;
 use quintet_coordinator::server::Run;
+use quintet_coordinator::share::{self, Share};
 use quintet_coordinator::state::{Record, Selection, Settings};
-use quintet_data::{Classes, Splits, Tokenizer, TokenizerSpec};
+use quintet_data::{Classes, Shelf, Splits, Tokenizer, TokenizerSpec};
 use quintet_identity::Authority;
 use quintet_kernels::Device;
 use quintet_t5::Model;
@@ -91,6 +92,7 @@ pub(crate) fn prepare(job: Job, serving: Serving, door: &Door) -> Result<Prepare
     let directory = pretrained.as_ref().map(|pretrained| pretrained.directory.as_path());
     let classes = task::classes(&job.model, directory, &splits)?;
     let trainable = check_model(&job, directory, &tokenizer, classes.as_deref())?;
+    let shelf = splits.shelf();
     let splits = splits.tokenized(&tokenizer)?;
     let schedule = job.training.steps(splits.order().positions())?;
     let eval_steps = eval_steps(&job, &splits, schedule.total_steps)?;
@@ -99,6 +101,7 @@ pub(crate) fn prepare(job: Job, serving: Serving, door: &Door) -> Result<Prepare
     }
     let started = Started::open(&job, Serving { resume, ..serving })?;
     write_job(&job, &tokenizer)?;
+    let share = share(&job, &base, pretrained.as_ref(), shelf)?;
     let selection = selection(&job, eval_steps)?;
     let past_evaluations = match selection {
         Some(_) if resume => RunFiles::evaluations(&job.output_dir)?,
@@ -130,6 +133,7 @@ pub(crate) fn prepare(job: Job, serving: Serving, door: &Door) -> Result<Prepare
         tokenizer_json: tokenizer.to_json(),
         admission: door.admission(&job.output_dir, started.identity.run_token)?,
         collective_token: started.identity.collective_token,
+        share,
         taken_over: started.taken_over,
         storage_timeout: Duration::from_secs_f64(job.cluster.storage_timeout_seconds),
         insecure: door.insecure_plaintext,
@@ -157,6 +161,14 @@ fn eval_steps(job: &Job, splits: &Splits, total_steps: u64) -> Result<Option<u64
 /// The model that the job begins with, on this machine.
 pub(crate) fn pretrained(job: &Job, base: &Path) -> Result<Option<LocalModel>> {
     job.model.pretrained.as_ref().map(|name| hub::model("model.pretrained", name, base)).transpose()
+}
+
+/// What workers whose machines lack the run's files read from here.
+fn share(job: &Job, base: &Path, pretrained: Option<&LocalModel>, shelf: Shelf) -> Result<Share> {
+    let model = pretrained.map(|model| (share::MODEL, model.directory.clone()));
+    let adapter = job.lora.as_ref().and_then(|lora| lora.pretrained.as_ref());
+    let adapter = adapter.map(|directory| (share::ADAPTER, base.join(directory)));
+    Ok(Share::new(shelf, model.into_iter().chain(adapter), job.output_dir.clone())?)
 }
 
 /// What follows from the best evaluation, if anything does.

@@ -57,6 +57,7 @@ impl Reporter {
                 };
                 self.line(&format!("{workers} worker{plural} ready; {next}"));
             }
+            Event::ThroughCoordinator { what } => self.line(&what),
             Event::Linked { gradients } => self.line(&gradients),
             Event::Train(metrics) => {
                 self.show_step(&metrics);

@@ -17,8 +17,10 @@ pub mod files;
 mod gate;
 pub mod journal;
 pub mod launch;
+mod receive;
 pub mod secret;
 pub mod server;
+pub mod share;
 pub mod state;
 
 pub use error::{Error, Result};

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant, SystemTime};
 use quintet_identity::Role;
 use quintet_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
 use quintet_proto::v1::{
-    self, FromWorker, Hello, JoinReply, JoinRequest, ToWorker, from_worker::Report, to_worker::Command,
+    self, FromWorker, Hello, JoinReply, JoinRequest, LeavesReply, LeavesRequest, ListReply, ListRequest, Part, Piece,
+    Published, ReadRequest, ToWorker, from_worker::Report, part::Content, to_worker::Command,
 };
 use quintet_proto::{FROM_WORKER_BYTES_MAX, PROTOCOL_VERSION, TO_WORKER_BYTES_MAX};
 use tokio::net::TcpListener;
@@ -28,6 +29,7 @@ use crate::files::RunFiles;
 use crate::gate;
 use crate::launch::Death;
 use crate::secret::Secret;
+use crate::share::Share;
 use crate::state::{Effect, Entry, Event, Input, Machine, Record, Settings, WorkerId};
 use crate::{Error, Result};
 
@@ -64,6 +66,8 @@ pub struct Run {
     pub admission: Admission,
     /// By which ranks know each other in the collective.
     pub collective_token: Secret,
+    /// What workers without the run's files read here.
+    pub share: Share,
     /// Where another coordinator left the run, to go on there.
     pub taken_over: Option<Record>,
     /// How long the run waits for room on a full disk.
@@ -117,8 +121,10 @@ pub async fn serve(
         Admission::Secret(_) => return Err(Error::NotLoopback(address)),
     };
     let (inbox, messages) = mpsc::channel(REPORTS_WAITING_MAX);
+    let share = run.share.clone();
     let service = Service {
         admission: run.admission.clone(),
+        share: share.clone(),
         inbox,
         workers: AtomicU64::new(run.taken_over.as_ref().map_or(0, |record| record.last_worker + 1)),
         hellos: Arc::new(Semaphore::new(HELLOS_MAX)),
@@ -154,6 +160,7 @@ pub async fn serve(
             Ok(Ok(())) | Err(_) => Err(Error::ServerEnded),
         },
     };
+    share.close();
     // The shell is gone and with it every stream's sender: streams end when they are flushed.
     let _ = end.send(());
     if tokio::time::timeout(GOODBYE_TIMEOUT, &mut server).await.is_err() {
@@ -318,6 +325,9 @@ impl Shell {
             resume_step: self.run.settings.start_step,
             resume_generation: self.run.settings.start_step_generation,
             under_way,
+            dataset_fingerprint: self.run.settings.dataset_fingerprint.clone(),
+            stores: self.run.share.stores(),
+            probe: self.run.share.probe().to_owned(),
         }
     }
 
@@ -359,6 +369,7 @@ impl From<Control> for Input {
 /// Admits streams and reads them.
 struct Service {
     admission: Admission,
+    share: Share,
     inbox: mpsc::Sender<Message>,
     /// Workers so far: the number of the next.
     workers: AtomicU64,
@@ -368,6 +379,7 @@ struct Service {
 #[tonic::async_trait]
 impl Coordinator for Service {
     type WorkStream = ReceiverStream<std::result::Result<ToWorker, Status>>;
+    type ReadStream = ReceiverStream<std::result::Result<Piece, Status>>;
 
     async fn join(&self, request: Request<JoinRequest>) -> std::result::Result<Response<JoinReply>, Status> {
         self.admission.join(request, SystemTime::now()).map(Response::new)
@@ -395,9 +407,46 @@ impl Coordinator for Service {
         tokio::spawn(read(worker, reports, self.inbox.clone()));
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
+
+    async fn leaves(&self, request: Request<LeavesRequest>) -> std::result::Result<Response<LeavesReply>, Status> {
+        let LeavesRequest { store, numbers, .. } = self.of_worker(request, |request| &request.run_token)?;
+        self.share.leaves(store, numbers).await.map(Response::new)
+    }
+
+    async fn list(&self, request: Request<ListRequest>) -> std::result::Result<Response<ListReply>, Status> {
+        let ListRequest { artifact, .. } = self.of_worker(request, |request| &request.run_token)?;
+        self.share.list(&artifact).await.map(Response::new)
+    }
+
+    async fn read(&self, request: Request<ReadRequest>) -> std::result::Result<Response<Self::ReadStream>, Status> {
+        let ReadRequest { artifact, name, offset, .. } = self.of_worker(request, |request| &request.run_token)?;
+        self.share.content(&artifact, &name, offset).await.map(Response::new)
+    }
+
+    async fn publish(&self, request: Request<Streaming<Part>>) -> std::result::Result<Response<Published>, Status> {
+        self.admission.check_certificate(&request, Role::Worker)?;
+        let peer = peer(&request)?;
+        let mut parts = request.into_inner();
+        let first = tokio::time::timeout(HELLO_TIMEOUT, parts.message()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("no publication in time"))??;
+        let Some(Part { content: Some(Content::Publication(publication)) }) = first else {
+            return Err(Status::invalid_argument("the first part must be the publication"));
+        };
+        self.admission.check_secret(&publication.run_token)?;
+        peer.admit();
+        self.share.publish(publication, parts).await.map(Response::new)
+    }
 }
 
 impl Service {
+    /// A request that stands for itself, if it is a worker's, whose connection may then stay.
+    fn of_worker<T>(&self, request: Request<T>, token: fn(&T) -> &[u8]) -> std::result::Result<T, Status> {
+        self.admission.check_certificate(&request, Role::Worker)?;
+        self.admission.check_secret(token(request.get_ref()))?;
+        peer(&request)?.admit();
+        Ok(request.into_inner())
+    }
+
     fn admit(&self, message: Option<FromWorker>) -> std::result::Result<Hello, Status> {
         let Some(FromWorker { report: Some(Report::Hello(hello)) }) = message else {
             return Err(Status::invalid_argument("the first message must be hello"));

@@ -1,6 +1,7 @@
 //! Examples, as text and as tokens.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Arc;
 
 use rayon::prelude::*;
@@ -38,11 +39,59 @@ pub(crate) struct Texts {
     /// Items of the store an example: its input, its target, and its class if it has one.
     stride: u64,
     selection: Option<Arc<[u32]>>,
+    /// Of a copy: the digest of what it is a copy of.
+    copied: Option<blake3::Hash>,
 }
+
+/// Examples that are got from another machine at a time, where all of them are.
+const COPIED_AT_A_TIME: u64 = 1024;
 
 impl Texts {
     pub(crate) fn new(store: Store, stride: u64) -> Self {
-        Self { store: Arc::new(store), stride, selection: None }
+        Self { store: Arc::new(store), stride, selection: None, copied: None }
+    }
+
+    /// All that these are some of.
+    pub(crate) fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// The items of the store that an example is made of.
+    fn items(&self, index: u64) -> Range<u64> {
+        let index = self.selection.as_ref().map_or(index, |selection| u64::from(selection[index as usize]));
+        self.stride * index..self.stride * (index + 1)
+    }
+
+    /// With these examples at hand, if they are on another machine; `None` where all are.
+    fn gathered(&self, indices: impl Iterator<Item = u64>) -> Result<Option<Self>> {
+        let gathered = self.store.gathered(indices.flat_map(|index| self.items(index)))?;
+        Ok(gathered.map(|store| Self { store: Arc::new(store), ..self.clone() }))
+    }
+
+    /// All of these on this machine; what is large is kept in `place`, for its next run. Copies those of another machine.
+    pub(crate) fn at_hand(self, place: Place) -> Result<Self> {
+        if !self.store.is_remote() {
+            return Ok(self);
+        }
+        let digest = self.digest();
+        let place = Place { kind: "fetched", key: digest, ..place };
+        let store = match place.open() {
+            Some(store) => store,
+            None => self.copy(place)?,
+        };
+        Ok(Self { store: Arc::new(store), stride: self.stride, selection: None, copied: Some(digest) })
+    }
+
+    fn copy(&self, place: Place) -> Result<Store> {
+        let mut writer = StoreWriter::new(place);
+        for first in (0..self.len()).step_by(COPIED_AT_A_TIME as usize) {
+            let indices = first..self.len().min(first + COPIED_AT_A_TIME);
+            let Some(gathered) = self.gathered(indices.clone())? else { continue };
+            for item in indices.flat_map(|index| self.items(index)) {
+                writer.push(gathered.store.item(item))?;
+            }
+        }
+        writer.finish(false, [0; 4])
     }
 
     /// Some of these, by number.
@@ -56,9 +105,8 @@ impl Texts {
     }
 
     fn text(&self, index: u64, which: u64) -> Cow<'_, str> {
-        let index = self.selection.as_ref().map_or(index, |selection| u64::from(selection[index as usize]));
         // It was text when it was stored; of a file that was damaged since, what is none is replaced.
-        String::from_utf8_lossy(self.store.item(self.stride * index + which))
+        String::from_utf8_lossy(self.store.item(self.items(index).start + which))
     }
 
     pub(crate) fn input(&self, index: u64) -> Cow<'_, str> {
@@ -78,9 +126,10 @@ impl Texts {
 
     /// Equal if the texts are.
     pub(crate) fn digest(&self) -> blake3::Hash {
-        let Some(selection) = &self.selection else { return self.store.digest() };
+        let whole = self.copied.unwrap_or_else(|| self.store.digest());
+        let Some(selection) = &self.selection else { return whole };
         let mut hasher = blake3::Hasher::new();
-        hasher.update(self.store.digest().as_bytes());
+        hasher.update(whole.as_bytes());
         for index in selection.iter() {
             hasher.update(&index.to_le_bytes());
         }
@@ -123,6 +172,12 @@ const CHUNK: u64 = 4096;
 impl Part {
     pub(crate) fn new(texts: Texts, prompt: Option<Prompt>) -> Self {
         Self { texts, prompt, tokens: Tokens::None }
+    }
+
+    /// With these examples at hand; `None` where all are.
+    fn gathered(&self, indices: impl Iterator<Item = u64>) -> Result<Option<Self>> {
+        let texts = self.texts.gathered(indices)?;
+        Ok(texts.map(|texts| Self { texts, ..self.clone() }))
     }
 
     fn len(&self) -> u64 {
@@ -308,16 +363,43 @@ impl Dataset {
         self.len() == 0
     }
 
+    /// Of each source.
+    pub(crate) fn texts_of_parts(&self) -> impl Iterator<Item = &Texts> {
+        self.parts.iter().map(|part| &part.texts)
+    }
+
     /// The number of examples of each source.
     pub fn part_lens(&self) -> Vec<u64> {
         self.parts.iter().map(Part::len).collect()
     }
 
-    fn part(&self, index: u64) -> (&Part, u64) {
+    /// The number of an example's part, and its number there.
+    fn place(&self, index: u64) -> (usize, u64) {
         assert!(index < self.len(), "example {index} of {}", self.len());
         let number = self.ends.partition_point(|&end| end <= index);
         let first = if number == 0 { 0 } else { self.ends[number - 1] };
-        (&self.parts[number], index - first)
+        (number, index - first)
+    }
+
+    fn part(&self, index: u64) -> (&Part, u64) {
+        let (number, index) = self.place(index);
+        (&self.parts[number], index)
+    }
+
+    /// With the texts of these examples at hand: where they are on another machine, they are got from there.
+    ///
+    /// # Errors
+    /// [`Error::Origin`](crate::Error::Origin).
+    pub(crate) fn gathered(&self, indices: &[u64]) -> Result<Cow<'_, Self>> {
+        let mut gathered = Cow::Borrowed(self);
+        for (number, part) in self.parts.iter().enumerate().filter(|(_, part)| part.texts.store().is_remote()) {
+            let places = indices.iter().map(|&index| self.place(index));
+            let own = places.filter(|&(of, _)| of == number).map(|(_, index)| index);
+            if let Some(part) = part.gathered(own)? {
+                gathered.to_mut().parts[number] = part;
+            }
+        }
+        Ok(gathered)
     }
 
     /// The example `index`, from 0, in file order; of span corruption as it is at position `index` of its source's epoch 0.

@@ -59,6 +59,14 @@ pub enum Error {
         /// What the tokenizer says.
         message: String,
     },
+    /// The machine that has the data does not hand it over.
+    #[error("the coordinator {problem}")]
+    Origin {
+        /// What it did.
+        problem: String,
+        /// It may do so later: it could not be reached.
+        is_lost: bool,
+    },
     /// The operating system refused a read or a write.
     #[error("{path}: {source}")]
     Io {
@@ -83,7 +91,7 @@ impl Error {
             | Self::Source { .. }
             | Self::Record { .. }
             | Self::Tokenizer { .. } => true,
-            Self::Tokenize { .. } | Self::Io { .. } => false,
+            Self::Tokenize { .. } | Self::Origin { .. } | Self::Io { .. } => false,
         }
     }
 
@@ -97,6 +105,11 @@ impl Error {
 
     pub(crate) fn tokenizer(tokenizer: impl Into<String>, message: impl Into<String>) -> Self {
         Self::Tokenizer { tokenizer: tokenizer.into(), message: message.into() }
+    }
+
+    /// What comes from there is of no use.
+    pub(crate) fn origin(problem: impl Into<String>) -> Self {
+        Self::Origin { problem: problem.into(), is_lost: false }
     }
 
     pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {

@@ -68,7 +68,7 @@ impl Packer {
     /// The tokens of the examples at `positions` of `epoch`.
     ///
     /// # Errors
-    /// The tokenizer fails on a text, or a target is no class.
+    /// The tokenizer fails on a text, or another machine that has the texts; a target is no class.
     ///
     /// # Panics
     /// When a position lies beyond the dataset.
@@ -80,15 +80,17 @@ impl Packer {
             target_offsets: vec![0],
             ..PackedBatch::default()
         };
-        for position in positions {
-            let at = At { epoch, position, index: self.order.example(epoch, position) };
+        let indices: Vec<u64> = positions.clone().map(|position| self.order.example(epoch, position)).collect();
+        let dataset = self.dataset.gathered(&indices)?;
+        for (position, index) in positions.zip(indices) {
+            let at = At { epoch, position, index };
             let targets = batch.target_ids.len();
             let PackedBatch { source_ids, target_ids, .. } = &mut batch;
-            self.dataset.encode(at, &self.tokenizer, self.limits, source_ids, target_ids)?;
+            dataset.encode(at, &self.tokenizer, self.limits, source_ids, target_ids)?;
             if let Some(classes) = &self.classes {
                 // In the place of its tokens.
                 target_ids.truncate(targets);
-                target_ids.push(classes.id_in(&self.dataset, at.index)?);
+                target_ids.push(classes.id_in(&dataset, index)?);
             }
             batch.source_offsets.push(offset(batch.source_ids.len()));
             batch.target_offsets.push(offset(batch.target_ids.len()));

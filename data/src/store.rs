@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! file = header (128 bytes) · all bytes · padding to 8 · the end of every item in the bytes (u64, little-endian)
-//! header = magic (16) · key (32) · digest of the items (32) · number of items (8) · number of bytes (8) · notes (4 × 8)
+//! header = magic (16) · key (32) · root of the items' tree (32) · number of items (8) · number of bytes (8) · notes (4 × 8)
 //! ```
 //! A file that is kept carries the key of what it was made from. It is written beside, synced and renamed, so what has
 //! the final name is whole, and nobody writes to it again.
@@ -14,13 +14,18 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 
 use crate::error::{Error, Result};
+use crate::remote::{Fetched, Remote, StoreAbout};
+use crate::tree::{self, Growing};
 
-const MAGIC: &[u8; 16] = b"quintet-items-1\n";
+const MAGIC: &[u8; 16] = b"quintet-items-2\n";
 const HEADER_BYTES: usize = 128;
 const END_BYTES: usize = size_of::<u64>();
 /// So much is kept in memory: where all of it fits, nothing is written to disk.
 pub(crate) const MEMORY_BYTES: usize = 32 << 20;
 const BUFFER_BYTES: usize = 1 << 18;
+
+/// A store that is on another machine can only be asked for what was gathered: whoever asks for more is mistaken.
+const NOT_HERE: &str = "a store of another machine is read as if it were here";
 
 /// A digest of what something was made from.
 pub(crate) type Key = blake3::Hash;
@@ -31,7 +36,8 @@ pub(crate) struct Store {
     data: Data,
     items: u64,
     bytes: usize,
-    digest: blake3::Hash,
+    /// Of the tree over the items.
+    root: blake3::Hash,
     notes: Notes,
 }
 
@@ -40,8 +46,15 @@ pub(crate) type Notes = [u64; 4];
 
 #[derive(Debug)]
 enum Data {
-    Memory { bytes: Vec<u8>, ends: Vec<u64> },
+    Memory {
+        bytes: Vec<u8>,
+        ends: Vec<u64>,
+    },
     Mapped(Mmap),
+    /// Another machine's, of which nothing is here.
+    Remote(Remote),
+    /// Some of that.
+    Fetched(Fetched),
 }
 
 /// Where a store is kept if it is too large for memory.
@@ -75,7 +88,32 @@ impl Store {
 
     /// A digest of all items in their order.
     pub(crate) fn digest(&self) -> blake3::Hash {
-        self.digest
+        tree::digest(self.items, &self.root)
+    }
+
+    /// By what another machine can check what it gets of this.
+    pub(crate) fn about(&self) -> StoreAbout {
+        StoreAbout { items: self.items, root: *self.root.as_bytes() }
+    }
+
+    /// One that is on another machine.
+    pub(crate) fn remote(remote: Remote) -> Self {
+        let StoreAbout { items, root } = remote.about();
+        Self { items, bytes: 0, root: root.into(), notes: Notes::default(), data: Data::Remote(remote) }
+    }
+
+    /// The same with the given items at hand, if it is on another machine; `None` where all are.
+    ///
+    /// # Errors
+    /// The other machine does not answer, or not with what was asked for.
+    pub(crate) fn gathered(&self, items: impl Iterator<Item = u64>) -> Result<Option<Self>> {
+        let Data::Remote(remote) = &self.data else { return Ok(None) };
+        let data = Data::Fetched(remote.fetch(items)?);
+        Ok(Some(Self { items: self.items, bytes: 0, root: self.root, notes: self.notes, data }))
+    }
+
+    pub(crate) fn is_remote(&self) -> bool {
+        matches!(self.data, Data::Remote(_))
     }
 
     pub(crate) fn notes(&self) -> Notes {
@@ -83,19 +121,26 @@ impl Store {
     }
 
     /// # Panics
-    /// When there is no such item.
+    /// When there is no such item, or it was not gathered.
     pub(crate) fn item(&self, index: u64) -> &[u8] {
         assert!(index < self.items, "item {index} of {}", self.items);
+        if let Data::Fetched(fetched) = &self.data {
+            return fetched.item(index);
+        }
         let end = self.end(index);
         let start = if index == 0 { 0 } else { self.end(index - 1).min(end) };
         &self.bytes()[start..end]
     }
 
     /// All items' bytes, one behind the other.
+    ///
+    /// # Panics
+    /// When they are on another machine.
     pub(crate) fn bytes(&self) -> &[u8] {
         match &self.data {
             Data::Memory { bytes, .. } => bytes,
             Data::Mapped(map) => &map[HEADER_BYTES..HEADER_BYTES + self.bytes],
+            Data::Remote(_) | Data::Fetched(_) => panic!("{NOT_HERE}"),
         }
     }
 
@@ -108,6 +153,7 @@ impl Store {
                 // Of a damaged file, an item may be wrong, but nothing is read from outside.
                 (end as usize).min(self.bytes)
             }
+            Data::Remote(_) | Data::Fetched(_) => panic!("{NOT_HERE}"),
         }
     }
 
@@ -137,9 +183,9 @@ impl Store {
             .checked_mul(END_BYTES)
             .and_then(|ends| ends.checked_add(bytes)?.checked_add(HEADER_BYTES + 8));
         let is_whole = length.is_some() && ends_start(bytes) + END_BYTES * items as usize == map.len();
-        let (key, digest) = (digest(16), digest(48));
+        let (key, root) = (digest(16), digest(48));
         let notes = [96, 104, 112, 120].map(number);
-        Ok(is_whole.then(|| (Self { items, bytes, digest, notes, data: Data::Mapped(map) }, key)))
+        Ok(is_whole.then(|| (Self { items, bytes, root, notes, data: Data::Mapped(map) }, key)))
     }
 }
 
@@ -156,7 +202,7 @@ pub(crate) struct StoreWriter {
     files: Option<Files>,
     items: u64,
     total_bytes: u64,
-    hasher: blake3::Hasher,
+    tree: Growing,
 }
 
 struct Files {
@@ -168,7 +214,7 @@ struct Files {
 impl StoreWriter {
     pub(crate) fn new(place: Place) -> Self {
         let (bytes, ends) = (Vec::new(), Vec::new());
-        Self { place, bytes, ends, files: None, items: 0, total_bytes: 0, hasher: blake3::Hasher::new() }
+        Self { place, bytes, ends, files: None, items: 0, total_bytes: 0, tree: Growing::default() }
     }
 
     pub(crate) fn len(&self) -> u64 {
@@ -180,9 +226,7 @@ impl StoreWriter {
     /// # Errors
     /// The file cannot be written.
     pub(crate) fn push(&mut self, item: &[u8]) -> Result<()> {
-        // Length first, so that bytes cannot move between items unnoticed.
-        self.hasher.update(&(item.len() as u64).to_le_bytes());
-        self.hasher.update(item);
+        self.tree.push(item);
         self.bytes.extend_from_slice(item);
         self.items += 1;
         self.total_bytes += item.len() as u64;
@@ -223,22 +267,16 @@ impl StoreWriter {
         if keep || self.files.is_some() {
             self.spill()?;
         }
-        let digest = self.hasher.finalize();
+        let root = std::mem::take(&mut self.tree).root();
         let Some(files) = self.files.take() else {
             let (bytes, items) = (self.bytes.len(), self.items);
-            return Ok(Store {
-                data: Data::Memory { bytes: self.bytes, ends: self.ends },
-                items,
-                bytes,
-                digest,
-                notes,
-            });
+            return Ok(Store { data: Data::Memory { bytes: self.bytes, ends: self.ends }, items, bytes, root, notes });
         };
         let folder = files.folder.clone();
-        self.complete(files, digest, notes).map_err(|error| Error::io(&folder, error))
+        self.complete(files, &root, notes).map_err(|error| Error::io(&folder, error))
     }
 
-    fn complete(&self, files: Files, digest: blake3::Hash, notes: Notes) -> io::Result<Store> {
+    fn complete(&self, files: Files, root: &blake3::Hash, notes: Notes) -> io::Result<Store> {
         let mut bytes = files.bytes;
         let padding = ends_start(self.total_bytes as usize) - HEADER_BYTES - self.total_bytes as usize;
         bytes.write_all(&[0; END_BYTES][..padding])?;
@@ -249,7 +287,7 @@ impl StoreWriter {
         let mut header = [0; HEADER_BYTES];
         header[..16].copy_from_slice(MAGIC);
         header[16..48].copy_from_slice(self.place.key.as_bytes());
-        header[48..80].copy_from_slice(digest.as_bytes());
+        header[48..80].copy_from_slice(root.as_bytes());
         header[80..88].copy_from_slice(&self.items.to_le_bytes());
         header[88..96].copy_from_slice(&self.total_bytes.to_le_bytes());
         for (at, note) in (96..).step_by(8).zip(notes) {

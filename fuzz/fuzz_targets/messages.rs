@@ -4,13 +4,17 @@
 use libfuzzer_sys::fuzz_target;
 use prost::Message;
 use quintet_identity::{Credentials, JoinToken, MemberKey, fingerprint};
-use quintet_proto::v1::{FromWorker, JoinReply, JoinRequest, ToWorker};
+use quintet_proto::v1::{
+    FromWorker, JoinReply, JoinRequest, LeavesReply, ListReply, Part, Piece, ReadRequest, ToWorker,
+};
 
 fuzz_target!(|bytes: &[u8]| {
     if let Ok(message) = FromWorker::decode(bytes) {
         assert!(message.encoded_len() <= 2 * bytes.len() + 16, "it grew");
     }
     let _ = ToWorker::decode(bytes);
+    let _ = (Part::decode(bytes), Piece::decode(bytes), ReadRequest::decode(bytes));
+    let _ = (LeavesReply::decode(bytes), ListReply::decode(bytes));
     if let Ok(request) = JoinRequest::decode(bytes) {
         let _ = request.token.parse::<JoinToken>();
     }

@@ -2,7 +2,7 @@
 //! from `proto/quintet/v1/*.proto`. No logic lives here, only what both ends must agree on.
 
 /// Raised by every change of the contract that an older peer would misread.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// Length of the secrets in `Hello` and `Welcome`, in bytes.
 pub const TOKEN_BYTES: usize = 32;
@@ -15,6 +15,12 @@ pub const FROM_WORKER_BYTES_MAX: usize = 4 << 20;
 
 /// Largest message to a worker, in bytes: a `Welcome` with a large tokenizer.
 pub const TO_WORKER_BYTES_MAX: usize = 256 << 20;
+
+/// Pieces that files are sent in, in bytes.
+pub const PIECE_BYTES: usize = 1 << 20;
+
+/// Length of the digests of files and examples, in bytes.
+pub const HASH_BYTES: usize = 32;
 
 /// Version 1 of the contract.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, reason = "generated code")]

@@ -11,6 +11,7 @@ mod data;
 mod devices;
 mod diagnostics;
 mod docs;
+mod elsewhere;
 mod generation;
 mod gpu;
 mod harness;

@@ -111,7 +111,7 @@ fn create_file(path: &Path) -> io::Result<Box<dyn Sink>> {
     Ok(Box::new(File::create_new(path)?))
 }
 
-fn name_of(step: u64) -> String {
+pub(crate) fn name_of(step: u64) -> String {
     format!("{STEP_PREFIX}{step:08}")
 }
 
@@ -275,16 +275,25 @@ pub fn latest(directory: &Path) -> Result<Latest> {
 /// # Errors
 /// [`Error::File`]; what remains is whole.
 pub fn prune(directory: &Path, keep: usize, best: Option<u64>) -> Result<()> {
-    assert!(keep > 0, "the newest checkpoint always stays");
     let checkpoints = list(directory)?;
     let best = best.map(|step| path(directory, step)).filter(|path| checkpoints.contains(path));
-    let is_newest = |count: usize, path| checkpoints.iter().rev().take(count).any(|newest| newest == path);
-    let newest = match &best {
+    excess(&checkpoints, keep, best.as_ref()).try_for_each(|path| retire(path))
+}
+
+/// Of checkpoints, oldest first, those that [`prune`] removes; `best` is one of them.
+pub(crate) fn excess<'a, T: PartialEq>(
+    checkpoints: &'a [T],
+    keep: usize,
+    best: Option<&'a T>,
+) -> impl Iterator<Item = &'a T> {
+    assert!(keep > 0, "the newest checkpoint always stays");
+    let is_newest = |count: usize, checkpoint| checkpoints.iter().rev().take(count).any(|newest| newest == checkpoint);
+    let newest = match best {
         Some(best) if !is_newest(keep, best) => (keep - 1).max(1),
         _ => keep,
     };
     let excess = checkpoints.len().saturating_sub(newest);
-    checkpoints[..excess].iter().filter(|path| Some(*path) != best.as_ref()).try_for_each(|path| retire(path))
+    checkpoints[..excess].iter().filter(move |checkpoint| Some(*checkpoint) != best)
 }
 
 /// Removes what interrupted saves left. To be called before the first save of a process, by

@@ -46,6 +46,10 @@ pub enum Error {
     #[error("rank {rank} could not hand over the state of the run: {problem}")]
     Healing { rank: u32, problem: String },
 
+    /// The coordinator does not give what this machine lacks, or gives something else.
+    #[error("cannot {action} through the coordinator: {problem}")]
+    Remote { action: String, problem: String },
+
     #[error(transparent)]
     Data(#[from] quintet_data::Error),
 

@@ -2,24 +2,25 @@
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
-use std::path::Path;
 
 use quintet_data::Tokenizer;
 use quintet_t5::Parameters;
 
 use crate::evaluation::Prediction;
+use crate::outbox::Outbox;
 use crate::replica::{AdapterAbout, Replica};
 use crate::{Error, Result};
 
 /// `model/`, in Hugging Face's layout, or `adapter/`, in PEFT's, with the tokenizer's files; replaces an older one only
 /// when it is whole. Its weights are those of the replica, unless `weights` gives others.
 pub fn write_model(
-    output_dir: &Path,
+    output: &Outbox,
     replica: &Replica,
     weights: Option<&Parameters>,
     tokenizer: &Tokenizer,
 ) -> Result<()> {
     let name = if replica.adapter().is_some() { "adapter" } else { "model" };
+    let output_dir = output.directory();
     let (target, beside, old) =
         (output_dir.join(name), output_dir.join(".tmp-model"), output_dir.join(".tmp-model-old"));
     for leftover in [&beside, &old] {
@@ -43,15 +44,19 @@ pub fn write_model(
     if old.exists() {
         fs::remove_dir_all(&old).map_err(Error::file("remove", &old))?;
     }
-    Ok(())
+    output.publish(name)
 }
 
+/// Of the last evaluation.
+const PREDICTIONS: &str = "predictions.jsonl";
+
 /// `predictions.jsonl`, replaced as a whole; none where no metric asked for texts.
-pub fn write_predictions(output_dir: &Path, predictions: &[Prediction]) -> Result<()> {
+pub fn write_predictions(output: &Outbox, predictions: &[Prediction]) -> Result<()> {
     if predictions.is_empty() {
         return Ok(());
     }
-    let (target, beside) = (output_dir.join("predictions.jsonl"), output_dir.join(".tmp-predictions.jsonl"));
+    let output_dir = output.directory();
+    let (target, beside) = (output_dir.join(PREDICTIONS), output_dir.join(".tmp-predictions.jsonl"));
     let write = || -> std::io::Result<()> {
         let mut file = BufWriter::new(File::create(&beside)?);
         for prediction in predictions {
@@ -61,5 +66,6 @@ pub fn write_predictions(output_dir: &Path, predictions: &[Prediction]) -> Resul
         file.into_inner()?.sync_all()?;
         fs::rename(&beside, &target)
     };
-    write().map_err(Error::file("write", &target))
+    write().map_err(Error::file("write", &target))?;
+    output.publish(PREDICTIONS)
 }

@@ -12,7 +12,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quintet_data::{
-    Classes, DataConfig, Dataset, Loader, PackedBatch, Schedule as StepSchedule, Splits, Tokenizer, share,
+    Catalogue, Classes, DataConfig, Dataset, Loader, PackedBatch, Schedule as StepSchedule, Splits, StoreAbout,
+    Tokenizer, share,
 };
 use quintet_kernels::{Device, WaitLimits, ops};
 use quintet_proto::v1::{Actions, Commit, Evaluated, Failed, Finished, Lease, Linked, MicroBatch, NotFinite, Plan};
@@ -21,11 +22,13 @@ use quintet_t5::{Model, Parameters};
 
 use crate::access::Access;
 use crate::adapter::{Adapter, Base};
-use crate::checkpoint::{self, Progress};
+use crate::checkpoint::{Loaded, Progress};
 use crate::collective::{Collective, Interrupter, Listener, Membership, Mesh};
-use crate::config::{EvaluationConfig, LoraConfig, ModelSection, Precision, TrainingConfig};
+use crate::config::{EvaluationConfig, LoraConfig, ModelSection, ModelTask, Precision, TrainingConfig};
 use crate::evaluation::{self, BatchEvaluation, EvaluationTask};
 use crate::gradient::StepGradient;
+use crate::outbox::Outbox;
+use crate::remote::Remote;
 use crate::replica::{self, Replica, Update};
 use crate::saver::{self, Image, Saver};
 use crate::session::{self, Command, Report, Session, SessionError};
@@ -43,7 +46,8 @@ pub struct RankJob {
     pub data: DataConfig,
     pub training: TrainingConfig,
     pub evaluation: EvaluationConfig,
-    pub output_dir: PathBuf,
+    /// Where what the run keeps is written.
+    pub output: Outbox,
     /// What relative paths of the job are relative to.
     pub base_dir: PathBuf,
     /// The run's tokenizer, as the coordinator sent it.
@@ -65,12 +69,13 @@ pub struct RankJob {
     pub fingerprint: String,
     /// How long a peer may be silent inside a collective: longer than the slowest step lags.
     pub silence_limit: Duration,
-}
-
-impl RankJob {
-    fn checkpoints(&self) -> PathBuf {
-        self.output_dir.join("checkpoints")
-    }
+    /// The coordinator's machine, which has the run's data and its directory.
+    pub remote: Arc<Remote>,
+    /// Of the coordinator's data.
+    pub dataset_fingerprint: String,
+    pub stores: Vec<StoreAbout>,
+    /// What is read or written through the coordinator, and why, for people.
+    pub through_coordinator: Vec<String>,
 }
 
 /// How long the ranks of a generation may take to find each other.
@@ -133,9 +138,9 @@ enum Attempt {
 }
 
 impl Rank {
-    fn prepare(session: &Session, job: RankJob) -> Result<Self> {
+    fn prepare(session: &Session, mut job: RankJob) -> Result<Self> {
         let tokenizer = Arc::new(Tokenizer::from_json(&job.tokenizer_json)?);
-        let splits = Splits::load(&job.data, &job.base_dir, job.training.seed)?.tokenized(&tokenizer)?;
+        let splits = load_data(&mut job)?.tokenized(&tokenizer)?;
         let (fingerprint, order) = (splits.fingerprint(), splits.order());
         let schedule = job.training.steps(order.positions())?;
         let pretrained = job.model.pretrained.as_deref().map(Path::new);
@@ -148,7 +153,7 @@ impl Rank {
         let packer = evaluation::packer(&train, &tokenizer, order, job.data.limits(), &task);
         let loader = Loader::new(packer, TOKENIZER_THREADS);
         let gradient = StepGradient::new(replica.model().device(), replica.master().layout().len())?;
-        let saver = Saver::new(job.checkpoints(), job.training.save_total_limit.map(|keep| keep as usize));
+        let saver = Saver::new(job.output.clone(), job.training.save_total_limit.map(|keep| keep as usize));
         let rank = Rank {
             held: job.start,
             fingerprint,
@@ -185,6 +190,7 @@ impl Rank {
             committed_generation: held.generation,
             weights_digest: self.replica.digest()?.as_bytes().to_vec(),
             pending: self.pending.map(|(state, _)| state),
+            through_coordinator: self.job.through_coordinator.join("; "),
         }))?)
     }
 
@@ -361,7 +367,7 @@ impl Rank {
         if actions.finish {
             if place.rank == 0 {
                 let best = self.read_best(actions.best_step)?;
-                output::write_model(&self.job.output_dir, &self.replica, best.as_ref(), &self.tokenizer)?;
+                output::write_model(&self.job.output, &self.replica, best.as_ref(), &self.tokenizer)?;
             }
             session.send(Report::Finished(Finished {
                 generation: place.generation,
@@ -486,7 +492,11 @@ impl Rank {
     fn next_batch(&mut self, step: u64, index: u32) -> Result<PackedBatch> {
         let requested = self.requested.pop_front();
         assert_eq!(requested, Some((step, index)), "batches arrive in the order of their requests");
-        Ok(self.loader.next()?)
+        self.loader.next().map_err(|error| match error {
+            // It is found out whether the coordinator comes back.
+            quintet_data::Error::Origin { problem, is_lost: true } => SessionError::Disconnected(problem).into(),
+            other => other.into(),
+        })
     }
 
     /// The weights of the best evaluation's checkpoint, where they are not those at hand.
@@ -494,8 +504,9 @@ impl Rank {
         if step == 0 || step == self.replica.step() {
             return Ok(None);
         }
-        let loaded = checkpoint::load(&checkpoint::path(&self.job.checkpoints(), step))?;
-        self.replica.read_weights(|name, shape, values| loaded.model.read(name, shape, values)).map(Some)
+        self.job.output.with_checkpoint(step, |loaded| {
+            self.replica.read_weights(|name, shape, values| loaded.model.read(name, shape, values)).map(Some)
+        })
     }
 
     /// Copies the state of the committed step for a checkpoint, which is then written while training goes on. The one of
@@ -539,7 +550,7 @@ impl Rank {
             batches.extend(share);
         }
         let evaluation = task.summarize(batches);
-        output::write_predictions(&self.job.output_dir, &evaluation.predictions)?;
+        output::write_predictions(&self.job.output, &evaluation.predictions)?;
         session.send(Report::Evaluated(Evaluated {
             step,
             loss: evaluation.loss,
@@ -547,6 +558,21 @@ impl Rank {
         }))?;
         Ok(())
     }
+}
+
+/// The run's data: of this machine's files where they are the same, else of the coordinator's.
+fn load_data(job: &mut RankJob) -> Result<Splits> {
+    let why = match Splits::load(&job.data, &job.base_dir, job.training.seed) {
+        Ok(splits) if splits.fingerprint() == job.dataset_fingerprint => return Ok(splits),
+        Ok(_) => "this machine has other data".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    let catalogue = Catalogue { stores: job.stores.clone(), origin: job.remote.clone() };
+    // Which classes there are, all targets tell.
+    let whole = job.model.task != ModelTask::Seq2Seq;
+    let splits = Splits::fetched(&job.data, &job.base_dir, job.training.seed, &catalogue, whole)?;
+    job.through_coordinator.push(format!("reads the data from here ({why})"));
+    Ok(splits)
 }
 
 /// The replica of a rank, in the state to start with.
@@ -583,7 +609,10 @@ fn open_adapter(
 
 /// Takes over the checkpoint that the coordinator resumes from.
 fn restore(job: &RankJob, step: u64, replica: &mut Replica) -> Result<()> {
-    let loaded = checkpoint::load(&checkpoint::path(&job.checkpoints(), step))?;
+    job.output.with_checkpoint(step, |loaded| restore_from(job, loaded, replica))
+}
+
+fn restore_from(job: &RankJob, loaded: Loaded, replica: &mut Replica) -> Result<()> {
     if loaded.progress.job_fingerprint != job.fingerprint {
         let problem = "belongs to a job with other data, model or training settings".to_string();
         return Err(Error::Checkpoint { path: loaded.path, problem });

@@ -1,12 +1,13 @@
 //! Checkpoints beside the training: the state is copied at the end of a step, and another thread writes the copy.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread::JoinHandle;
 
 use quintet_kernels::{DType, Device, Tensor, View};
 
 use crate::checkpoint::{self, Progress, Snapshot};
 use crate::optimizer::{Piece, named};
+use crate::outbox::Outbox;
 use crate::replica::{Replica, digest_over};
 use crate::{Error, Result};
 
@@ -53,7 +54,7 @@ impl Image {
 
 /// Writes one checkpoint at a time.
 pub struct Saver {
-    directory: PathBuf,
+    output: Outbox,
     /// So many are kept.
     keep: Option<usize>,
     under_way: Option<(u64, JoinHandle<Result<()>>)>,
@@ -63,8 +64,8 @@ pub struct Saver {
 pub type Saved = (u64, Result<()>);
 
 impl Saver {
-    pub fn new(directory: PathBuf, keep: Option<usize>) -> Self {
-        Self { directory, keep, under_way: None }
+    pub fn new(output: Outbox, keep: Option<usize>) -> Self {
+        Self { output, keep, under_way: None }
     }
 
     /// Begins to write an image. The one before must have been waited for, and that of step `best` is kept.
@@ -73,13 +74,13 @@ impl Saver {
     /// [`Error::File`] where the system gives no thread.
     pub fn begin(&mut self, step: u64, image: Image, best: Option<u64>) -> Result<()> {
         assert!(self.under_way.is_none(), "one checkpoint at a time");
-        let (directory, keep) = (self.directory.clone(), self.keep);
+        let (output, keep) = (self.output.clone(), self.keep);
         let write = move || {
-            image.save(&directory)?;
-            keep.map_or(Ok(()), |keep| checkpoint::prune(&directory, keep, best))
+            image.save(&output.checkpoints())?;
+            output.publish_checkpoint(step, keep, best)
         };
         let thread = std::thread::Builder::new().name("checkpoint".to_owned()).spawn(write);
-        self.under_way = Some((step, thread.map_err(Error::file("start a thread for", &self.directory))?));
+        self.under_way = Some((step, thread.map_err(Error::file("start a thread for", self.output.directory()))?));
         Ok(())
     }
 

@@ -21,8 +21,8 @@ use tonic::{Status, Streaming};
 
 use crate::access::{Access, refusal};
 
-pub use quintet_proto::v1::Welcome;
 pub use quintet_proto::v1::from_worker::Report;
+pub use quintet_proto::v1::{Store, Welcome};
 
 /// Well below any heartbeat timeout that the configuration allows.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
@@ -141,6 +141,18 @@ struct Stream {
 struct Vitals {
     waiting: AtomicBool,
     progress: AtomicU64,
+    /// The coordinator said stop.
+    ended: AtomicBool,
+}
+
+/// Tells other threads when the coordinator has said stop.
+#[derive(Clone, Default)]
+pub struct Ended(Arc<Vitals>);
+
+impl Ended {
+    pub(crate) fn is_true(&self) -> bool {
+        self.0.ended.load(Ordering::Relaxed)
+    }
 }
 
 /// While it lives, the computing thread waits for others.
@@ -211,6 +223,11 @@ impl Session {
     /// Says in heartbeats that the computing thread has got on.
     pub fn count_progress(&self) {
         self.vitals.progress.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// For other threads that wait for the coordinator.
+    pub fn ended(&self) -> Ended {
+        Ended(Arc::clone(&self.vitals))
     }
 
     /// Waits for the next command.
@@ -394,7 +411,7 @@ impl Line {
     }
 
     fn heartbeat(&self) -> Heartbeat {
-        let Vitals { waiting, progress } = &*self.vitals;
+        let Vitals { waiting, progress, .. } = &*self.vitals;
         Heartbeat { waiting: waiting.load(Ordering::Relaxed), progress: progress.load(Ordering::Relaxed) }
     }
 
@@ -419,6 +436,9 @@ impl Line {
             Ok(Command::Commit(_)) => 0,
             Ok(Command::Stop(_)) | Err(_) => u64::MAX,
         };
+        if matches!(command, Ok(Command::Stop(_))) {
+            self.vitals.ended.store(true, Ordering::Relaxed);
+        }
         let more = command.is_ok();
         // First the command, so that the interrupted thread finds it.
         let _ = self.incoming.send(command);
@@ -474,7 +494,8 @@ mod tests {
 
     use quintet_proto::TOKEN_BYTES;
     use quintet_proto::v1::coordinator_server::{Coordinator, CoordinatorServer};
-    use quintet_proto::v1::{Finished, JoinReply, JoinRequest};
+    use quintet_proto::v1::{Finished, JoinReply, JoinRequest, LeavesReply, LeavesRequest, ListReply, ListRequest};
+    use quintet_proto::v1::{Part, Piece, Published, ReadRequest};
     use tokio_stream::{Stream, StreamExt};
     use tonic::{Request, Response};
 
@@ -491,9 +512,26 @@ mod tests {
     #[tonic::async_trait]
     impl Coordinator for Scripted {
         type WorkStream = Pin<Box<dyn Stream<Item = std::result::Result<ToWorker, Status>> + Send>>;
+        type ReadStream = tokio_stream::Empty<std::result::Result<Piece, Status>>;
 
         async fn join(&self, _: Request<JoinRequest>) -> std::result::Result<Response<JoinReply>, Status> {
             Err(Status::unimplemented("plain text"))
+        }
+
+        async fn leaves(&self, _: Request<LeavesRequest>) -> std::result::Result<Response<LeavesReply>, Status> {
+            Err(Status::unimplemented("no data"))
+        }
+
+        async fn list(&self, _: Request<ListRequest>) -> std::result::Result<Response<ListReply>, Status> {
+            Err(Status::unimplemented("no files"))
+        }
+
+        async fn publish(&self, _: Request<Streaming<Part>>) -> std::result::Result<Response<Published>, Status> {
+            Err(Status::unimplemented("no files"))
+        }
+
+        async fn read(&self, _: Request<ReadRequest>) -> std::result::Result<Response<Self::ReadStream>, Status> {
+            Err(Status::unimplemented("no files"))
         }
 
         async fn work(

@@ -14,9 +14,11 @@ use quintet_coordinator::launch::environment::Place;
 use quintet_coordinator::launch::invitation::Invitation;
 use quintet_coordinator::launch::{Death, LocalWorkers, address};
 use quintet_coordinator::secret::Secret;
+use quintet_data::StoreAbout;
 use quintet_worker::access::{Access, Pass};
 use quintet_worker::rank::{self, RankJob};
-use quintet_worker::session::{self, Session, SessionError, Welcome};
+use quintet_worker::remote::Remote;
+use quintet_worker::session::{self, Session, SessionError, Store, Welcome};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -24,6 +26,7 @@ use tokio::task::JoinSet;
 use crate::args::WorkerArguments;
 use crate::commands::{on_threads, tokens};
 use crate::device::Decision;
+use crate::elsewhere::{Machine, Settled};
 use crate::error::{Failure, Result, exit};
 use crate::hub;
 use crate::job::Job;
@@ -156,7 +159,8 @@ fn read_invitation() -> Result<Invitation> {
     std::thread::spawn(|| {
         // Whatever comes is none of ours; what counts is that it ends.
         let _ = std::io::stdin().lock().read_to_end(&mut Vec::new());
-        eprintln!("error: the launcher is gone");
+        // Nor may there be anybody to read this.
+        say("error: the launcher is gone");
         std::process::exit(i32::from(exit::FAILURE));
     });
     Invitation::parse(&line).ok_or_else(|| Failure::bad_input("standard input holds no invitation of a launcher"))
@@ -182,11 +186,13 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
     let fingerprint = job.fingerprint();
     let base_dir = working_directory()?;
     let base_name = job.model.pretrained.as_deref().map(hub::without_commit);
-    if let Some(name) = &job.model.pretrained {
-        // Of another machine's hub: at the commit that the coordinator chose.
-        let model = hub::model("model.pretrained", name, &base_dir)?;
-        job.model.pretrained = Some(model.directory.display().to_string());
-    }
+    let reconnect_timeout = Duration::from_secs_f64(job.cluster.reconnect_timeout_seconds);
+    let address = access.address(url).map_err(quintet_worker::Error::from)?;
+    let remote = Arc::new(Remote::new(address, access.clone(), reconnect_timeout, session.ended()));
+    let machine = Machine { remote: &remote, base: &base_dir, probe: &welcome.probe };
+    let Settled { notes, fetched, output } = machine.settle(&mut job)?;
+    let stores = welcome.stores.iter().map(store_about).collect::<Option<_>>();
+    let stores = stores.ok_or_else(|| Failure::failed("the coordinator sent a bad digest of its data"))?;
     let collective_token = welcome.collective_token.as_slice().try_into();
     let collective_token = collective_token.map_err(|_| Failure::failed("the coordinator sent a bad token"))?;
     let wanted = arguments.device.map_or(job.cluster.device, Into::into);
@@ -205,22 +211,32 @@ fn work(arguments: &WorkerArguments, place: &Place, joining: &Joining) -> Result
         data: job.data,
         training: job.training,
         evaluation: job.evaluation,
-        output_dir: job.output_dir,
+        output,
         base_dir,
         tokenizer_json: welcome.tokenizer_json,
         collective_token,
         access,
         listen,
         start,
-        reconnect_timeout: Duration::from_secs_f64(job.cluster.reconnect_timeout_seconds),
+        reconnect_timeout,
+        remote,
+        dataset_fingerprint: welcome.dataset_fingerprint,
+        stores,
+        through_coordinator: notes,
     };
     // How the run ended, and what went wrong here, is for the coordinator to tell, which has heard of it; unless it is
     // the coordinator that is gone.
-    match rank::run(&mut session, job) {
+    let ended = rank::run(&mut session, job);
+    drop(fetched);
+    match ended {
         Ok((exit_code, _)) => Ok(exit_code),
         Err(error @ quintet_worker::Error::Session(_)) if !arguments.supervised => Err(error.into()),
         Err(error) => Ok(Failure::from(error).exit_code),
     }
+}
+
+fn store_about(store: &Store) -> Option<StoreAbout> {
+    Some(StoreAbout { items: store.items, root: store.root.as_slice().try_into().ok()? })
 }
 
 /// Joins the run. A coordinator that cannot be reached may be about to start.

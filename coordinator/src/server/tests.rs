@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use quintet_data::{Schedule, TrainingLength};
+use quintet_data::{Schedule, Shelf, TrainingLength};
 use quintet_proto::v1::coordinator_client::CoordinatorClient;
 use quintet_proto::v1::{Actions, Finished, Lease, MicroBatch, Ready, Saved, StepDone};
 use tokio::task::JoinHandle;
@@ -71,6 +71,7 @@ async fn serve_files(settings: Settings, files: RunFiles, taken_over: Option<Rec
         tokenizer_json: "t".repeat(10 << 20),
         admission,
         collective_token: identity().collective_token,
+        share: Share::new(Shelf::default(), [], tempfile::tempdir().unwrap().path().to_owned()).unwrap(),
         taken_over,
         storage_timeout: Duration::from_secs(60),
         insecure: false,
@@ -345,6 +346,7 @@ async fn plain_text_stays_on_the_machine() {
         tokenizer_json: String::new(),
         admission: Admission::Secret(identity().run_token),
         collective_token: identity().collective_token,
+        share: Share::new(Shelf::default(), [], tempfile::tempdir().unwrap().path().to_owned()).unwrap(),
         taken_over: None,
         storage_timeout: Duration::ZERO,
         insecure: false,

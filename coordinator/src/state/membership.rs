@@ -64,6 +64,10 @@ impl Machine {
         if ready.dataset_fingerprint != self.settings.dataset_fingerprint {
             return self.refuse_other_data(worker, &ready.dataset_fingerprint);
         }
+        if !ready.through_coordinator.is_empty() {
+            let what = format!("{}: {}", self.name(worker), ready.through_coordinator);
+            self.event(Event::ThroughCoordinator { what });
+        }
         let holds = self.has_committed_state(&ready);
         if self.phase == Phase::Gathering && !holds {
             let what = format!("holds the weights of step {}, not {}", ready.committed_step, self.committed_step);

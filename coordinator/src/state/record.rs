@@ -89,6 +89,11 @@ pub enum Event {
         /// The first step to compute.
         step: u64,
     },
+    /// A worker's machine lacks files, or does not see the run's directory.
+    ThroughCoordinator {
+        /// Who, what and why, for people.
+        what: String,
+    },
     /// GPUs of several workers are connected.
     Linked {
         /// How they reduce gradients, for people.

@@ -180,6 +180,7 @@ fn ledger_line(r: &CommitRecord) -> String {
 fn event_line(event: &Event) -> String {
     match event {
         Event::Joined { worker, joined, expected, .. } => format!("joined {worker}, {joined} of {expected}"),
+        Event::ThroughCoordinator { what } => what.clone(),
         Event::Linked { gradients } => gradients.clone(),
         Event::Started { workers, step } => format!("started with {workers} at step {step}"),
         Event::Train(m) => format!("train {} loss {} examples {}", m.step, m.loss, m.examples),

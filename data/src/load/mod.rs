@@ -12,9 +12,10 @@ use crate::dataset::{Dataset, Part, Texts, Tokenization};
 use crate::error::{Error, Result};
 use crate::filter::Filter;
 use crate::mixture;
-use crate::objective::{self, Corruption};
+use crate::objective::{self, Corruption, Objective};
 use crate::order::{Order, mix};
 use crate::prompt::Prompt;
+use crate::remote::{Catalogue, Shelf, Shelves};
 use crate::source::{Record, Source, Value, resolve_sources};
 use crate::store::{Key, MEMORY_BYTES, Place, Store, StoreWriter};
 use crate::template::{Template, text_of};
@@ -74,11 +75,31 @@ impl Splits {
     /// # Errors
     /// A wrong setting, a source that cannot be read, a record that lacks a field, no example left.
     pub fn load(config: &DataConfig, base: &Path, seed: u64) -> Result<Self> {
+        Self::load_by(config, base, seed, |task| load_task(task, base, seed))
+    }
+
+    /// The same of another machine's examples. Those to train on are got as they are needed; the others now, and all of
+    /// them where they are wanted as a `whole` or what is to be made of one depends on others: of shots, of classes to
+    /// stratify by, and where spans are masked. What is large of these is kept in the folder of caches.
+    ///
+    /// # Errors
+    /// A wrong setting; [`Error::Origin`].
+    pub fn fetched(config: &DataConfig, base: &Path, seed: u64, catalogue: &Catalogue, whole: bool) -> Result<Self> {
+        let mut shelves = Shelves::new(catalogue);
+        Self::load_by(config, base, seed, |task| fetch_task(task, base, seed, &mut shelves, whole))
+    }
+
+    fn load_by(
+        config: &DataConfig,
+        base: &Path,
+        seed: u64,
+        mut load: impl FnMut(&DataConfig) -> Result<Loaded>,
+    ) -> Result<Self> {
         config.validate()?;
         let (mut train, mut validation, mut counts) = (Vec::new(), Vec::new(), Vec::new());
         let names = config.mixture.iter().map(|source| Some(source.name.clone())).chain([None]);
         for (task, name) in config.tasks().iter().zip(names) {
-            let loaded = load_task(task, base, seed)?;
+            let loaded = load(task)?;
             let [records, filtered, by_length, _] = loaded.notes;
             counts.push(SourceCounts { name, records, filtered, by_length });
             let own = Prompt::new(task, &loaded.train, true, seed)?;
@@ -95,6 +116,20 @@ impl Splits {
             base: base.to_owned(),
             seed,
         })
+    }
+
+    /// All examples, for machines that have none.
+    pub fn shelf(&self) -> Shelf {
+        let mut validation = self.validation.iter().flat_map(Dataset::texts_of_parts);
+        let mut stores = Vec::new();
+        for (task, train) in self.config.tasks().iter().zip(self.train.texts_of_parts()) {
+            stores.push(Arc::clone(train.store()));
+            let validates = task.validation.is_some() || task.validation_split.is_some();
+            let validation = if validates { validation.next() } else { None };
+            // What is held out of a source is in one store with the rest of it.
+            stores.extend(validation.filter(|_| task.validation.is_some()).map(|texts| Arc::clone(texts.store())));
+        }
+        Shelf::new(stores)
     }
 
     /// With what has been tokenized ahead, if it is there and made from the same, and with what the objective needs
@@ -171,14 +206,44 @@ struct Loaded {
 fn load_task(task: &DataConfig, base: &Path, seed: u64) -> Result<Loaded> {
     let renderer = Renderer::new(task)?;
     let (all, notes) = renderer.texts("data.train", &task.train, task, base)?;
+    let validation = match &task.validation {
+        Some(validation) => {
+            let renderer = Renderer { max_examples: None, ..renderer };
+            Some(renderer.texts("data.validation", validation, task, base)?.0)
+        }
+        None => None,
+    };
+    chosen(task, seed, all, validation, notes)
+}
+
+/// As [`load_task`], of another machine's stores.
+fn fetch_task(task: &DataConfig, base: &Path, seed: u64, shelves: &mut Shelves<'_>, whole: bool) -> Result<Loaded> {
+    let stride = Renderer::new(task)?.stride();
+    let place = task.place(base, "fetched", Key::from_bytes([0; 32]));
+    let mut all = Texts::new(shelves.next()?, stride);
+    if task.stratify_by.is_some() {
+        all = all.at_hand(place.clone())?;
+    }
+    let validation = match &task.validation {
+        Some(_) => Some(Texts::new(shelves.next()?, stride)),
+        None => None,
+    };
+    let Loaded { train, validation, notes } = chosen(task, seed, all, validation, [0; 4])?;
+    let train = match whole || task.num_shots > 0 || task.objective != Objective::Seq2Seq {
+        true => train.at_hand(place.clone())?,
+        false => train,
+    };
+    Ok(Loaded { train, validation: validation.map(|texts| texts.at_hand(place)).transpose()?, notes })
+}
+
+/// Which of a source's examples train and which validate.
+fn chosen(task: &DataConfig, seed: u64, all: Texts, validation: Option<Texts>, notes: [u64; 4]) -> Result<Loaded> {
     let all = match task.sample {
         Some(sample) => sampled(&all, sample, seed)?,
         None => all,
     };
-    if let Some(validation) = &task.validation {
-        let renderer = Renderer { max_examples: None, ..renderer };
-        let (validation, _) = renderer.texts("data.validation", validation, task, base)?;
-        return Ok(Loaded { train: all, validation: Some(validation), notes });
+    if validation.is_some() {
+        return Ok(Loaded { train: all, validation, notes });
     }
     let Some(fraction) = task.validation_split else {
         return Ok(Loaded { train: all, validation: None, notes });

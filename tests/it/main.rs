@@ -30,4 +30,5 @@ mod random;
 mod recovery;
 mod security;
 mod selection;
+mod sharding;
 mod structure;

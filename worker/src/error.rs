@@ -50,6 +50,10 @@ pub enum Error {
     #[error("cannot {action} through the coordinator: {problem}")]
     Remote { action: String, problem: String },
 
+    /// No rank has a part of the state of the run.
+    #[error("the state of the run is lost: {problem}")]
+    StateLost { problem: String },
+
     #[error(transparent)]
     Data(#[from] quintet_data::Error),
 

@@ -96,7 +96,9 @@ impl Machine {
                 return self.lose(hung);
             }
         }
-        if self.everybody_waits(limit(WATCHDOG_MIN_MS)) {
+        // While a generation's first step hands over the state, all but one may wait for long.
+        let least_ms = if self.pace.first { STUCK_MIN_MS } else { WATCHDOG_MIN_MS };
+        if still_ms > limit(least_ms) && self.everybody_waits(limit(least_ms)) {
             self.connect_anew();
         }
     }

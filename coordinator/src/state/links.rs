@@ -80,6 +80,18 @@ impl Machine {
         self.members.values().any(waits) && self.roster().iter().any(|worker| self.members[worker].rank.is_none())
     }
 
+    /// Whether somebody who was not of the last generation, and could be of the next, holds the state.
+    pub(super) fn others_may_hold(&self) -> bool {
+        self.roster().iter().map(|worker| &self.members[worker]).any(|member| member.rank.is_none() && member.holds)
+    }
+
+    /// Whether somebody holds the state who is left out for want of a link.
+    pub(super) fn is_holder_left_out(&self) -> bool {
+        let roster = self.roster();
+        let holds = |member: &Member| member.ready.is_some() && member.holds;
+        self.members.iter().any(|(worker, member)| holds(member) && !roster.contains(worker))
+    }
+
     /// Members that said whom they cannot reach, and have been waited for.
     pub(super) fn has_heard_of_broken_links(&self) -> bool {
         self.failed_ms.is_some_and(|ms| self.now_ms - ms >= HEARING_MS) && self.knows_broken_links()

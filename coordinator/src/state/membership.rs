@@ -1,6 +1,8 @@
 //! Who takes part: joining, leaving, and the plan of a new generation.
 
-use quintet_proto::v1::{self, Actions, Finished, Lease, Linked, Plan, Ready, StepFailed, to_worker::Command};
+use quintet_proto::v1::{
+    self, Actions, Finished, Lease, Linked, Plan, Ready, StateLost, StepFailed, to_worker::Command,
+};
 
 use super::{ATTEMPTS_MAX, Effect, Event, JoinedWorker, LostWorker, Machine, Member, Notice, Phase, Trouble};
 use super::{WorkerId, hex};
@@ -76,6 +78,8 @@ impl Machine {
         if let Some(member) = self.members.get_mut(&worker) {
             (member.ready, member.holds) = (Some(ready), holds);
         }
+        // It may bring what is missing.
+        self.state_is_lost &= !holds;
         match self.phase {
             Phase::Gathering => {
                 let all_ready = self.members.values().all(|member| member.ready.is_some());
@@ -186,8 +190,7 @@ impl Machine {
             })
             .collect();
         let healed: Vec<u32> = (0..).zip(self.ranks()).filter(|(_, (_, m))| !m.holds).map(|(rank, _)| rank).collect();
-        let source = (0..).zip(self.ranks()).find(|(_, (_, m))| m.holds).map(|(rank, _)| rank);
-        let source = source.expect("a generation begins only with one who holds the committed state");
+        assert!(healed.len() < members.len(), "a generation begins only with one who holds the committed state");
         self.count_save(members[0].worker_id);
         self.persist(None, Vec::new());
         for member in members.clone() {
@@ -200,7 +203,6 @@ impl Machine {
                 next: self.lease(member.rank),
                 committed_generation: self.committed_generation,
                 healed: healed.clone(),
-                source,
             };
             self.send(member.worker_id, Command::Plan(plan));
         }
@@ -240,6 +242,7 @@ impl Machine {
             lost: Vec::new(),
             joined: Vec::new(),
             micro_batches: 0,
+            steps: 0,
         })
     }
 
@@ -314,6 +317,18 @@ impl Machine {
         if self.ranks().all(|(_, member)| member.failed.is_some()) {
             self.try_again();
         }
+    }
+
+    /// The members of the generation lack a part of the state. Who is not of it, or comes back, may have it; else the run
+    /// goes on from its last checkpoint.
+    pub(super) fn on_state_lost(&mut self, report: StateLost) {
+        if !self.is_under_way() || report.generation != self.generation {
+            return;
+        }
+        self.void_step();
+        self.trouble();
+        self.state_is_lost = !self.others_may_hold();
+        self.wait_for_workers(report.problem);
     }
 
     /// Members reported that they could not complete the step, and nobody is dead.

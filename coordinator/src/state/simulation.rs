@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use quintet_proto::v1::{Evaluated, Finished, Heartbeat, Lease, SaveFailed, Saved, State, StepFailed};
+use quintet_proto::v1::{Evaluated, Finished, Heartbeat, Lease, Plan, SaveFailed, Saved, State, StateLost, StepFailed};
 
 use super::tests::{ready, schedule, settings, step_done};
 use super::*;
@@ -50,6 +50,10 @@ struct Process {
     held: Option<State>,
     /// Reduced and reported, and not known to be committed.
     pending: Option<State>,
+    /// What of the optimizer's state it has: all of it, or its own and a neighbour's slice of a generation.
+    slices: Option<Slices>,
+    /// Of the generation it is in.
+    place: Option<Slices>,
     /// Its number on the stream that it has, if it has one.
     worker: Option<WorkerId>,
     generation: u64,
@@ -58,6 +62,24 @@ struct Process {
     lease: Option<Lease>,
     /// A checkpoint that it writes.
     saving: Option<u64>,
+}
+
+/// The slices of a rank among so many.
+#[derive(Clone, Copy)]
+struct Slices {
+    rank: u32,
+    world: u32,
+}
+
+impl Slices {
+    /// Points of a state that divisions among up to five ranks cut.
+    const POINTS: u32 = 60;
+
+    /// Whether a point is in a rank's slice, or in that of the rank before.
+    fn cover(self, point: u32) -> bool {
+        let owner = point * self.world / Self::POINTS;
+        owner == self.rank || (owner + 1) % self.world == self.rank
+    }
 }
 
 /// Both directions of a stream: each keeps its order, none waits for another's.
@@ -78,6 +100,8 @@ struct Generation {
     /// The step that is leased, and what of it to whom.
     leased: Vec<Lease>,
     reported: Vec<WorkerId>,
+    /// Whether its members had the whole state when the first of them met the others.
+    complete: Option<bool>,
 }
 
 struct World {
@@ -85,6 +109,8 @@ struct World {
     machine: Option<Machine>,
     settings: Settings,
     random: Random,
+    /// The optimizer's state is sharded.
+    sharded: bool,
     /// Of the coordinator, which begins anew at zero.
     now_ms: u64,
     processes: Vec<Process>,
@@ -108,6 +134,7 @@ struct World {
     faults: u32,
     crashes: u32,
     abandoned: u32,
+    states_lost: u32,
     healed: u32,
     /// Workers that were left out of a generation for want of a link.
     left_out: u32,
@@ -148,6 +175,7 @@ impl World {
         let generation = Generation { number: settings.start_generation, ..Generation::default() };
         Self {
             machine: Some(Machine::new(settings.clone())),
+            sharded: random.chance(40),
             random,
             now_ms: 0,
             processes: Vec::new(),
@@ -166,6 +194,7 @@ impl World {
             faults: 0,
             crashes: 0,
             abandoned: 0,
+            states_lost: 0,
             healed: 0,
             left_out: 0,
             end: None,
@@ -219,6 +248,8 @@ impl World {
             life: Life::Runs,
             held: None,
             pending: None,
+            slices: None,
+            place: None,
             worker: None,
             generation: 0,
             rank: 0,
@@ -385,6 +416,10 @@ impl World {
             return;
         }
         self.crashes += 1;
+        self.restart();
+    }
+
+    fn restart(&mut self) {
         self.machine = None;
         for stream in self.streams.values_mut() {
             stream.open = false;
@@ -450,36 +485,26 @@ impl World {
                 if process.pending.take() == Some(committed) && process.held.is_some() {
                     process.held = Some(committed);
                 }
+                if !self.connect_all(id, &plan) {
+                    return;
+                }
+                let slices = Slices { rank: plan.rank, world: plan.members.len() as u32 };
+                self.processes[id].place = Some(slices);
+                if self.sharded && !self.meet(id, &plan, committed) {
+                    return;
+                }
                 if plan.healed.contains(&plan.rank) {
-                    process.held = None;
-                    let source = plan.members[plan.source as usize].worker_id;
-                    if !self.holds(source, committed) {
+                    self.processes[id].held = None;
+                    if !plan.members.iter().any(|member| self.holds(member.worker_id, committed)) {
                         let (generation, step) = (plan.generation, plan.committed_step);
                         let detail = "nobody to be healed by".to_owned();
                         let failed = StepFailed { generation, step, detail, ..StepFailed::default() };
                         return self.say(id, Report::StepFailed(failed));
                     }
-                    self.processes[id].held = Some(committed);
+                    self.healed += 1;
+                    (self.processes[id].held, self.processes[id].slices) = (Some(committed), Some(slices));
                 }
                 assert_eq!(self.processes[id].held, Some(committed), "planned on another state");
-                let current = plan.generation == self.generation.number;
-                let cut = if current { self.cut_ranks() } else { Vec::new() };
-                let is_healed = plan.healed.contains(&plan.rank);
-                if is_healed && !cut.is_empty() {
-                    // The mesh over which it was to be healed does not come about.
-                    self.processes[id].held = None;
-                }
-                let unreachable: Vec<u32> =
-                    cut.into_iter().filter(|&(_, high)| high == plan.rank).map(|(low, _)| low).collect();
-                if !unreachable.is_empty() {
-                    let (generation, step) = (plan.generation, plan.committed_step);
-                    let detail = "no answer".to_owned();
-                    return self.say(id, Report::StepFailed(StepFailed { generation, step, detail, unreachable }));
-                }
-                if self.processes[id].held.is_none() {
-                    return;
-                }
-                self.healed += u32::from(is_healed);
                 (plan.actions, plan.next)
             }
             Command::Commit(commit) => {
@@ -495,9 +520,68 @@ impl World {
     /// Whether the process on this stream can hand over the state.
     fn holds(&self, worker: WorkerId, state: State) -> bool {
         let process = &self.processes[self.streams[&worker].process];
-        process.worker == Some(worker)
-            && process.life == Life::Runs
-            && (process.held == Some(state) || process.pending == Some(state))
+        self.is_there(worker) && (process.held == Some(state) || process.pending == Some(state))
+    }
+
+    fn is_there(&self, worker: WorkerId) -> bool {
+        let process = &self.processes[self.streams[&worker].process];
+        process.worker == Some(worker) && process.life == Life::Runs
+    }
+
+    /// Whether the mesh of a generation comes about, as far as this member needs it at once. Who dials another in vain says
+    /// so, and who is dialled waits.
+    fn connect_all(&mut self, id: usize, plan: &Plan) -> bool {
+        let cut = if plan.generation == self.generation.number { self.cut_ranks() } else { Vec::new() };
+        if cut.is_empty() {
+            return true;
+        }
+        let is_healed = plan.healed.contains(&plan.rank);
+        if is_healed {
+            self.processes[id].held = None;
+        }
+        let unreachable: Vec<u32> =
+            cut.into_iter().filter(|&(_, high)| high == plan.rank).map(|(low, _)| low).collect();
+        if unreachable.is_empty() {
+            return !(is_healed || self.sharded);
+        }
+        let (generation, step, detail) = (plan.generation, plan.committed_step, "no answer".to_owned());
+        self.say(id, Report::StepFailed(StepFailed { generation, step, detail, unreachable }));
+        false
+    }
+
+    /// A member of a generation meets the others, to find out whether they have all of the optimizer's state between them.
+    /// If it cannot, or they have not, it says so.
+    fn meet(&mut self, id: usize, plan: &Plan, state: State) -> bool {
+        let generation = plan.generation;
+        let members: Vec<WorkerId> = plan.members.iter().map(|member| member.worker_id).collect();
+        let complete = match self.generation.complete {
+            // All others found the same.
+            Some(complete) if self.generation.number == generation => complete,
+            _ if members.iter().all(|&member| self.is_there(member)) => {
+                self.covered(members.iter().copied().filter(|&member| self.holds(member, state)))
+            }
+            _ => {
+                let (step, detail) = (plan.committed_step, "a peer is missing".to_owned());
+                let failed = StepFailed { generation, step, detail, ..StepFailed::default() };
+                self.say(id, Report::StepFailed(failed));
+                return false;
+            }
+        };
+        if self.generation.number == generation {
+            self.generation.complete = Some(complete);
+        }
+        if !complete {
+            self.say(id, Report::StateLost(StateLost { generation, problem: "a slice is gone".to_owned() }));
+        }
+        complete
+    }
+
+    /// Whether the processes on these streams have all of the optimizer's state.
+    fn covered(&self, workers: impl Iterator<Item = WorkerId>) -> bool {
+        let slices: Vec<Option<Slices>> =
+            workers.map(|worker| self.processes[self.streams[&worker].process].slices).collect();
+        let has = |point| slices.iter().any(|slices| slices.is_none_or(|slices| slices.cover(point)));
+        (0..Slices::POINTS).all(has)
     }
 
     fn act(&mut self, id: usize, actions: Actions, lease: Option<Lease>) {
@@ -569,6 +653,7 @@ impl World {
             assert_eq!(held.step + 1, lease.step);
             let done = step_done(&self.settings.schedule, generation, &lease);
             self.processes[id].pending = Some(State { step: lease.step, generation });
+            self.processes[id].slices = self.processes[id].place;
             self.say(id, Report::StepDone(StepDone { weights_digest, ..done }));
         }
         self.processes[id].lease = None;
@@ -613,7 +698,7 @@ impl World {
                 let start = State { step: self.settings.start_step, generation: self.settings.start_step_generation };
                 let process = &mut self.processes[id];
                 if !under_way {
-                    (process.held, process.pending) = (Some(start), None);
+                    (process.held, process.pending, process.slices) = (Some(start), None, None);
                 }
                 let held = process.held.unwrap_or(State { step: 0, generation: u64::MAX });
                 let pending = process.pending;
@@ -643,7 +728,7 @@ impl World {
                 assert!(self.faults > 0 || self.crashes > 0 || self.now_ms > 0, "{workers:?} are well");
             }
             Effect::Event(_) => {}
-            Effect::Abandon { .. } => self.begin_at_checkpoint(),
+            Effect::Abandon { abandoned, .. } => self.begin_at_checkpoint(abandoned),
             Effect::Stop { exit_code, reason } => {
                 self.check_end(exit_code, &reason);
                 self.end = Some(exit_code);
@@ -653,13 +738,35 @@ impl World {
 
     /// The run's files are cut back to the newest checkpoint, and a new machine begins there.
     ///
-    /// Nobody who holds the committed state has said so, or it would have been gone on with. One may still be on its
-    /// way: too late, or shut out by as many newcomers as the run has places. That costs the steps since the
-    /// checkpoint and nothing else.
-    fn begin_at_checkpoint(&mut self) {
+    /// Nobody who holds the committed state has said so, or not all parts of it are held, or it would have been gone on
+    /// with. One may still be on its way: too late, or shut out by as many newcomers as the run has places. That costs the
+    /// steps since the checkpoint and nothing else.
+    fn begin_at_checkpoint(&mut self, abandoned: Abandoned) {
         self.abandoned += 1;
+        let (committed, machine) = (self.committed(), self.machine.as_ref().unwrap());
+        assert_eq!(abandoned.step, committed.step);
+        if machine.state_is_lost {
+            self.states_lost += 1;
+            // Of those that reach each other.
+            let holders = machine.roster().into_iter().filter(|worker| machine.members[worker].holds);
+            assert!(self.sharded && !self.covered(holders), "abandoned with all parts at hand");
+        } else {
+            self.check_nobody_holds(committed);
+        }
+        self.cut_back();
+        self.settings.abandoned = Some(abandoned);
+        if self.settings.restarts_max.is_some() {
+            // They end with what started them, and so many begin anew.
+            for process in &mut self.processes {
+                (process.life, process.worker) = (Life::Dead, None);
+            }
+            (0..self.settings.workers_expected).for_each(|_| self.spawn());
+        }
+        self.restart();
+    }
+
+    fn check_nobody_holds(&self, committed: State) {
         assert!(self.crashes > 0, "abandoned by the coordinator that knew its workers");
-        let committed = self.committed();
         let said_so = |report: &Report| {
             let Report::Ready(ready) = report else { return false };
             let held = State { step: ready.committed_step, generation: ready.committed_generation };
@@ -667,6 +774,9 @@ impl World {
         };
         let mut open = self.streams.values().filter(|stream| stream.open);
         assert!(!open.any(|stream| stream.past.iter().any(said_so)), "abandoned with the state at hand");
+    }
+
+    fn cut_back(&mut self) {
         let generation = self.record.as_ref().map_or(0, |record| record.generation);
         self.ledger.retain(|record| record.step <= self.saved);
         self.trained.retain(|&step| step <= self.saved);
@@ -679,7 +789,6 @@ impl World {
         self.ledger.retain(|record| record.step > self.settings.start_step);
         self.trained.retain(|&step| step > self.settings.start_step);
         self.record = None;
-        self.crash();
     }
 
     fn check_entry(&mut self, entry: Entry) {
@@ -803,7 +912,7 @@ fn whatever_happens_every_step_is_committed_once_and_the_run_ends() {
     const EVENTS_MAX: u64 = 200_000;
     let mut events = 0;
     let mut ends: BTreeMap<u32, u32> = BTreeMap::new();
-    let (mut recovered, mut crashes, mut abandoned, mut healed, mut left_out) = (0, 0, 0, 0, 0);
+    let (mut recovered, mut crashes, mut abandoned, mut lost, mut healed, mut left_out) = (0, 0, 0, 0, 0, 0);
     for seed in 0..RUNS {
         let run = std::panic::AssertUnwindSafe(|| {
             let mut world = World::new(seed);
@@ -822,15 +931,15 @@ fn whatever_happens_every_step_is_committed_once_and_the_run_ends() {
         *ends.entry(world.end.unwrap()).or_default() += 1;
         recovered += u64::from(world.faults > 0 && world.end == Some(0));
         (crashes, abandoned, healed) = (crashes + world.crashes, abandoned + world.abandoned, healed + world.healed);
-        left_out += world.left_out;
+        (lost, left_out) = (lost + world.states_lost, left_out + world.left_out);
     }
     // The simulation is worth its name only if it meets all of it.
     let met = format!(
-        "{events} events, {recovered} runs recovered, {crashes} crashes, {abandoned} abandoned, {healed} healed, {left_out} \
-         left out, {ends:?}"
+        "{events} events, {recovered} runs recovered, {crashes} crashes, {abandoned} abandoned ({lost} in part), \
+         {healed} healed, {left_out} left out, {ends:?}"
     );
-    assert!(events > 1_000_000 && recovered > 500 && crashes > 1_000 && abandoned > 20 && healed > 500, "{met}");
-    assert!(left_out > 500, "{met}");
+    assert!(events > 1_000_000 && recovered > 500 && crashes > 1_000 && healed > 500 && left_out > 500, "{met}");
+    assert!(abandoned - lost > 20 && lost > 20, "{met}");
     for code in [exit_code::DONE, exit_code::TOO_FEW_WORKERS, exit_code::PREEMPTED] {
         assert!(ends.get(&code).is_some_and(|&runs| runs > 20), "{met}");
     }

@@ -156,6 +156,7 @@ impl Machine {
             coordinator_restarted: std::mem::take(&mut self.took_over),
             seconds: (self.now_ms - trouble.noticed_ms) as f64 / 1000.0,
             micro_batches_recomputed: trouble.micro_batches,
+            steps_recomputed: trouble.steps,
         })
     }
 

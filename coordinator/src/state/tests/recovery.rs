@@ -45,8 +45,8 @@ fn a_newcomer_takes_part_from_the_next_step_on_and_is_given_the_state() {
          recovered at step 1 as generation 2 of 1: lost [1], joined [], 0 s, 2 micro-batches
          train 1 loss 0.75 examples 4
          0 <- commit 1
-         0 <- plan 3 rank 0 of 2 after 1 0 heals [1] digest, next 2 micro-batches 0..1
-         5 <- plan 3 rank 1 of 2 after 1 0 heals [1] digest, next 2 micro-batches 1..2",
+         0 <- plan 3 rank 0 of 2 after 1 heals [1] digest, next 2 micro-batches 0..1
+         5 <- plan 3 rank 1 of 2 after 1 heals [1] digest, next 2 micro-batches 1..2",
     );
     // Lost before it has the state: nobody knows what it holds now.
     let done = digested(&script, 3, 2, 0..1);
@@ -246,8 +246,8 @@ fn too_few_workers_wait_for_a_newcomer() {
     script.join(2);
     assert_lines(
         script.report(2, newcomer()),
-        "1 <- plan 2 rank 0 of 2 after 0 0 heals [1], next 1 micro-batches 0..1
-         2 <- plan 2 rank 1 of 2 after 0 0 heals [1], next 1 micro-batches 1..2",
+        "1 <- plan 2 rank 0 of 2 after 0 heals [1], next 1 micro-batches 0..1
+         2 <- plan 2 rank 1 of 2 after 0 heals [1], next 1 micro-batches 1..2",
     );
     script.done(1, 2, 1, 0..1);
     let lines = script.done(2, 2, 1, 1..2);
@@ -428,4 +428,72 @@ fn the_fewest_are_left_out_and_never_all_who_hold_the_state() {
     assert_eq!(lines[2], "waiting with 2 of 2 for 30 s", "{lines:?}");
     let lines = script.wait(30_000, &[0, 1]);
     assert!(lines[0].starts_with("0 <- plan 4 rank 0 of 2"), "{lines:?}");
+}
+
+/// Three workers of a sharded run have committed a step; one is lost, and what it held is nowhere.
+fn with_a_part_of_the_state_lost(settings: Settings) -> (Script, Vec<String>) {
+    let mut script = Script::new(Settings { workers_expected: 3, ..settings });
+    (0..3).for_each(|worker| drop(script.join(worker)));
+    (0..3).for_each(|worker| drop(script.report(worker, ready(0))));
+    for (worker, range) in [(0, 0..0), (1, 0..1), (2, 1..2)] {
+        script.done(worker, 1, 1, range);
+    }
+    script.leave(2);
+    let lines = script.report(0, state_lost(2));
+    assert_lines(script.report(1, state_lost(2)), "");
+    (script, lines)
+}
+
+fn state_lost(generation: u64) -> Report {
+    Report::StateLost(StateLost { generation, problem: "a slice is gone".to_owned() })
+}
+
+#[test]
+fn a_part_of_the_state_that_is_gone_is_waited_for() {
+    let (mut script, lines) = with_a_part_of_the_state_lost(settings());
+    assert_lines(lines, "a slice is gone: waiting for 20 s");
+    // Who comes back brings it.
+    script.join(3);
+    let held = State { step: 1, generation: 1 };
+    let holder = |state: State| {
+        let Report::Ready(ready) = ready(state.step) else { unreachable!() };
+        Report::Ready(Ready { committed_generation: state.generation, ..ready })
+    };
+    assert_lines(
+        script.report(3, holder(held)),
+        "0 <- plan 3 rank 0 of 3 after 1, next 2 micro-batches 0..0
+         1 <- plan 3 rank 1 of 3 after 1, next 2 micro-batches 0..1
+         3 <- plan 3 rank 2 of 3 after 1, next 2 micro-batches 1..2",
+    );
+    // Without it after all: nobody is missing any more.
+    assert_lines(script.report(1, state_lost(3)), "abandon: the state of step 1 is lost: a slice is gone");
+    let (mut script, _) = with_a_part_of_the_state_lost(settings());
+    assert_lines(script.wait(20_000, &[0, 1]), "abandon: the state of step 1 is lost: a slice is gone");
+}
+
+#[test]
+fn where_nobody_can_bring_it_the_run_goes_on_from_its_checkpoint_and_says_so() {
+    let settings = Settings { restarts_max: Some(0), ..settings() };
+    let (mut script, lines) = with_a_part_of_the_state_lost(settings.clone());
+    // It is not known yet that its process ended.
+    assert_lines(lines, "a slice is gone: waiting for 20 s");
+    let exited = Input::ProcessExited { pid: 102, exit_code: None, why: "killed".to_owned() };
+    let effects = script.machine.step(script.now_ms, exited);
+    let Some(Effect::Abandon { abandoned, .. }) = effects.last() else { panic!("{effects:?}") };
+    assert_eq!((abandoned.step, abandoned.lost[0].worker), (1, 2));
+    let mut script = Script::started(Settings { abandoned: Some(abandoned.clone()), ..settings });
+    script.done(0, 1, 1, 0..1);
+    let lines = script.done(1, 1, 1, 1..2);
+    assert_eq!(
+        lines[1],
+        "recovered at step 1 as generation 1 of 2: lost [2], joined [], 0 s, 0 micro-batches, 1 steps again"
+    );
+}
+
+#[test]
+fn a_preempted_run_whose_state_is_lost_ends_for_its_checkpoint() {
+    let (mut script, _) = with_a_part_of_the_state_lost(settings());
+    let lines = script.input(Input::Preempt);
+    let reason = "2 workers left, 1 needed, and together they do not hold the state: a slice is gone";
+    assert_eq!(lines.last().unwrap(), &format!("stop 75: {reason}"));
 }

@@ -90,7 +90,12 @@ const TOKENIZER_THREADS: usize = 1;
 /// # Errors
 /// What keeps this worker from going on; the coordinator has been told.
 pub fn run(session: &mut Session, job: RankJob) -> Result<(u8, String)> {
-    let outcome = Rank::prepare(session, job).and_then(|mut rank| rank.serve(session));
+    let outcome = Rank::prepare(session, job).and_then(|mut rank| {
+        let outcome = rank.serve(session);
+        // Before threads that read or write through the coordinator are joined.
+        session.leave();
+        outcome
+    });
     if let Err(error) = &outcome {
         let exit_code = if error.is_user_error() { 2 } else { 1 };
         // Best effort: when the stream is gone the coordinator knows already.
@@ -546,7 +551,8 @@ impl Rank {
             return Ok(());
         }
         if place.rank == 0 {
-            tell_saved(session, self.saver.wait())?;
+            // Disks and networks may be slower than checkpoints are due, which is nobody's fault.
+            tell_saved(session, self.saver.wait_alive(|| session.count_progress()))?;
         }
         let state = healing::gather_state(&mut place.collective, &self.replica, &place.shards, step)?;
         let Some(state) = state else { return Ok(()) };

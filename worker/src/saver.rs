@@ -51,6 +51,9 @@ impl Image {
     }
 }
 
+/// How often to look whether a checkpoint is written, where there is nothing else to do.
+const LOOK_INTERVAL: std::time::Duration = std::time::Duration::from_millis(2);
+
 /// Writes one checkpoint at a time.
 pub struct Saver {
     output: Outbox,
@@ -91,6 +94,15 @@ impl Saver {
     /// What became of the checkpoint under way, if it has ended.
     pub fn poll(&mut self) -> Option<Saved> {
         self.under_way.as_ref().is_some_and(|(_, thread)| thread.is_finished()).then(|| self.wait())?
+    }
+
+    /// As [`Saver::wait`], and calls `alive` now and then meanwhile.
+    pub fn wait_alive(&mut self, alive: impl Fn()) -> Option<Saved> {
+        while self.under_way.as_ref().is_some_and(|(_, thread)| !thread.is_finished()) {
+            alive();
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+        self.wait()
     }
 
     /// What becomes of the checkpoint under way, if there is one.

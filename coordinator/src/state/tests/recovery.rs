@@ -393,7 +393,7 @@ fn two_who_cannot_reach_each_other_do_not_end_the_run() {
     assert_eq!(lines.len(), 5, "{lines:?}");
     assert_lines(script.wait(10_000, &[0, 1, 2]), "");
     let lines = commit(&mut script, 2, 2, 2);
-    assert_eq!(lines[6], "2 <- plan 3 rank 2 of 3 after 2 0 heals [2], next 3 micro-batches 1..2", "{lines:?}");
+    assert_eq!(lines[6], "2 <- plan 3 rank 2 of 3 after 2 heals [2], next 3 micro-batches 1..2", "{lines:?}");
     // Still broken: all have failed, so that nobody is waited for. The next time is later.
     script.report(2, failed(3, vec![1]));
     script.report(0, failed(3, vec![]));

@@ -109,7 +109,7 @@ fn numerics(job: &Job) -> Value {
     // Weights of a run under way are its checkpoint's, wherever the hub's branch has moved.
     job.model.pretrained = job.model.pretrained.map(|name| hub::without_commit(&name));
     let training = &mut job.training;
-    training.gradient_checkpointing = false;
+    (training.gradient_checkpointing, training.zero_stage) = (false, 0);
     // As jobs without one had it before there was another.
     training.precision = training.precision.filter(|&precision| precision != Precision::Fp32);
     training.logging_steps = 1;

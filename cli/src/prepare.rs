@@ -126,6 +126,7 @@ pub(crate) fn prepare(job: Job, serving: Serving, door: &Door) -> Result<Prepare
         start_generation: started.generation,
         selection,
         past_evaluations,
+        abandoned: None,
     };
     let run = Run {
         settings,

@@ -92,6 +92,9 @@ impl Reporter {
                 let there = format!("{workers} workers there, {needed} needed");
                 self.line(&format!("{there}; waiting up to {seconds:.0} seconds for others"));
             }
+            Event::StateIncomplete { problem, seconds } => {
+                self.line(&format!("{problem}; waiting up to {seconds:.0} seconds for them to come back"));
+            }
             Event::Recovery(recovery) => self.line(&recovered(&recovery)),
         }
     }
@@ -136,6 +139,9 @@ fn recovered(recovery: &Recovery) -> String {
         (0, _) => {}
         (joined, 0) => what.push(format!("{joined} joined")),
         (joined, healed) => what.push(format!("{joined} joined ({healed} given the state)")),
+    }
+    if recovery.steps_recomputed > 0 {
+        what.push(format!("{} committed steps are computed again", recovery.steps_recomputed));
     }
     if what.is_empty() {
         what.push("tried again".to_string());

@@ -30,7 +30,7 @@ use crate::gate;
 use crate::launch::Death;
 use crate::secret::Secret;
 use crate::share::Share;
-use crate::state::{Effect, Entry, Event, Input, Machine, Record, Settings, WorkerId};
+use crate::state::{Abandoned, Effect, Entry, Event, Input, Machine, Record, Settings, WorkerId};
 use crate::{Error, Result};
 
 /// How long a stranger may take to say hello.
@@ -92,9 +92,9 @@ pub struct Outcome {
     pub exit_code: u32,
     /// One line for people.
     pub reason: String,
-    /// Nobody came back to a coordinator that did: the run can go on from its last checkpoint, and
-    /// workers that come will find it there.
-    pub abandoned: bool,
+    /// The state is lost: the run can go on from its last checkpoint, and workers that come will
+    /// find it there.
+    pub abandoned: Option<Abandoned>,
 }
 
 /// Serves a run until it ends.
@@ -230,7 +230,7 @@ impl Shell {
             }
             if let Some(outcome) = self.outcome.take() {
                 // What is abandoned may still be gone on with, by the same workers.
-                if !outcome.abandoned {
+                if outcome.abandoned.is_none() {
                     self.files.finish()?;
                 }
                 return Ok(outcome);
@@ -283,11 +283,12 @@ impl Shell {
             }
             // Nobody listens where no worker is ours to start.
             Effect::Replace { pid } => drop(self.replacements.send(pid)),
-            Effect::Abandon { reason } => {
-                self.outcome = Some(Outcome { exit_code: exit_code::TOO_FEW_WORKERS, reason, abandoned: true });
+            Effect::Abandon { reason, abandoned } => {
+                let exit_code = exit_code::TOO_FEW_WORKERS;
+                self.outcome = Some(Outcome { exit_code, reason, abandoned: Some(abandoned) });
             }
             Effect::Stop { exit_code, reason } => {
-                self.outcome = Some(Outcome { exit_code, reason, abandoned: false });
+                self.outcome = Some(Outcome { exit_code, reason, abandoned: None });
             }
         }
         Ok(())

@@ -59,7 +59,7 @@ impl Share {
     /// which a [`PROBE`] is written.
     ///
     /// # Errors
-    /// [`Error::File`](crate::Error::File); no random numbers.
+    /// [`Error::File`]; no random numbers.
     pub fn new(
         shelf: Shelf,
         directories: impl IntoIterator<Item = (&'static str, PathBuf)>,

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 use crate::harness::{Process, quintet, references};
-use crate::jobs::{RunOutput, Workspace, words};
+use crate::jobs::{EXAMPLES, RunOutput, Workspace, words};
 
 /// Several epochs, evaluations and checkpoints.
 const STEPS: u64 = 22;
@@ -165,6 +165,32 @@ fn whoever_dies_the_run_goes_on_without_shared_files() {
     assert_same(&run, &local);
     for machine in machines {
         assert_eq!((machine.cached("model-").len(), machine.cached("checkpoints").len()), (1, 0));
+    }
+}
+
+#[test]
+fn adapters_and_classes_come_from_the_coordinator_too() {
+    // What the adapter is trained further from, the machine does not have either.
+    let first = fine_tuning("[lora]\nr = 4\n");
+    let adapter = first.trained("first", "training.max_steps=2").path("adapter");
+    let further = fine_tuning("[lora]\npretrained = \"adapter\"\n");
+    copy(&adapter, &further.path().join("adapter"));
+    // How many classes there are, all examples tell.
+    let classes = Workspace::new();
+    let lines = (0..EXAMPLES).map(|number| format!("{{\"source\": \"{number}\", \"target\": \"{}\"}}\n", number % 3));
+    classes.write("train.jsonl", &lines.clone().collect::<String>());
+    classes.write("validation.jsonl", &lines.take(9).collect::<String>());
+    let job = fs::read_to_string(classes.path().join("job.toml")).unwrap();
+    let job = job.replace("metrics = [\"exact_match\"]\nmax_new_tokens = 8", "metrics = [\"accuracy\"]");
+    classes.write("job.toml", &job.replace("[model]", "[model]\ntask = \"sequence_classification\""));
+    for workspace in [&further, &classes] {
+        let local = workspace.trained("local", "");
+        let mut coordinator = Coordinator::start(workspace, "127.0.0.1:0", "--workers 1");
+        let machine = Machine::new();
+        let worker = machine.worker(&mut coordinator);
+        coordinator.process.wait().expect(0);
+        worker.wait().expect(0);
+        assert_same(&workspace.output("run"), &local);
     }
 }
 

@@ -241,18 +241,18 @@ fn too_few_workers_end_the_run_at_its_last_checkpoint() {
 }
 
 /// `quintet coordinator`, and what it prints for workers.
-struct Coordinator {
-    process: Process,
-    url: String,
-    token: String,
+pub(crate) struct Coordinator {
+    pub(crate) process: Process,
+    pub(crate) url: String,
+    pub(crate) token: String,
 }
 
 impl Coordinator {
-    fn start(workspace: &Workspace, arguments: &[&str]) -> Self {
+    pub(crate) fn start(workspace: &Workspace, arguments: &[&str]) -> Self {
         Self::start_at(workspace, "127.0.0.1:0", arguments)
     }
 
-    fn start_at(workspace: &Workspace, address: &str, arguments: &[&str]) -> Self {
+    pub(crate) fn start_at(workspace: &Workspace, address: &str, arguments: &[&str]) -> Self {
         let mut command = quintet(workspace.path());
         command.args(["coordinator", "job.toml", "--listen", address]).args(arguments);
         let mut process = Process::start(&mut command);
@@ -260,7 +260,7 @@ impl Coordinator {
         Coordinator { process, url, token }
     }
 
-    fn worker(&self, directory: &Path, token: &str) -> Process {
+    pub(crate) fn worker(&self, directory: &Path, token: &str) -> Process {
         worker(&self.url, directory, token)
     }
 }

@@ -157,6 +157,9 @@ pub struct TrainingConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub precision: Option<Precision>,
     pub gradient_checkpointing: bool,
+    /// 1: the optimizer's state is sharded over the workers, as ZeRO-1 does it.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub zero_stage: u32,
     pub label_smoothing_factor: f32,
     pub seed: u64,
     pub logging_steps: u64,
@@ -203,6 +206,7 @@ impl Default for TrainingConfig {
             max_grad_norm: 1.0,
             precision: None,
             gradient_checkpointing: false,
+            zero_stage: 0,
             label_smoothing_factor: 0.0,
             seed: 42,
             logging_steps: 1,
@@ -273,11 +277,35 @@ impl TrainingConfig {
             check(key, (0.0..1.0).contains(&beta), beta, "at least 0 and below 1")?;
         }
         let epsilon = self.adam_epsilon;
+        self.validate_sharding()?;
         check("training.adam_epsilon", epsilon > 0.0 && epsilon.is_finite(), epsilon, "above 0")?;
         for (key, value) in
             [("training.weight_decay", self.weight_decay), ("training.max_grad_norm", self.max_grad_norm)]
         {
             check(key, value >= 0.0 && value.is_finite(), value, "at least 0")?;
+        }
+        Ok(())
+    }
+
+    fn validate_sharding(&self) -> Result<()> {
+        let key = "training.zero_stage";
+        let known = "0, or 1 to shard the optimizer's state; gradients and weights are not sharded";
+        check(key, self.zero_stage <= 1, self.zero_stage, known)?;
+        if self.zero_stage == 1 && self.optimizer == OptimizerKind::Adafactor {
+            let problem = "adafactor keeps two vectors of a matrix, so that there is nothing to shard; leave it out";
+            return Err(Error::config(key, problem));
+        }
+        Ok(())
+    }
+
+    /// Refuses what workers on this device cannot do.
+    ///
+    /// # Errors
+    /// A user error that names the key and says what to do.
+    pub fn check_device(&self, device: DeviceChoice) -> Result<()> {
+        if self.zero_stage == 1 && device != DeviceChoice::Cpu {
+            let problem = "the optimizer's state is sharded between workers on CPUs only; leave it out on GPUs";
+            return Err(Error::config("training.zero_stage", problem));
         }
         Ok(())
     }
@@ -354,6 +382,10 @@ impl TrainingConfig {
             weight_decay: self.weight_decay,
         }
     }
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// `[evaluation]`. What it leaves open about generation, the model's `generation_config.json` may say.

@@ -13,6 +13,7 @@ use quintet_t5::{Batch, LossSums, Parameters};
 use crate::Result;
 use crate::collective::{Collective, TreeSum};
 use crate::replica::Replica;
+use crate::shards::Shards;
 
 /// What holds and reduces the gradient of a step.
 pub enum StepGradient {
@@ -109,26 +110,47 @@ impl StepGradient {
         }
     }
 
-    /// Adds up what all ranks have, of whom rank `r` computed the micro-batches `ranges[r]`. The whole is then in
-    /// [`StepGradient::total`], on every rank.
+    /// Adds up what all ranks have, of whom rank `r` computed the micro-batches `ranges[r]`. What a rank holds of `shards`
+    /// is then in [`StepGradient::total`]; a GPU has the whole.
     ///
     /// # Errors
-    /// Those of [`Collective::all_reduce_tree`] and [`Collective::finish_sum`].
-    pub fn reduce(&mut self, collective: &mut Collective, step: u64, ranges: &[Range<u32>]) -> Result<()> {
+    /// Those of [`Collective::reduce_tree`] and [`Collective::finish_sum`].
+    pub fn reduce(
+        &mut self,
+        collective: &mut Collective,
+        step: u64,
+        ranges: &[Range<u32>],
+        shards: &Shards,
+    ) -> Result<()> {
         match self {
-            Self::Host(tree) => collective.all_reduce_tree(step, &mut tree.sum, ranges, &mut tree.total),
+            Self::Host(tree) => collective.reduce_tree(step, &mut tree.sum, ranges, shards, &mut tree.total),
             Self::Device(_) if collective.world_size() == 1 => Ok(()),
             Self::Device(device) if collective.overlaps() => collective.finish_sum(device.sum_mut()),
             Self::Device(device) => device.reduce_through_host(collective, step),
         }
     }
 
-    /// The reduced gradient, `[1, elements]` on the device.
+    /// The reduced gradient, `[1, elements]` on the device, of which a rank has what it holds.
     pub fn total(&self) -> View<'_> {
         match self {
             Self::Host(tree) => tree.total.view(),
             Self::Device(device) => device.sum(),
         }
+    }
+
+    /// The norm of the whole reduced gradient, the same bits on every rank, whatever it has of it.
+    ///
+    /// # Errors
+    /// Those of [`Collective::all_gather_bytes`].
+    pub fn norm(&self, collective: &mut Collective, step: u64, shards: &Shards) -> Result<f64> {
+        if shards.is_replicated() {
+            return Ok(ops::global_norm(self.total())?);
+        }
+        let own = shards.slices()[collective.rank() as usize].clone();
+        let blocks = ops::sums_of_squares(self.total().columns(own));
+        let all = collective.all_gather_bytes(step, bytemuck::cast_slice(&blocks))?;
+        let blocks = all.iter().flat_map(|bytes| bytes.as_chunks::<{ size_of::<f64>() }>().0);
+        Ok(blocks.map(|block| f64::from_le_bytes(*block)).sum::<f64>().sqrt())
     }
 }
 
@@ -160,7 +182,8 @@ impl DeviceSum {
         sum.view().read(part.as_mut_slice::<f32>())?;
         staging.sum.push(part);
         let ranges: Vec<Range<u32>> = (0..world_size).map(|rank| rank..rank + 1).collect();
-        collective.all_reduce_tree(step, &mut staging.sum, &ranges, &mut staging.total)?;
+        let shards = Shards::replicated(self.elements, world_size);
+        collective.reduce_tree(step, &mut staging.sum, &ranges, &shards, &mut staging.total)?;
         Ok(sum.view_mut().write(staging.total.as_slice::<f32>())?)
     }
 }

@@ -28,7 +28,9 @@ pub mod scaler;
 pub mod schedule;
 mod selection;
 pub mod session;
+pub mod shards;
 pub mod task;
+mod transfer;
 
 pub use config::{EvaluationConfig, LoraConfig, ModelSection, ModelTask, Precision, TrainingConfig};
 pub use device::DeviceChoice;

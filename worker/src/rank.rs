@@ -17,7 +17,7 @@ use quintet_data::{
 };
 use quintet_kernels::{Device, WaitLimits, ops};
 use quintet_proto::v1::{Actions, Commit, Evaluated, Failed, Finished, Lease, Linked, MicroBatch, NotFinite, Plan};
-use quintet_proto::v1::{Ready, SaveFailed, Saved, State, StepDone, StepFailed, Stop};
+use quintet_proto::v1::{Ready, SaveFailed, Saved, State, StateLost, StepDone, StepFailed, Stop};
 use quintet_t5::{Model, Parameters};
 
 use crate::access::Access;
@@ -32,6 +32,7 @@ use crate::remote::Remote;
 use crate::replica::{self, Replica, Update};
 use crate::saver::{self, Image, Saver};
 use crate::session::{self, Command, Report, Session, SessionError};
+use crate::shards::Shards;
 use crate::task::{self, Task};
 use crate::{DeviceChoice, Error, Result};
 use crate::{healing, output};
@@ -89,7 +90,12 @@ const TOKENIZER_THREADS: usize = 1;
 /// # Errors
 /// What keeps this worker from going on; the coordinator has been told.
 pub fn run(session: &mut Session, job: RankJob) -> Result<(u8, String)> {
-    let outcome = Rank::prepare(session, job).and_then(|mut rank| rank.serve(session));
+    let outcome = Rank::prepare(session, job).and_then(|mut rank| {
+        let outcome = rank.serve(session);
+        // Before threads that read or write through the coordinator are joined.
+        session.leave();
+        outcome
+    });
     if let Err(error) = &outcome {
         let exit_code = if error.is_user_error() { 2 } else { 1 };
         // Best effort: when the stream is gone the coordinator knows already.
@@ -128,6 +134,7 @@ struct Place {
     rank: u32,
     world_size: u32,
     collective: Collective,
+    shards: Shards,
 }
 
 /// What a step's attempt came to.
@@ -139,6 +146,7 @@ enum Attempt {
 
 impl Rank {
     fn prepare(session: &Session, mut job: RankJob) -> Result<Self> {
+        job.training.check_device(job.device)?;
         let tokenizer = Arc::new(Tokenizer::from_json(&job.tokenizer_json)?);
         let splits = load_data(&mut job)?.tokenized(&tokenizer)?;
         let (fingerprint, order) = (splits.fingerprint(), splits.order());
@@ -226,7 +234,7 @@ impl Rank {
         if let Some(start) = session::start_of(&welcome) {
             // It begins anew, from a checkpoint; what came later is void.
             self.pending = None;
-            if self.held != Some(start) {
+            if self.held != Some(start) || !self.replica.has_everything() {
                 self.job.start = Some(start);
                 self.replica = new_replica(&self.job, &self.tokenizer, self.classes(), self.schedule.total_steps)?;
                 self.held = Some(start);
@@ -242,14 +250,15 @@ impl Rank {
         // Ends what the old generation still has under way on the device.
         drop(place.take());
         match self.join(session, &plan) {
-            Ok(joined) => self.act_in(session, place.insert(joined), plan.actions, plan.next)?,
+            Ok(joined) => self.act_in(session, place.insert(joined), plan.actions, plan.next),
             Err(error) if error.is_peer_failure() => {
-                session.send(step_failed(plan.generation, plan.committed_step, &error))?;
-                return Ok(());
+                Ok(session.send(step_failed(plan.generation, plan.committed_step, &error))?)
             }
-            Err(error) => return Err(error),
-        };
-        Ok(())
+            Err(Error::StateLost { problem }) => {
+                Ok(session.send(Report::StateLost(StateLost { generation: plan.generation, problem }))?)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// A step that was reduced but not committed is void; unless its commit is on record, and was not heard of.
@@ -259,10 +268,11 @@ impl Rank {
             self.commit(committed)?;
         }
         self.pending = None;
-        if plan.healed.contains(&plan.rank) {
+        // Who was given the state in a generation that came to nothing has it, and the coordinator does not know.
+        let holds = self.held == Some(committed);
+        assert!(holds || plan.healed.contains(&plan.rank), "the coordinator knows what this rank holds");
+        if !holds {
             self.held = None;
-        } else {
-            assert_eq!(self.held, Some(committed), "the coordinator knows what this rank holds");
         }
         Ok(())
     }
@@ -297,11 +307,16 @@ impl Rank {
             let mesh = Mesh::connect(&self.listener, membership, deadline, self.job.silence_limit, interrupter)?;
             self.link(session, mesh, plan.committed_step)?
         };
-        healing::heal(&mut collective, &mut self.replica, plan.committed_step, plan.source, &plan.healed)?;
-        if plan.healed.contains(&plan.rank) {
-            self.held = Some(State { step: plan.committed_step, generation: plan.committed_generation });
-        }
-        Ok(Place { generation: plan.generation, rank: plan.rank, world_size, collective })
+        let elements = self.replica.master().layout().len();
+        let shards = match self.job.training.zero_stage {
+            0 => Shards::replicated(elements, world_size),
+            _ => Shards::sharded(elements, world_size),
+        };
+        let step = plan.committed_step;
+        healing::heal(&mut collective, &mut self.replica, &shards, step, self.held.is_some())?;
+        self.held = Some(State { step, generation: plan.committed_generation });
+        healing::settle(&mut collective, &mut self.replica, &shards, step)?;
+        Ok(Place { generation: plan.generation, rank: plan.rank, world_size, collective, shards })
     }
 
     /// The collective of ranks that have met to go on from `step`, which some do not hold yet.
@@ -352,12 +367,16 @@ impl Rank {
             // Tokenization of the next step runs while the actions do.
             self.request_ahead(place, lease);
         }
+        if !self.replica.is_whole() {
+            let _waiting = session.wait();
+            self.replica.complete(&mut place.collective, &place.shards)?;
+        }
         self.digest = if actions.digest { Some(self.replica.digest()?) } else { None };
         if actions.evaluate {
             self.evaluate(session, place, step)?;
         }
-        if actions.save && place.rank == 0 {
-            self.begin_save(session, step, actions.best_step)?;
+        if actions.save {
+            self.begin_save(session, place, step, actions.best_step)?;
         }
         // Where no step follows, nothing else is left to wait for.
         let saved =
@@ -426,12 +445,11 @@ impl Rank {
         let target_tokens = self.global_target_tokens(place, lease.step, &reports)?;
         let ranges: Vec<Range<u32>> =
             (0..place.world_size).map(|rank| share(plan.micro_batches, rank, place.world_size)).collect();
-        self.gradient.reduce(&mut place.collective, lease.step, &ranges)?;
+        self.gradient.reduce(&mut place.collective, lease.step, &ranges, &place.shards)?;
+        let norm = self.gradient.norm(&mut place.collective, lease.step, &place.shards)?;
         drop(waiting);
-        let Some(update) = self.replica.plan_update(self.gradient.total(), target_tokens)? else {
-            // Squares of f32 do not overflow the norm's f64, so there is one.
-            let index = ops::find_not_finite(self.gradient.total())?.unwrap_or_default();
-            return Ok(Attempt::Poisoned(format!("the global gradient of {}", self.tensor_at(index))));
+        let Some(update) = self.replica.plan_update(norm, target_tokens) else {
+            return Ok(Attempt::Poisoned(self.poisoned_total(place)?));
         };
         self.pending = Some((State { step: lease.step, generation: place.generation }, update));
         Ok(Attempt::Done(StepDone {
@@ -449,6 +467,18 @@ impl Rank {
             peak_memory_bytes: crate::memory::peak_bytes(self.replica.model().device()),
             weights_digest: self.digest.take().map(|digest| digest.as_bytes().to_vec()),
         }))
+    }
+
+    /// What of the reduced gradient is not finite, as far as this rank sees it.
+    fn poisoned_total(&self, place: &Place) -> Result<String> {
+        for part in place.shards.parts(place.rank) {
+            let start = part.start;
+            if let Some(index) = ops::find_not_finite(self.gradient.total().columns(part))? {
+                return Ok(format!("the global gradient of {}", self.tensor_at(start + index)));
+            }
+        }
+        // Squares of f32 do not overflow the norm's f64, so there is one.
+        Ok("the global gradient, in a part that other workers hold,".to_owned())
     }
 
     /// The name of the tensor that has element `index` of the arena.
@@ -508,13 +538,24 @@ impl Rank {
         })
     }
 
-    /// Copies the state of the committed step for a checkpoint, which is then written while training goes on. The one of
+    /// Copies the state of the committed step for a checkpoint, which rank 0 then writes while training goes on. The one of
     /// `best_step` is kept.
-    fn begin_save(&mut self, session: &Session, step: u64, best_step: u64) -> Result<()> {
-        if self.saver.step() == Some(step) {
+    fn begin_save(&mut self, session: &Session, place: &mut Place, step: u64, best_step: u64) -> Result<()> {
+        let mut is_under_way = [u8::from(self.saver.step() == Some(step))];
+        if !place.shards.is_replicated() {
+            // Rank 0 knows.
+            let others: Vec<u32> = (1..place.world_size).collect();
+            place.collective.broadcast(step, 0, &others, &mut is_under_way)?;
+        }
+        if is_under_way == [1] {
             return Ok(());
         }
-        tell_saved(session, self.saver.wait())?;
+        if place.rank == 0 {
+            // Disks and networks may be slower than checkpoints are due, which is nobody's fault.
+            tell_saved(session, self.saver.wait_alive(|| session.count_progress()))?;
+        }
+        let state = healing::gather_state(&mut place.collective, &self.replica, &place.shards, step)?;
+        let Some(state) = state else { return Ok(()) };
         let plan = self.schedule.step(step);
         let progress = Progress {
             step,
@@ -526,7 +567,7 @@ impl Rank {
             loss_scaler: self.replica.loss_scaler(),
         };
         let best = (best_step > 0).then_some(best_step);
-        self.saver.begin(step, Image::of(&self.replica, progress)?, best)
+        self.saver.begin(step, Image::of(&self.replica, state, progress)?, best)
     }
 
     /// Every rank evaluates its share; rank 0 puts the whole together and reports it.
@@ -536,7 +577,10 @@ impl Rank {
         let task = EvaluationTask::new(validation, &self.tokenizer, limits, config, &self.task);
         let share = task.evaluate_share(self.replica.model(), self.replica.weights(), place.rank, place.world_size)?;
         let bytes = serde_json::to_vec(&share).expect("an evaluation is plain data"); // why: no map keys, no custom types
-        let Some(shares) = place.collective.gather_bytes(step, 0, &bytes)? else { return Ok(()) };
+        let waiting = session.wait();
+        let gathered = place.collective.gather_bytes(step, 0, &bytes)?;
+        drop(waiting);
+        let Some(shares) = gathered else { return Ok(()) };
         let mut batches: Vec<BatchEvaluation> = Vec::new();
         for (rank, bytes) in (0..).zip(shares) {
             let share: Vec<BatchEvaluation> = serde_json::from_slice(&bytes).map_err(|error| Error::Protocol {
@@ -614,11 +658,12 @@ fn restore_from(job: &RankJob, loaded: Loaded, replica: &mut Replica) -> Result<
         return Err(Error::Checkpoint { path: loaded.path, problem });
     }
     let step = loaded.progress.step;
+    let optimizer = loaded.optimizer;
     replica.restore(
         step,
         loaded.progress.loss_scaler,
         |name, shape, values| loaded.model.read(name, shape, values),
-        |name, shape, values| loaded.optimizer.read(name, shape, values),
+        Box::new(move |name, shape, range, values| optimizer.read_range(name, shape, range, values)),
     )?;
     if replica.digest()?.to_hex().as_str() != loaded.progress.weights_digest {
         let problem = "holds weights that do not match their digest".to_string();
@@ -641,7 +686,8 @@ fn tell_saved(session: &Session, saved: Option<saver::Saved>) -> Result<()> {
 }
 
 fn step_failed(generation: u64, step: u64, error: &Error) -> Report {
-    Report::StepFailed(StepFailed { generation, step, detail: error.to_string() })
+    let unreachable = error.unreachable().to_vec();
+    Report::StepFailed(StepFailed { generation, step, detail: error.to_string(), unreachable })
 }
 
 fn failed(exit_code: u32, message: String) -> Report {

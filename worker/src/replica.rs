@@ -7,10 +7,12 @@ use quintet_kernels::{DType, Device, Tensor, View, ViewMut, ops};
 use quintet_t5::{Batch, Config, LoraSpec, LossSums, Model, OnFinished, Parameters, TrainOptions, Weights};
 
 use crate::adapter::{Adapter, Base};
+use crate::collective::Collective;
 use crate::config::{ModelSection, Precision, TrainingConfig};
-use crate::optimizer::{ClippedMean, NamedSlot, Optimizer, Piece};
+use crate::optimizer::{ClippedMean, NamedSlot, Optimizer, Piece, ReadSaved};
 use crate::scaler::LossScaler;
 use crate::schedule::Schedule;
+use crate::shards::Shards;
 use crate::{Error, Result};
 
 /// The model of a job: that of a directory, or a fresh one.
@@ -101,6 +103,10 @@ pub struct Replica {
     scaling: Option<Scaling>,
     /// The last step whose update is in the weights.
     step: u64,
+    /// Whether it is in all of them, and not only in those whose optimizer state is held.
+    is_whole: bool,
+    /// Whether ranks bring each other the weights that they have updated.
+    is_sharded: bool,
 }
 
 /// A base that stays as it is: no gradient, no moments, and no copy in f32 but where fp16 needs one.
@@ -169,7 +175,8 @@ pub enum Update {
 }
 
 impl Replica {
-    /// Trains all of `weights`, or an adapter over them. `target_tokens_max` is the most that a step can have.
+    /// Trains all of `weights`, or an adapter over them. `target_tokens_max` is the most that a step can have. No state of
+    /// the optimizer is held yet.
     ///
     /// # Errors
     /// Memory.
@@ -200,10 +207,23 @@ impl Replica {
         let scaling = (precision == Precision::Fp16)
             .then(|| Scaling { scaler: LossScaler::default(), tokens: target_tokens_max.next_power_of_two() as f64 });
         let slots = master.layout().tensors().iter().map(NamedSlot::from).collect();
-        let optimizer = Optimizer::new(model.device(), training.optimizer, training.hyperparameters(), slots)?;
+        let optimizer = Optimizer::without_state(model.device(), training.optimizer, training.hyperparameters(), slots);
         let schedule = training.schedule(total_steps);
         let training = training.clone();
-        Ok(Replica { model, master, compute, frozen, optimizer, schedule, training, scaling, step: 0 })
+        let (step, is_whole, is_sharded) = (0, true, false);
+        Ok(Replica {
+            model,
+            master,
+            compute,
+            frozen,
+            optimizer,
+            schedule,
+            training,
+            scaling,
+            step,
+            is_whole,
+            is_sharded,
+        })
     }
 
     pub fn model(&self) -> &Model {
@@ -238,6 +258,19 @@ impl Replica {
         &self.optimizer
     }
 
+    /// To say of which weights the state is held.
+    pub fn optimizer_mut(&mut self) -> &mut Optimizer {
+        &mut self.optimizer
+    }
+
+    /// Holds the state of all weights, as the only rank does.
+    ///
+    /// # Errors
+    /// Memory.
+    pub fn hold_all(&mut self) -> Result<()> {
+        self.optimizer.hold(0..self.master.layout().len())
+    }
+
     /// The last committed step; 0 before the first.
     pub fn step(&self) -> u64 {
         self.step
@@ -269,24 +302,31 @@ impl Replica {
         (sums.map_err(Error::from), gradients.into_values())
     }
 
-    /// What a step with this sum of gradients over its global batch does; nothing good where it is not finite and no loss
-    /// scale is to blame.
-    pub fn plan_update(&self, sum: View, target_tokens: u64) -> Result<Option<Update>> {
+    /// What a step with a sum of gradients of this norm over its global batch does; nothing good where it is not finite and
+    /// no loss scale is to blame.
+    pub fn plan_update(&self, norm_of_sum: f64, target_tokens: u64) -> Option<Update> {
         let gradient_scale = self.scaling.map_or(1.0, |scaling| scaling.gradient_scale());
-        let mean = ClippedMean::new(sum, target_tokens as f64 * gradient_scale, self.training.max_grad_norm)?;
+        let divisor = target_tokens as f64 * gradient_scale;
+        let mean = ClippedMean::of_norm(norm_of_sum, divisor, self.training.max_grad_norm);
         if mean.norm.is_finite() {
-            return Ok(Some(Update::Apply(mean)));
+            return Some(Update::Apply(mean));
         }
-        Ok(self.scaling.filter(|scaling| scaling.scaler.can_shrink()).map(|_| Update::Skip))
+        self.scaling.filter(|scaling| scaling.scaler.can_shrink()).map(|_| Update::Skip)
     }
 
-    /// Does what was planned for a step that is committed, from the same `sum`, and counts it.
+    /// Does what was planned for a step that is committed, from the same sum, and counts it. Where the optimizer's state is
+    /// sharded, the weights whose state is held are updated, and [`Replica::complete`] is to bring the others.
     pub fn update(&mut self, step: u64, sum: View, update: Update) -> Result<()> {
         assert_eq!(step, self.step + 1, "steps are applied in order");
+        assert!(self.is_whole, "weights of another step");
         if let Update::Apply(mean) = update {
             let rate = self.learning_rate(step);
             self.optimizer.step(rate, self.master.view_mut(), sum, mean.scale)?;
-            self.refresh_compute()?;
+            // Who holds everything has to send it all the same.
+            self.is_whole = !self.is_sharded;
+            if self.is_whole {
+                self.refresh_compute()?;
+            }
         }
         if let Some(scaling) = &mut self.scaling {
             scaling.scaler.update(update == Update::Skip);
@@ -295,21 +335,48 @@ impl Replica {
         Ok(())
     }
 
-    /// All that updates change, but for what [`Replica::resume_at`] sets: the master weights, then the optimizer's arenas.
-    pub fn arenas(&self) -> Vec<View<'_>> {
-        let mut arenas = vec![self.master.view()];
-        arenas.extend(self.optimizer.arenas());
-        arenas
+    /// Whether all weights are those of the last step.
+    pub fn is_whole(&self) -> bool {
+        self.is_whole
     }
 
-    /// [`Replica::arenas`], to be overwritten with another replica's.
-    pub fn arenas_mut(&mut self) -> Vec<ViewMut<'_>> {
-        let mut arenas = vec![self.master.view_mut()];
-        arenas.extend(self.optimizer.arenas_mut());
-        arenas
+    /// Gives up all of the optimizer's state but this rank's part of a division, by which steps go on.
+    pub fn divide(&mut self, shards: &Shards, rank: u32) {
+        self.optimizer.retain(&shards.parts(rank));
+        self.is_sharded = !shards.is_replicated();
     }
 
-    /// Where the model's tensors lie in the first of [`Replica::arenas`].
+    /// Whether nothing of the state has to be had from other ranks.
+    pub fn has_everything(&self) -> bool {
+        let whole = 0..self.master.layout().len();
+        self.is_whole && (self.optimizer.has_origin() || self.optimizer.holds(&whole))
+    }
+
+    /// Brings the weights that other ranks have updated from them, after [`Replica::update`].
+    ///
+    /// # Errors
+    /// Those of [`Collective::gather_slices`].
+    pub fn complete(&mut self, collective: &mut Collective, shards: &Shards) -> Result<()> {
+        if !self.is_whole {
+            collective.gather_slices(self.step, shards, self.master.view_mut())?;
+            self.is_whole = true;
+            self.refresh_compute()?;
+        }
+        Ok(())
+    }
+
+    /// For weights from elsewhere; [`Replica::resume_at`] says when they are whole.
+    pub fn master_mut(&mut self) -> ViewMut<'_> {
+        self.master.view_mut()
+    }
+
+    /// Gives up the state, to be given another.
+    pub fn forget(&mut self) {
+        self.optimizer.forget();
+        self.is_whole = false;
+    }
+
+    /// Where the tensors of the weights lie in their arena.
     pub fn pieces(&self) -> Vec<Piece> {
         let tensors = self.master.layout().tensors().iter();
         tensors
@@ -322,13 +389,13 @@ impl Replica {
             .collect()
     }
 
-    /// Goes on from arenas that were overwritten with those of a replica at `step`, after so many updates.
+    /// Goes on from weights and state that were overwritten with those of `step`, after so many updates.
     pub fn resume_at(&mut self, step: u64, updates: u64, loss_scaler: Option<LossScaler>) -> Result<()> {
         self.optimizer.set_steps(updates);
         if let Some((scaling, scaler)) = self.scaling.as_mut().zip(loss_scaler) {
             scaling.scaler = scaler;
         }
-        self.step = step;
+        (self.step, self.is_whole) = (step, true);
         self.refresh_compute()
     }
 
@@ -338,18 +405,18 @@ impl Replica {
         Ok(digest_over(self.master.digest()?, base_fingerprint))
     }
 
-    /// Takes over the weights and optimizer state that `read` fills in, by name and shape.
+    /// Takes over the weights that `read_weight` fills in, by name and shape, and the optimizer's state where that is.
     pub fn restore(
         &mut self,
         step: u64,
         loss_scaler: Option<LossScaler>,
         mut read_weight: impl FnMut(&str, &[usize], &mut [f32]) -> Result<()>,
-        read_state: impl FnMut(&str, &[usize], &mut [f32]) -> Result<()>,
+        state: ReadSaved,
     ) -> Result<()> {
         read_into(&mut self.master, &mut read_weight)?;
-        let skipped = loss_scaler.map_or(0, |scaler| scaler.skipped_steps());
-        self.optimizer.load_state(step - skipped, read_state)?;
-        self.resume_at(step, step - skipped, loss_scaler)
+        let updates = step - loss_scaler.map_or(0, |scaler| scaler.skipped_steps());
+        self.optimizer.begin_at(updates, state);
+        self.resume_at(step, updates, loss_scaler)
     }
 
     /// Other weights of this model, beside those at hand.
@@ -410,7 +477,9 @@ mod tests {
         let model = Model::new(&Device::cpu(), config).unwrap();
         let mut master = model.zero_parameters(DType::F32).unwrap();
         quintet_t5::initialize(model.config(), 1, &mut master).unwrap();
-        Replica::new(model, master, None, &TrainingConfig::default(), precision, 10, TOKENS).unwrap()
+        let mut replica = Replica::new(model, master, None, &TrainingConfig::default(), precision, 10, TOKENS).unwrap();
+        replica.hold_all().unwrap();
+        replica
     }
 
     /// The gradient of a batch of twelve target tokens.
@@ -424,11 +493,15 @@ mod tests {
         gradient
     }
 
+    fn plan(replica: &Replica, sum: &Tensor) -> Option<Update> {
+        replica.plan_update(ops::global_norm(sum.view()).unwrap(), TOKENS)
+    }
+
     #[test]
     fn the_loss_scale_cancels() {
         let norm = |precision| {
             let replica = replica(precision);
-            match replica.plan_update(gradient(&replica, 1).view(), TOKENS).unwrap() {
+            match plan(&replica, &gradient(&replica, 1)) {
                 Some(Update::Apply(mean)) => mean.norm,
                 other => panic!("{other:?}"),
             }
@@ -444,13 +517,12 @@ mod tests {
         let mut sum = gradient(&replica, 1);
         sum.as_mut_slice::<f32>()[5] = f32::INFINITY;
         let digest = replica.digest().unwrap();
-        let update = replica.plan_update(sum.view(), TOKENS).unwrap();
-        assert_eq!(update, Some(Update::Skip));
+        assert_eq!(plan(&replica, &sum), Some(Update::Skip));
         replica.update(1, sum.view(), Update::Skip).unwrap();
         assert_eq!((replica.digest().unwrap(), replica.step(), replica.optimizer().steps()), (digest, 1, 0));
         assert_eq!(replica.loss_scaler().unwrap().scale(), 32768.0);
         let sum = gradient(&replica, 2);
-        let update = replica.plan_update(sum.view(), TOKENS).unwrap().unwrap();
+        let update = plan(&replica, &sum).unwrap();
         assert!(matches!(update, Update::Apply(_)));
         replica.update(2, sum.view(), update).unwrap();
         assert_ne!(replica.digest().unwrap(), digest);
@@ -463,7 +535,7 @@ mod tests {
             let replica = replica(precision);
             let mut sum = gradient(&replica, 1);
             sum.as_mut_slice::<f32>()[5] = f32::NAN;
-            assert_eq!(replica.plan_update(sum.view(), TOKENS).unwrap(), None);
+            assert_eq!(plan(&replica, &sum), None);
         }
     }
 }

@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use quintet_kernels::{DType, Device, Tensor, View};
 
 use crate::checkpoint::{self, Progress, Snapshot};
-use crate::optimizer::{Piece, named};
+use crate::optimizer::{Part, Piece, named};
 use crate::outbox::Outbox;
 use crate::replica::{Replica, digest_over};
 use crate::{Error, Result};
@@ -23,19 +23,18 @@ pub struct Image {
 }
 
 impl Image {
-    /// `progress` without its digest, which is taken from the copy.
+    /// With the whole of the optimizer's `state`, in the host's memory; `progress` without its digest, which is taken from
+    /// the copy.
     ///
     /// # Errors
     /// Memory, or a device's.
-    pub fn of(replica: &Replica, progress: Progress) -> Result<Self> {
+    pub fn of(replica: &Replica, state: Part, progress: Progress) -> Result<Self> {
         // A pool of its own, so that the memory is given back with it.
         let host = Device::cpu();
-        let copy = |view: View| -> Result<Tensor> {
-            let mut tensor = host.empty(DType::F32, 1, view.rows() * view.cols())?;
-            view.read(tensor.as_mut_slice::<f32>())?;
-            Ok(tensor)
-        };
-        let arenas = replica.arenas().into_iter().map(copy).collect::<Result<_>>()?;
+        let view = replica.master().view();
+        let mut weights = host.empty(DType::F32, 1, view.cols())?;
+        view.read(weights.as_mut_slice::<f32>())?;
+        let arenas = std::iter::once(weights).chain(state.tensors).collect();
         let base_fingerprint = replica.adapter().map(|about| about.base.fingerprint.clone());
         let (model, optimizer) = (replica.pieces(), replica.optimizer().pieces());
         Ok(Self { arenas, model, optimizer, progress, base_fingerprint })
@@ -51,6 +50,9 @@ impl Image {
         Ok(())
     }
 }
+
+/// How often to look whether a checkpoint is written, where there is nothing else to do.
+const LOOK_INTERVAL: std::time::Duration = std::time::Duration::from_millis(2);
 
 /// Writes one checkpoint at a time.
 pub struct Saver {
@@ -92,6 +94,15 @@ impl Saver {
     /// What became of the checkpoint under way, if it has ended.
     pub fn poll(&mut self) -> Option<Saved> {
         self.under_way.as_ref().is_some_and(|(_, thread)| thread.is_finished()).then(|| self.wait())?
+    }
+
+    /// As [`Saver::wait`], and calls `alive` now and then meanwhile.
+    pub fn wait_alive(&mut self, alive: impl Fn()) -> Option<Saved> {
+        while self.under_way.as_ref().is_some_and(|(_, thread)| !thread.is_finished()) {
+            alive();
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+        self.wait()
     }
 
     /// What becomes of the checkpoint under way, if there is one.

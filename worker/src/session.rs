@@ -141,11 +141,11 @@ struct Stream {
 struct Vitals {
     waiting: AtomicBool,
     progress: AtomicU64,
-    /// The coordinator said stop.
+    /// The coordinator said stop, or this worker leaves.
     ended: AtomicBool,
 }
 
-/// Tells other threads when the coordinator has said stop.
+/// Tells other threads when the session is over.
 #[derive(Clone, Default)]
 pub struct Ended(Arc<Vitals>);
 
@@ -223,6 +223,11 @@ impl Session {
     /// Says in heartbeats that the computing thread has got on.
     pub fn count_progress(&self) {
         self.vitals.progress.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Says to other threads that nothing of the coordinator is waited for any more.
+    pub fn leave(&self) {
+        self.vitals.ended.store(true, Ordering::Relaxed);
     }
 
     /// For other threads that wait for the coordinator.

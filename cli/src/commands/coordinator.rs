@@ -7,7 +7,7 @@ use quintet_coordinator::admission::{Admission, TOKEN_LIFETIME};
 use quintet_coordinator::launch::remote::{RemoteEnd, RemoteEvent, Remotes};
 use quintet_coordinator::launch::{Death, LocalWorkers};
 use quintet_coordinator::server::{self, Control, Outcome};
-use quintet_coordinator::state::Event;
+use quintet_coordinator::state::{Abandoned, Event};
 use quintet_identity::Role;
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -30,26 +30,60 @@ pub(crate) fn run(arguments: CoordinatorArguments) -> Result<u8> {
     };
     let (insecure_plaintext, authority) = (arguments.insecure_plaintext, arguments.authority);
     let mut door = Door { address, insecure_plaintext, authority };
+    let mut abandoned = None;
     loop {
-        let prepared = prepare(job.clone(), serving, &door)?;
+        let mut prepared = prepare(job.clone(), serving, &door)?;
+        prepared.run.settings.abandoned = abandoned;
         let address = door.address;
         let options = RunOptions { address, json: arguments.json, announce: true, by_hand: true, device: None };
         match serve(prepared, &options, |_, _| Ok(Workers::Elsewhere))? {
             Served::Ended(code) => return Ok(code),
-            Served::Abandoned { address: listened, reason } => {
+            Served::Abandoned { address: listened, reason, state } => {
                 eprintln!("{reason}; going on from the last checkpoint");
-                (door.address, serving.from_checkpoint) = (listened, true);
+                (door.address, abandoned) = (listened, Some(state));
+                (serving.resume, serving.from_checkpoint) = (true, true);
             }
         }
     }
 }
 
+/// Serves a run whose workers are started from here; if its state is lost, from the last checkpoint with others.
+///
+/// `prepare` is told whether to resume.
+pub(crate) fn serve_to_end(
+    mut prepare: impl FnMut(bool) -> Result<(Prepared, RunOptions)>,
+    mut launch: impl FnMut(SocketAddr, &Admission) -> Result<Workers>,
+) -> Result<u8> {
+    let (mut abandoned, mut begun, mut attempts) = (None, None, 0);
+    loop {
+        let (mut prepared, options) = prepare(abandoned.is_some())?;
+        prepared.run.settings.abandoned = abandoned;
+        let start = prepared.start_step;
+        attempts = if begun == Some(start) { attempts + 1 } else { 1 };
+        begun = Some(start);
+        match serve(prepared, &options, &mut launch)? {
+            Served::Ended(code) => return Ok(code),
+            Served::Abandoned { reason, .. } if attempts == STARTS_MAX => {
+                let what = format!("{reason}, for the {STARTS_MAX}rd time since the checkpoint of step {start}");
+                return Err(Failure::failed(what));
+            }
+            Served::Abandoned { reason, state, .. } => {
+                eprintln!("{reason}; going on from the last checkpoint");
+                abandoned = Some(state);
+            }
+        }
+    }
+}
+
+/// How often workers are all started anew from one and the same checkpoint.
+const STARTS_MAX: u32 = 3;
+
 /// What became of a run that was served.
 pub(crate) enum Served {
     /// It ended, with this exit code.
     Ended(u8),
-    /// Nobody came back to it, at this address; its workers have it to connect to.
-    Abandoned { address: SocketAddr, reason: String },
+    /// Its state is lost; workers have this address to connect to.
+    Abandoned { address: SocketAddr, reason: String, state: Abandoned },
 }
 
 impl Served {
@@ -57,7 +91,9 @@ impl Served {
     pub(crate) fn exit_code(self) -> Result<u8> {
         match self {
             Served::Ended(code) => Ok(code),
-            Served::Abandoned { reason, .. } => Err(Failure::failed(reason)),
+            Served::Abandoned { reason, .. } => {
+                Err(Failure::failed(format!("{reason}; --resume goes on from the last checkpoint")))
+            }
         }
     }
 }
@@ -87,13 +123,13 @@ impl Workers {
         }
     }
 
-    async fn end(self, reporter: &Reporter) {
+    async fn end(self, grace: Duration, reporter: &Reporter) {
         match self {
             Workers::Elsewhere => {}
-            Workers::Local(workers) => workers.end(STOP_GRACE).await,
+            Workers::Local(workers) => workers.end(grace).await,
             Workers::Remote(remotes) => {
                 remotes
-                    .end(STOP_GRACE, |event| {
+                    .end(grace, |event| {
                         show(News::Remote(event), reporter);
                     })
                     .await;
@@ -182,8 +218,8 @@ pub(crate) fn serve(
     let job = prepared.job.clone();
     let (outcome, address) = runtime.block_on(drive(prepared, options, launch, &mut reporter))?;
     reporter.finish();
-    if outcome.abandoned {
-        return Ok(Served::Abandoned { address, reason: outcome.reason });
+    if let Some(state) = outcome.abandoned {
+        return Ok(Served::Abandoned { address, reason: outcome.reason, state });
     }
     summarize(&job, &outcome, &reporter, options.json);
     Ok(Served::Ended(outcome.exit_code as u8))
@@ -246,7 +282,9 @@ async fn drive(
     while let Ok(event) = shown.try_recv() {
         reporter.show(event);
     }
-    workers.end(reporter).await;
+    let abandoned = outcome.as_ref().is_ok_and(|outcome| outcome.abandoned.is_some());
+    // Who was told nothing does not end by itself.
+    workers.end(if abandoned { Duration::ZERO } else { STOP_GRACE }, reporter).await;
     Ok((outcome?, address))
 }
 

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use quintet_coordinator::launch::LocalWorkers;
 
 use crate::args::TrainArguments;
-use crate::commands::coordinator::{RunOptions, Workers, serve};
+use crate::commands::coordinator::{RunOptions, Workers, serve_to_end};
 use crate::device::Decision;
 use crate::error::{Failure, Result};
 use crate::job::Job;
@@ -16,13 +16,16 @@ pub(crate) fn run(arguments: TrainArguments) -> Result<u8> {
     let device = Decision::new(job.cluster.device, 0)?;
     job.settle(&device);
     let address = job.cluster.listen_address()?;
+    job.training.check_device(device.choice)?;
     let door = Door { address, insecure_plaintext: false, authority: None };
-    let serving = Serving { resume: arguments.job.resume, launches: true, ..Serving::default() };
-    let prepared = prepare(job, serving, &door)?;
-    let workers = prepared.run.settings.workers_expected;
-    let options =
-        RunOptions { address, json: arguments.json, announce: false, by_hand: false, device: Some(device.line()) };
-    let served = serve(prepared, &options, |address, admission| {
+    let workers = job.cluster.workers();
+    let prepare = |resume| {
+        let resume = resume || arguments.job.resume;
+        let prepared = prepare(job.clone(), Serving { resume, launches: true, ..Serving::default() }, &door)?;
+        let device = Some(device.line());
+        Ok((prepared, RunOptions { address, json: arguments.json, announce: false, by_hand: false, device }))
+    };
+    serve_to_end(prepare, |address, admission| {
         let executable = std::env::current_exe()
             .map_err(|error| Failure::failed(format!("cannot find this program's own file: {error}")))?;
         // Workers on one machine share its cores.
@@ -42,6 +45,5 @@ pub(crate) fn run(arguments: TrainArguments) -> Result<u8> {
         let admission = admission.clone();
         let ticket = Box::new(move || admission.ticket());
         Ok(Workers::Local(LocalWorkers::spawn(&executable, &arguments, &variables, ticket)?))
-    })?;
-    served.exit_code()
+    })
 }

@@ -81,6 +81,7 @@ fn lines_are_as_documented() {
         coordinator_restarted: false,
         seconds: 0.5,
         micro_batches_recomputed: 4,
+        steps_recomputed: 0,
     });
     files
         .record(&Entry { commit: None, events: vec![Event::Saved { step: 2 }, eval, recovery], record: record(2) })
@@ -96,7 +97,7 @@ fn lines_are_as_documented() {
     let expected = [
         r#"{"event":"train","step":2,"epoch":0,"loss":1.5,"grad_norm":2.0,"learning_rate":0.001,"examples":4,"source_tokens":10,"target_tokens":6,"step_seconds":0.5,"tokens_per_second":32.0,"workers":2,"peak_memory_bytes":1024}"#,
         r#"{"event":"eval","step":2,"eval_loss":0.75,"metrics":{"exact_match":0.25}}"#,
-        r#"{"event":"recovery","step":3,"generation":4,"lost":[{"worker":1,"host":"h","pid":9,"why":"gone","noticed_by":"connection"}],"workers":2,"joined":[{"worker":2,"host":"h","pid":10,"healed":true}],"coordinator_restarted":false,"seconds":0.5,"micro_batches_recomputed":4}"#,
+        r#"{"event":"recovery","step":3,"generation":4,"lost":[{"worker":1,"host":"h","pid":9,"why":"gone","noticed_by":"connection"}],"workers":2,"joined":[{"worker":2,"host":"h","pid":10,"healed":true}],"coordinator_restarted":false,"seconds":0.5,"micro_batches_recomputed":4,"steps_recomputed":0}"#,
     ];
     assert_eq!(lines, expected);
     let evaluations = RunFiles::evaluations(directory.path()).unwrap();

@@ -39,6 +39,7 @@ fn settings(workers: u32, steps: u64) -> Settings {
         start_generation: 0,
         selection: None,
         past_evaluations: Vec::new(),
+        abandoned: None,
     }
 }
 
@@ -203,7 +204,7 @@ async fn workers_train_to_the_end() {
         assert_eq!(worker.await.unwrap().exit_code, exit_code::DONE);
     }
     let outcome = served.outcome.await.unwrap().unwrap();
-    let expected = Outcome { exit_code: 0, reason: "trained to step 40".to_owned(), abandoned: false };
+    let expected = Outcome { exit_code: 0, reason: "trained to step 40".to_owned(), abandoned: None };
     assert_eq!(outcome, expected);
     assert!(steps_in(directory.path(), "ledger.jsonl").into_iter().eq(1..=40));
     assert!(steps_in(directory.path(), "metrics.jsonl").into_iter().eq(1..=40));

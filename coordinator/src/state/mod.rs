@@ -23,6 +23,7 @@
 //! - nobody computes on a state other than the committed one.
 
 mod deadlines;
+mod links;
 mod membership;
 mod record;
 mod selection;
@@ -41,6 +42,7 @@ use quintet_data::Schedule;
 use quintet_proto::v1::{Actions, Ready, State, StepDone, Stop, from_worker::Report, to_worker::Command};
 
 use self::deadlines::Pace;
+use self::links::Links;
 pub use self::record::{
     CommitRecord, Entry, EvalMetrics, Event, JoinedWorker, LostWorker, Notice, Record, Recovery, TrainMetrics,
 };
@@ -97,6 +99,17 @@ pub struct Settings {
     pub selection: Option<Selection>,
     /// The evaluations up to `start_step`.
     pub past_evaluations: Vec<EvalMetrics>,
+    /// A later state of the run that was lost, where that is why it goes on from a checkpoint.
+    pub abandoned: Option<Abandoned>,
+}
+
+/// A state of the run that nobody holds any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Abandoned {
+    /// The committed step.
+    pub step: u64,
+    /// Who was lost since, as far as is known.
+    pub lost: Vec<LostWorker>,
 }
 
 /// What can happen to the machine.
@@ -177,11 +190,14 @@ pub enum Effect {
         /// The other.
         pid: u32,
     },
-    /// Nobody came back to a coordinator that did: the state is lost, and the run can go on from
-    /// its last checkpoint. Comes last; workers are told nothing, and will connect again.
+    /// The state is lost: nobody came back to a coordinator that did, or too many of those who held
+    /// a part of it are gone. The run can go on from its last checkpoint. Comes last; workers are
+    /// told nothing, and will connect again.
     Abandon {
         /// For people: one line.
         reason: String,
+        /// For the report of the first step that follows.
+        abandoned: Abandoned,
     },
     /// The run is over. Comes last, after the workers were told.
     Stop {
@@ -229,6 +245,8 @@ struct Member {
     done: Option<StepDone>,
     /// Why it could not complete the step in flight.
     failed: Option<String>,
+    /// The ranks that it did not reach then.
+    unreachable: Vec<u32>,
     /// It wrote what the run leaves; with its digest of the final weights.
     finished: Option<Vec<u8>>,
     /// Its process has ended, in this way; its stream is about to.
@@ -242,6 +260,8 @@ struct Trouble {
     lost: Vec<LostWorker>,
     joined: Vec<JoinedWorker>,
     micro_batches: u64,
+    /// Committed steps that are computed again.
+    steps: u64,
 }
 
 /// The state machine. See the module's description.
@@ -265,6 +285,8 @@ pub struct Machine {
     preempting: bool,
     /// What the run waits for, while it does.
     wait: Option<Wait>,
+    /// The last generation lacked a part of the state, and nobody came since who may have it.
+    state_is_lost: bool,
     trouble: Option<Trouble>,
     /// This coordinator goes on in place of one that died, and has not committed a step yet.
     took_over: bool,
@@ -281,6 +303,9 @@ pub struct Machine {
     attempts_failed: u32,
     /// When the first member of the generation reported that it could not complete the step.
     failed_ms: Option<u64>,
+    /// Since when the step in flight has been tried again because everybody waited.
+    stalled_ms: Option<u64>,
+    links: Links,
     /// When the run last moved.
     progress_ms: u64,
     pace: Pace,
@@ -307,7 +332,14 @@ impl Machine {
             saver: None,
             preempting: false,
             wait: None,
-            trouble: None,
+            state_is_lost: false,
+            trouble: settings.abandoned.as_ref().map(|abandoned| Trouble {
+                noticed_ms: 0,
+                lost: abandoned.lost.clone(),
+                joined: Vec::new(),
+                micro_batches: 0,
+                steps: abandoned.step.saturating_sub(settings.start_step),
+            }),
             took_over: false,
             absent: Vec::new(),
             retired: Vec::new(),
@@ -316,6 +348,8 @@ impl Machine {
             calm_steps: 0,
             attempts_failed: 0,
             failed_ms: None,
+            stalled_ms: None,
+            links: Links::default(),
             progress_ms: 0,
             pace: Pace::default(),
             now_ms: 0,
@@ -364,6 +398,7 @@ impl Machine {
             Report::StepDone(done) => self.on_step_done(worker, done),
             Report::NotFinite(report) => self.on_not_finite(worker, &report),
             Report::StepFailed(report) => self.on_step_failed(worker, report),
+            Report::StateLost(report) => self.on_state_lost(report),
             Report::Evaluated(report) => self.on_evaluated(report),
             Report::Saved(report) => self.on_saved(worker, &report),
             Report::SaveFailed(report) => self.on_save_failed(worker, report),

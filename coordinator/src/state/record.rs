@@ -150,6 +150,13 @@ pub enum Event {
         /// For so long.
         seconds: f64,
     },
+    /// The workers that are there lack a part of the optimizer's state, and the run waits for one who has it.
+    StateIncomplete {
+        /// Which part.
+        problem: String,
+        /// For so long.
+        seconds: f64,
+    },
     /// The first step after a change of membership is committed.
     Recovery(Recovery),
 }
@@ -233,6 +240,9 @@ pub struct Recovery {
     pub seconds: f64,
     /// Micro-batches that were leased and computed in vain.
     pub micro_batches_recomputed: u64,
+    /// Committed steps that are computed again, because nobody held their outcome any more: those after the checkpoint
+    /// from which the run goes on.
+    pub steps_recomputed: u64,
 }
 
 /// How a loss was noticed.
@@ -247,6 +257,8 @@ pub enum Notice {
     Silence,
     /// It sent heartbeats, and got nowhere.
     Watchdog,
+    /// It and another could not connect to each other.
+    Link,
 }
 
 /// A worker that left, and why.

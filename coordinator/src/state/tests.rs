@@ -3,7 +3,7 @@
 use quintet_data::TrainingLength;
 use quintet_proto::v1::{
     Evaluated, Failed, Finished, Heartbeat, Interrupted, Lease, Linked, MicroBatch, NotFinite, SaveFailed, Saved,
-    StepFailed,
+    StateLost, StepFailed,
 };
 
 use super::*;
@@ -30,6 +30,7 @@ pub(super) fn settings() -> Settings {
         start_generation: 0,
         selection: None,
         past_evaluations: Vec::new(),
+        abandoned: None,
     }
 }
 
@@ -159,7 +160,7 @@ fn lines(effect: &Effect) -> Vec<String> {
             format!("{worker} <- {}: {reason}", if *rejoin { "dismissed" } else { "refused" })
         }
         Effect::Replace { pid } => format!("replace process {pid}"),
-        Effect::Abandon { reason } => format!("abandon: {reason}"),
+        Effect::Abandon { reason, .. } => format!("abandon: {reason}"),
         Effect::Stop { exit_code, reason } => format!("stop {exit_code}: {reason}"),
     };
     vec![line]
@@ -196,12 +197,15 @@ fn event_line(event: &Event) -> String {
         Event::TriedAgain { step } => format!("step {step} again"),
         Event::Refused { reason } => format!("refused: {reason}"),
         Event::Waiting { workers, needed, seconds } => format!("waiting with {workers} of {needed} for {seconds} s"),
+        Event::StateIncomplete { problem, seconds } => format!("{problem}: waiting for {seconds} s"),
         Event::Recovery(r) => {
             let lost: Vec<WorkerId> = r.lost.iter().map(|l| l.worker).collect();
             let joined: Vec<String> =
                 r.joined.iter().map(|j| format!("{}{}", j.worker, if j.healed { " healed" } else { "" })).collect();
+            let again =
+                if r.steps_recomputed > 0 { format!(", {} steps again", r.steps_recomputed) } else { String::new() };
             format!(
-                "recovered at step {} as generation {} of {}: lost {lost:?}, joined [{}]{}, {} s, {} micro-batches",
+                "recovered at step {} as generation {} of {}: lost {lost:?}, joined [{}]{}, {} s, {} micro-batches{again}",
                 r.step,
                 r.generation,
                 r.workers,
@@ -233,7 +237,7 @@ fn command_line(command: &Command) -> String {
             p.rank,
             p.members.len(),
             p.committed_step,
-            if p.healed.is_empty() { String::new() } else { format!(" {} heals {:?}", p.source, p.healed) },
+            if p.healed.is_empty() { String::new() } else { format!(" heals {:?}", p.healed) },
             actions(&p.actions),
             next(&p.next)
         ),

@@ -2,7 +2,7 @@
 //! started in place of dead ones.
 
 use super::membership::Loss;
-use super::{CALM_STEPS, Effect, Event, Machine, Member, Notice, Phase, Record, Settings};
+use super::{Abandoned, CALM_STEPS, Effect, Event, Machine, Member, Notice, Phase, Record, Settings};
 use crate::exit_code;
 
 /// When enough are there for the run to go on, the others have so long to come too.
@@ -46,7 +46,7 @@ impl Machine {
     }
 
     /// What the committed step asks for: computing the next, or what a run leaves.
-    fn phase_at_committed(&self) -> Phase {
+    pub(super) fn phase_at_committed(&self) -> Phase {
         let last = self.committed_step == self.settings.schedule.total_steps || self.due.finish;
         match (last, self.preempting) {
             (true, _) => Phase::Finishing,
@@ -61,12 +61,11 @@ impl Machine {
     }
 
     fn is_held(&self) -> bool {
-        self.members.values().any(|member| member.ready.is_some() && member.holds)
+        !self.state_is_lost && self.members.values().any(|member| member.ready.is_some() && member.holds)
     }
 
     pub(super) fn can_go_on(&self) -> bool {
-        let ready = self.members.values().filter(|member| member.ready.is_some()).count() as u32;
-        ready >= self.workers_needed() && self.is_held()
+        self.roster().len() as u32 >= self.workers_needed() && self.is_held()
     }
 
     pub(super) fn wait_for_workers(&mut self, cause: String) {
@@ -78,7 +77,11 @@ impl Machine {
             let (ready, needed) = (self.members.len() as u32, self.workers_needed());
             let timeout_ms =
                 if self.is_held() { self.settings.join_timeout_ms } else { self.settings.reconnect_timeout_ms };
-            self.event(Event::Waiting { workers: ready, needed, seconds: timeout_ms as f64 / 1000.0 });
+            let seconds = timeout_ms as f64 / 1000.0;
+            self.event(match &self.wait {
+                Some(wait) if self.state_is_lost => Event::StateIncomplete { problem: wait.cause.clone(), seconds },
+                _ => Event::Waiting { workers: ready, needed, seconds },
+            });
         }
     }
 
@@ -87,6 +90,8 @@ impl Machine {
         if self.phase != Phase::Waiting {
             return;
         }
+        // A link may be tried again.
+        self.state_is_lost &= !self.others_may_hold();
         let enough = self.can_go_on();
         let all_ready = self.members.values().all(|member| member.ready.is_some());
         let Some(wait) = &mut self.wait else { return };
@@ -119,23 +124,35 @@ impl Machine {
             (true, None) => true,
             // A replacement brings no state.
             (false, Some(_)) => !all_ready || !self.absent.is_empty(),
-            (false, None) => !(full && all_ready || self.preempting),
+            (false, None) => !(full && all_ready || self.preempting) || self.is_holder_left_out(),
         };
         if hope && !late {
             return;
         }
-        if self.took_over && !held {
-            let step = self.committed_step;
-            let reason = format!("no worker that holds the weights of step {step} came back");
-            self.phase = Phase::Done;
-            self.effects.push(Effect::Abandon { reason });
-            return;
+        if !held && (self.took_over || self.state_is_lost && !self.preempting) {
+            return self.abandon();
         }
         let (left, needed) = (self.members.len(), self.workers_needed());
-        let lost = if held { "" } else { ", and none holds the weights" };
+        let lost = match (held, self.state_is_lost) {
+            (true, _) => "",
+            (false, false) => ", and none holds the weights",
+            (false, true) => ", and together they do not hold the state",
+        };
         let reason = format!("{left} workers left, {needed} needed{lost}: {}", wait.cause);
         let code = if self.preempting { exit_code::PREEMPTED } else { exit_code::TOO_FEW_WORKERS };
         self.stop(code, reason);
+    }
+
+    /// The committed state is gone.
+    fn abandon(&mut self) {
+        let step = self.committed_step;
+        let reason = match &self.wait {
+            Some(wait) if self.state_is_lost => format!("the state of step {step} is lost: {}", wait.cause),
+            _ => format!("no worker that holds the weights of step {step} came back"),
+        };
+        let lost = self.trouble.take().map_or(Vec::new(), |trouble| trouble.lost);
+        self.phase = Phase::Done;
+        self.effects.push(Effect::Abandon { reason, abandoned: Abandoned { step, lost } });
     }
 
     /// A worker that is lost: its process is replaced, once it is known to have ended or where
@@ -152,6 +169,8 @@ impl Machine {
                 self.retired.push(member.pid);
                 self.replace(member.pid);
             }
+            // It is well.
+            Notice::Link => {}
         }
     }
 

@@ -11,7 +11,7 @@
 use rayon::prelude::*;
 
 use super::norm::root_mean_square;
-use super::slots::{BLOCK, TensorSlots};
+use super::slots::{BLOCK, TensorSlot, TensorSlots};
 use super::{check_dtype, check_shape};
 use crate::driver::{Argument, Gpu, Launch, Module};
 use crate::simd::multiversion;
@@ -38,40 +38,60 @@ pub struct AdamW {
     pub gradient_scale: f32,
 }
 
-/// One update of the arena `parameters[1,N]` by `gradient[1,N]`, with the moments `exp_avg` and `exp_avg_sq` (`[1,N]`, or
-/// shorter: up to the end of the last tensor). All f32.
+/// The moments of a part of an arena: of its elements from `first` on, as many as these hold `[1,n]`.
+pub struct Moments<'a> {
+    pub first: usize,
+    pub exp_avg: ViewMut<'a>,
+    pub exp_avg_sq: ViewMut<'a>,
+}
+
+/// One update of those elements of the arena `parameters[1,N]` that there are `moments` of, by `gradient[1,N]`, of which
+/// nothing else is looked at. The parts do not overlap, and may end beyond the arena's last tensor. All f32. A GPU takes
+/// the whole arena as one part.
 pub fn adamw(
     rule: AdamW,
     slots: &TensorSlots,
     parameters: ViewMut,
     gradient: View,
-    exp_avg: ViewMut,
-    exp_avg_sq: ViewMut,
+    moments: &mut [Moments],
 ) -> Result<()> {
-    check_dtype!(DType::F32, parameters, gradient, exp_avg, exp_avg_sq);
+    check_dtype!(DType::F32, parameters, gradient);
     check_shape!(gradient, 1, parameters.cols());
-    check_shape!(exp_avg, 1, exp_avg_sq.cols());
-    assert!(slots.end() <= parameters.cols() && slots.end() <= exp_avg.cols(), "tensors beyond the arena");
+    assert!(slots.end() <= parameters.cols(), "tensors beyond the arena");
+    for Moments { exp_avg, exp_avg_sq, .. } in moments.iter() {
+        check_dtype!(DType::F32, exp_avg, exp_avg_sq);
+        check_shape!(exp_avg, 1, exp_avg_sq.cols());
+    }
     match parameters.device() {
-        Device::Cpu(_) => {
-            let gradient = gradient.as_slice();
-            cpu(rule, slots, parameters.into_slice(), gradient, exp_avg.into_slice(), exp_avg_sq.into_slice());
-        }
-        Device::Gpu(gpu) => launch(gpu, rule, slots, parameters, gradient, exp_avg, exp_avg_sq)?,
+        Device::Cpu(_) => cpu(rule, slots, parameters.into_slice(), gradient.as_slice(), moments),
+        Device::Gpu(gpu) => launch(gpu, rule, slots, parameters, gradient, moments)?,
     }
     Ok(())
 }
 
-fn cpu(rule: AdamW, slots: &TensorSlots, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
-    for slot in slots.as_slice() {
-        let range = slot.range.clone();
-        let p = &mut p[range.clone()];
-        let scale = if rule.scale_by_rms && slot.is_matrix { root_mean_square(p).max(SCALE_MIN) } else { 1.0 };
-        let update = Update::new(&rule, rule.learning_rate * scale, slot.decays);
-        p.par_chunks_mut(BLOCK)
-            .zip(g[range.clone()].par_chunks(BLOCK))
-            .zip(m[range.clone()].par_chunks_mut(BLOCK).zip(v[range].par_chunks_mut(BLOCK)))
-            .for_each(|((p, g), (m, v))| update_block(update, p, g, m, v));
+fn cpu(rule: AdamW, slots: &TensorSlots, p: &mut [f32], g: &[f32], moments: &mut [Moments]) {
+    let slots = slots.as_slice();
+    // Before anything is updated: parts may share a tensor.
+    let ends = |part: &Moments| (part.first, part.first + part.exp_avg.cols());
+    let shares = |slot: &TensorSlot, (first, end): (usize, usize)| slot.range.start < end && first < slot.range.end;
+    let update = |slot: &TensorSlot| {
+        let is_scaled = rule.scale_by_rms && slot.is_matrix && moments.iter().any(|part| shares(slot, ends(part)));
+        let scale = if is_scaled { root_mean_square(&p[slot.range.clone()]).max(SCALE_MIN) } else { 1.0 };
+        Update::new(&rule, rule.learning_rate * scale, slot.decays)
+    };
+    let updates: Vec<Update> = slots.iter().map(update).collect();
+    for part in moments {
+        let (first, end) = ends(part);
+        let (m, v) = (part.exp_avg.reborrow().into_slice::<f32>(), part.exp_avg_sq.reborrow().into_slice::<f32>());
+        for (slot, &update) in slots.iter().zip(&updates).filter(|(slot, _)| shares(slot, (first, end))) {
+            let range = slot.range.start.max(first)..slot.range.end.min(end);
+            let here = range.start - first..range.end - first;
+            p[range.clone()]
+                .par_chunks_mut(BLOCK)
+                .zip(g[range].par_chunks(BLOCK))
+                .zip(m[here.clone()].par_chunks_mut(BLOCK).zip(v[here].par_chunks_mut(BLOCK)))
+                .for_each(|((p, g), (m, v))| update_block(update, p, g, m, v));
+        }
     }
 }
 
@@ -126,10 +146,11 @@ fn launch(
     slots: &TensorSlots,
     parameters: ViewMut,
     gradient: View,
-    exp_avg: ViewMut,
-    exp_avg_sq: ViewMut,
+    moments: &mut [Moments],
 ) -> Result<()> {
     const THREADS: usize = 256;
+    let [Moments { first: 0, exp_avg, exp_avg_sq }] = moments else { panic!("a part of an arena on a GPU") };
+    assert!(slots.end() <= exp_avg.cols(), "tensors without moments");
     let device = parameters.device();
     let tables = slots.on_device(device)?;
     let (count, tasks) = (tables.slots.rows(), tables.tasks.rows());
@@ -163,8 +184,8 @@ fn launch(
         task_table,
         (&parameters).into(),
         gradient.into(),
-        (&exp_avg).into(),
-        (&exp_avg_sq).into(),
+        (&*exp_avg).into(),
+        (&*exp_avg_sq).into(),
         scales.as_ref().map_or(Argument::Pointer(0), |scales| scales.view().into()),
         aligned,
         ((rule.learning_rate * rule.weight_decay) as f32).into(),

@@ -20,6 +20,17 @@ pub fn global_norm(x: View) -> Result<f64> {
     }
 }
 
+/// Elements that one of [`sums_of_squares`] is the sum over.
+pub const NORM_BLOCK: usize = BLOCK;
+
+/// `Σ x²` of each [`NORM_BLOCK`] elements of a view without gaps, on the CPU. The root of the sum of all, in their order,
+/// is [`global_norm`]; so those who have parts of a whole that begin at multiples of a block find its norm together, to the
+/// bit.
+pub fn sums_of_squares(x: View) -> Vec<f64> {
+    check_dtype!(DType::F32, x);
+    x.as_slice::<f32>().par_chunks(BLOCK).map(block_sum_of_squares).collect()
+}
+
 /// The number of the first element of a view without gaps that is infinite or not a number; waits for the device.
 pub fn find_not_finite(x: View) -> Result<Option<usize>> {
     check_dtype!(DType::F32, x);

@@ -1,7 +1,7 @@
 //! Updates of an arena, and what is asked about a gradient before one.
 
 use super::{Bench, Input};
-use crate::ops::{self, Adafactor, AdamW, FactoredMoments, TensorSlot, TensorSlots};
+use crate::ops::{self, Adafactor, AdamW, FactoredMoments, Moments, TensorSlot, TensorSlots};
 use crate::oracle::Updated;
 use crate::{DType, Result, Tensor};
 
@@ -86,7 +86,8 @@ fn adamw(bench: &mut Bench, slots: &TensorSlots, scale_by_rms: bool) -> Result<(
             gradient_scale: GRADIENT_SCALE,
         };
         let (given, meant) = gradient(bench, length)?;
-        ops::adamw(rule, slots, parameters.view_mut(), given.view(), exp_avg.view_mut(), exp_avg_sq.view_mut())?;
+        let moments = Moments { first: 0, exp_avg: exp_avg.view_mut(), exp_avg_sq: exp_avg_sq.view_mut() };
+        ops::adamw(rule, slots, parameters.view_mut(), given.view(), &mut [moments])?;
         for (slot, exact) in slots.as_slice().iter().zip(&mut exact) {
             exact.adamw(&rule, slot, &meant[slot.range.clone()]);
         }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
@@ -90,7 +91,15 @@ impl TensorFile {
     /// # Errors
     /// [`Error::Checkpoint`](crate::Error::Checkpoint) names file and tensor.
     pub fn read(&self, name: &str, shape: &[usize], values: &mut [f32]) -> Result<()> {
-        assert_eq!(shape.iter().product::<usize>(), values.len(), "{name}'s shape");
+        self.read_range(name, shape, 0..shape.iter().product(), values)
+    }
+
+    /// [`TensorFile::read`] of the elements `range`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn read_range(&self, name: &str, shape: &[usize], range: Range<usize>, values: &mut [f32]) -> Result<()> {
+        assert_eq!(range.len(), values.len(), "elements of {name}");
         let Some(info) = self.metadata.info(name) else {
             return Err(damaged(&self.path, format!("has no tensor {name}")));
         };
@@ -100,6 +109,7 @@ impl TensorFile {
         }
         let (begin, end) = info.data_offsets;
         let data = &self.map[self.data_start + begin..self.data_start + end];
+        let data = &data[range.start * size_of::<f32>()..range.end * size_of::<f32>()];
         bytemuck::cast_slice_mut::<f32, u8>(values).copy_from_slice(data);
         Ok(())
     }

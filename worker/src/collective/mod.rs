@@ -11,7 +11,7 @@ mod rendezvous;
 mod stream;
 mod tcp;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod tree;
 mod wire;
 
@@ -26,6 +26,7 @@ pub use tcp::{GATHER_BYTES_MAX, Mesh};
 pub use tree::{LEAVES_MAX, Node, TreeSum, nodes_of};
 
 use crate::Result;
+use crate::shards::Shards;
 
 /// How a rank reaches the others.
 pub enum Collective {
@@ -118,8 +119,8 @@ impl Collective {
         }
     }
 
-    /// Writes the sum over all micro-batches of the step into `output`, on every rank, with
-    /// the same bits whatever `ranges` is.
+    /// Writes the sum over all micro-batches of the step into `output`, on every rank the slices of `shards` that it
+    /// holds, with the same bits whatever `ranges` and `shards` are.
     ///
     /// `ranges[r]` is what rank `r` computed; together they cover `0..sum.leaves()`, each
     /// micro-batch once; empty ranges take part. `output` has `sum.elements()` elements. Where
@@ -128,11 +129,12 @@ impl Collective {
     /// # Errors
     /// A lost or silent peer, a broken protocol, or an interrupt. The mesh is then unusable
     /// and the content of `output` undefined.
-    pub fn all_reduce_tree(
+    pub fn reduce_tree(
         &mut self,
         step: u64,
         sum: &mut TreeSum,
         ranges: &[Range<u32>],
+        shards: &Shards,
         output: &mut Tensor,
     ) -> Result<()> {
         assert_eq!(ranges.len(), self.world_size() as usize, "one range a rank");
@@ -142,8 +144,19 @@ impl Collective {
                 sum.take_total(output);
                 Ok(())
             }
-            Self::Tcp(mesh) => mesh.all_reduce_tree(step, sum, ranges, output.as_mut_slice()),
+            Self::Tcp(mesh) => mesh.reduce_tree(step, sum, ranges, shards, output.as_mut_slice()),
             Self::Nccl(_) => panic!("a tree of micro-batches between GPUs"),
+        }
+    }
+
+    /// Brings the slices of `values`, `[1, elements]` on the CPU, from their owners to all who do not hold them.
+    ///
+    /// # Errors
+    /// Those of [`Collective::reduce_tree`]; the content of slices that this rank does not hold is then undefined.
+    pub fn gather_slices(&mut self, step: u64, shards: &Shards, values: ViewMut) -> Result<()> {
+        match self.mesh_mut() {
+            Some(mesh) if !shards.is_replicated() => mesh.gather_slices(step, shards, values.into_slice()),
+            _ => Ok(()),
         }
     }
 
@@ -161,7 +174,7 @@ impl Collective {
     /// part.
     ///
     /// # Errors
-    /// Those of [`Collective::all_reduce_tree`]; the content of `bytes` is then undefined at the ranks of `to`.
+    /// Those of [`Collective::reduce_tree`]; the content of `bytes` is then undefined at the ranks of `to`.
     pub fn broadcast(&mut self, step: u64, root: u32, to: &[u32], bytes: &mut [u8]) -> Result<()> {
         assert!(!to.contains(&root), "rank {root} among those it sends to");
         match self.mesh_mut() {

@@ -14,13 +14,12 @@ use super::rendezvous::{self, Interrupter, Listener, Membership};
 use super::stream::Stream;
 use super::tree::{Node, TreeSum, merge_plan, nodes_of};
 use super::wire::{Ciphers, Wire};
+use crate::shards::Shards;
 use crate::{Error, Result};
 
 /// Elements summed at a time: a few nodes' chunks fit the second-level cache, and a read is
 /// large enough for the system call not to matter.
 const CHUNK: usize = 32 * 1024;
-/// A rank's slice of the elements begins at a multiple of a cache line.
-const SLICE_ALIGNMENT: usize = 16;
 /// The most bytes that one rank may gather from another in one message.
 pub const GATHER_BYTES_MAX: u64 = 64 << 20;
 
@@ -35,6 +34,7 @@ enum Tag {
     Gather = 3,
     AllGather = 4,
     Broadcast = 5,
+    Slice = 6,
 }
 
 /// One peer's connection.
@@ -202,22 +202,23 @@ impl Mesh {
         self.interrupter.clone()
     }
 
-    /// See [`super::Collective::all_reduce_tree`].
+    /// See [`super::Collective::reduce_tree`].
     ///
     /// A rank sends every other what it has of that one's slice, adds up its own slice chunk by chunk, and sends each
-    /// chunk's total on while the next one comes in.
-    pub(super) fn all_reduce_tree(
+    /// chunk's total on, to those who hold the slice, while the next one comes in.
+    pub(super) fn reduce_tree(
         &mut self,
         step: u64,
         sum: &TreeSum,
         ranges: &[Range<u32>],
+        shards: &Shards,
         output: &mut [f32],
     ) -> Result<()> {
-        let plan = Plan::new(sum, ranges, self.rank, output.len());
-        let (rank, generation) = (self.rank as usize, self.generation);
+        let plan = Plan::new(sum, ranges, self.rank, shards, output.len());
+        let (own_rank, rank, generation) = (self.rank, self.rank as usize, self.generation);
         let header = move |tag, length| Header { tag, generation, step, length };
         let total_header = move |slice: &Range<usize>| header(Tag::Total, (slice.len() * size_of::<f32>()) as u64);
-        let mut slices = plan.split(output);
+        let mut slices = split(output, shards);
         let own_totals = std::mem::take(&mut slices[rank]);
         let (senders, totals): (Vec<_>, Vec<_>) = plan.slices.iter().map(|_| mpsc::channel()).unzip();
         let totals: Vec<Mutex<Receiver<&[f32]>>> = totals.into_iter().map(Mutex::new).collect();
@@ -231,6 +232,9 @@ impl Mesh {
                     for (_, partial) in sum.nodes() {
                         writer.write(bytemuck::cast_slice(&partial[chunk.clone()]))?;
                     }
+                }
+                if !shards.holds(writer.peer, own_rank) {
+                    return Ok(());
                 }
                 writer.write_header(total_header(&plan.slices[rank]))?;
                 let totals = totals[peer].lock().unwrap_or_else(PoisonError::into_inner);
@@ -250,7 +254,7 @@ impl Mesh {
                     senders.iter().for_each(|sender| sender.send(total).unwrap_or_default());
                 }
                 drop(senders);
-                for reader in readers {
+                for reader in readers.iter_mut().filter(|reader| shards.holds(own_rank, reader.peer)) {
                     let peer = reader.peer as usize;
                     reader.expect_header(total_header(&plan.slices[peer]))?;
                     reader.read(bytemuck::cast_slice_mut(&mut *slices[peer]))?;
@@ -260,6 +264,35 @@ impl Mesh {
         );
         self.scratch = scratch;
         result
+    }
+
+    /// See [`super::Collective::gather_slices`].
+    pub(super) fn gather_slices(&mut self, step: u64, shards: &Shards, values: &mut [f32]) -> Result<()> {
+        let (rank, generation) = (self.rank, self.generation);
+        let header = |slice: &Range<usize>| {
+            let length = (slice.len() * size_of::<f32>()) as u64;
+            Header { tag: Tag::Slice, generation, step, length }
+        };
+        let mut slices = split(values, shards);
+        let own = std::mem::take(&mut slices[rank as usize]);
+        let own: &[f32] = own;
+        self.exchange(
+            |writer| {
+                if shards.holds(writer.peer, rank) {
+                    return Ok(());
+                }
+                writer.write_header(header(&shards.slices()[rank as usize]))?;
+                writer.write(bytemuck::cast_slice(own))
+            },
+            |readers| {
+                for reader in readers.iter_mut().filter(|reader| !shards.holds(rank, reader.peer)) {
+                    let peer = reader.peer as usize;
+                    reader.expect_header(header(&shards.slices()[peer]))?;
+                    reader.read(bytemuck::cast_slice_mut(&mut *slices[peer]))?;
+                }
+                Ok(())
+            },
+        )
     }
 
     /// See [`super::Collective::gather_bytes`].
@@ -395,10 +428,11 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(sum: &TreeSum, ranges: &[Range<u32>], rank: u32, elements: usize) -> Self {
+    fn new(sum: &TreeSum, ranges: &[Range<u32>], rank: u32, shards: &Shards, elements: usize) -> Self {
         let world = ranges.len();
         let leaves = sum.leaves();
         assert_eq!(sum.elements(), elements, "output and gradient sum differ in size");
+        assert_eq!((shards.slices().len(), shards.elements()), (world, elements), "a division of something else");
         assert!(sum.is_complete(), "micro-batches of {:?} are missing", sum.range());
         assert!(sum.range() == ranges[rank as usize] || sum.range().is_empty() && ranges[rank as usize].is_empty());
         let mut order: Vec<usize> = (0..world).collect();
@@ -411,12 +445,7 @@ impl Plan {
             slots[r] = first..nodes.len();
         }
         let merges = merge_plan(&nodes, leaves);
-        let bound = |r: usize| match r {
-            r if r == world => elements,
-            r => elements * r / world / SLICE_ALIGNMENT * SLICE_ALIGNMENT,
-        };
-        let slices = (0..world).map(|r| bound(r)..bound(r + 1)).collect();
-        Self { nodes, slots, merges, slices }
+        Self { nodes, slots, merges, slices: shards.slices().to_vec() }
     }
 
     /// Reads what the others have of a chunk of this rank's slice, and writes the sum of it and what this rank has.
@@ -455,16 +484,17 @@ impl Plan {
     fn contribution_bytes(&self, rank: usize, slice: &Range<usize>) -> u64 {
         (self.slots[rank].len() * slice.len() * size_of::<f32>()) as u64
     }
+}
 
-    fn split<'a>(&self, mut elements: &'a mut [f32]) -> Vec<&'a mut [f32]> {
-        let mut parts = Vec::with_capacity(self.slices.len());
-        for slice in &self.slices {
-            let (part, rest) = elements.split_at_mut(slice.len());
-            parts.push(part);
-            elements = rest;
-        }
-        parts
+/// The slices of an arena, by their owner.
+fn split<'a>(mut elements: &'a mut [f32], shards: &Shards) -> Vec<&'a mut [f32]> {
+    let mut parts = Vec::with_capacity(shards.slices().len());
+    for slice in shards.slices() {
+        let (part, rest) = elements.split_at_mut(slice.len());
+        parts.push(part);
+        elements = rest;
     }
+    parts
 }
 
 /// A node's values in a chunk.

@@ -38,7 +38,7 @@ fn connect_as(
 }
 
 /// Runs `body` as every rank of a mesh, each on its own thread.
-fn on_mesh<T: Send>(world: u32, body: impl Fn(u32, Collective) -> T + Sync) -> Vec<T> {
+pub(crate) fn on_mesh<T: Send>(world: u32, body: impl Fn(u32, Collective) -> T + Sync) -> Vec<T> {
     let listeners: Vec<Listener> = (0..world).map(listener_of).collect();
     let members: Vec<(u32, SocketAddr)> = (0..world).zip(&listeners).map(|(rank, l)| (rank, l.local_addr())).collect();
     std::thread::scope(|scope| {
@@ -90,7 +90,9 @@ fn any_number_of_ranks_gives_the_bits_of_one() {
             let mut sum = partial(0..leaves, leaves, elements);
             let whole = 0..leaves;
             let mut local = Collective::local();
-            local.all_reduce_tree(0, &mut sum, std::slice::from_ref(&whole), &mut total).unwrap();
+            local
+                .reduce_tree(0, &mut sum, std::slice::from_ref(&whole), &Shards::replicated(elements, 1), &mut total)
+                .unwrap();
             total.as_slice::<f32>().iter().map(|x| x.to_bits()).collect()
         })
         .collect();
@@ -100,10 +102,43 @@ fn any_number_of_ranks_gives_the_bits_of_one() {
                 let ranges = ranges(world, leaves, step);
                 let mut sum = partial(ranges[rank as usize].clone(), leaves, elements);
                 let mut total = Device::cpu().upload(&vec![f32::NAN; elements], 1, elements).unwrap();
-                collective.all_reduce_tree(step, &mut sum, &ranges, &mut total).unwrap();
+                collective
+                    .reduce_tree(step, &mut sum, &ranges, &Shards::replicated(elements, world), &mut total)
+                    .unwrap();
                 let bits: Vec<u32> = total.as_slice::<f32>().iter().map(|x| x.to_bits()).collect();
                 assert!(bits == *expected, "world {world} rank {rank} {ranges:?} × {elements}");
             }
+        });
+    }
+}
+
+#[test]
+fn ranks_get_the_sums_of_what_they_hold_and_then_all_of_it() {
+    let (leaves, elements) = (5, 7 * 32_768 + 100);
+    let mut expected = Device::cpu().zeros(DType::F32, 1, elements).unwrap();
+    let whole = 0..leaves;
+    let mut sum = partial(whole.clone(), leaves, elements);
+    let shards = Shards::replicated(elements, 1);
+    Collective::local().reduce_tree(0, &mut sum, std::slice::from_ref(&whole), &shards, &mut expected).unwrap();
+    let expected = expected.as_slice::<f32>();
+    for world in [2, 3, 4, 9] {
+        on_mesh(world, |rank, mut collective| {
+            let shards = Shards::sharded(elements, world);
+            let ranges = ranges(world, leaves, 3);
+            let mut sum = partial(ranges[rank as usize].clone(), leaves, elements);
+            let mut total = Device::cpu().upload(&vec![0.5; elements], 1, elements).unwrap();
+            collective.reduce_tree(1, &mut sum, &ranges, &shards, &mut total).unwrap();
+            let held = shards.parts(rank);
+            let bits = |values: &[f32]| -> Vec<u32> { values.iter().map(|x| x.to_bits()).collect() };
+            for part in &held {
+                let total = &total.as_slice::<f32>()[part.clone()];
+                assert!(bits(total) == bits(&expected[part.clone()]), "rank {rank} of {world}");
+            }
+            let got: usize = held.iter().map(ExactSizeIterator::len).sum();
+            let untouched = total.as_slice::<f32>().iter().filter(|&&x| x == 0.5).count();
+            assert!(untouched >= elements - got, "rank {rank} of {world} was sent what it does not hold");
+            collective.gather_slices(1, &shards, total.view_mut()).unwrap();
+            assert!(bits(total.as_slice()) == bits(expected), "rank {rank} of {world}");
         });
     }
 }
@@ -185,7 +220,8 @@ fn a_death_in_the_middle_of_a_reduction_frees_all_others() {
         // More than the sockets hold, so that the senders are blocked when rank 2 is gone.
         let mut sum = partial(ranges[rank as usize].clone(), leaves, elements);
         let mut total = Device::cpu().zeros(DType::F32, 1, elements).unwrap();
-        let error = collective.all_reduce_tree(1, &mut sum, &ranges, &mut total).unwrap_err();
+        let error =
+            collective.reduce_tree(1, &mut sum, &ranges, &Shards::replicated(elements, 3), &mut total).unwrap_err();
         assert!(matches!(error, Error::PeerLost { .. }), "{error}");
     });
     assert!(began.elapsed() < PATIENCE / 2, "waited for a time limit");
@@ -290,6 +326,20 @@ fn a_missing_rank_is_named_at_the_deadline() {
     let deadline = Instant::now() + Duration::from_millis(30);
     let error = Mesh::connect(&listener, membership, deadline, PATIENCE, Interrupter::new()).err();
     assert!(matches!(error, Some(Error::Rendezvous { rank: 1, generation: 9, .. })), "{error:?}");
+}
+
+#[test]
+fn a_rank_whose_machine_does_not_answer_is_told_apart_from_one_that_is_late() {
+    let (listener, late) = (loopback(), loopback());
+    // Whoever asks here is refused.
+    let gone = loopback().local_addr();
+    let members = [(0, late.local_addr()), (1, gone), (2, listener.local_addr())];
+    let membership = Membership { rank: 2, members: &members, token: &TOKEN, identity: None, generation: 9 };
+    let began = Instant::now();
+    let deadline = began + Duration::from_secs(60);
+    let error = Mesh::connect(&listener, membership, deadline, PATIENCE, Interrupter::new()).err().unwrap();
+    assert_eq!(error.unreachable(), [1], "{error:?}");
+    assert!(began.elapsed() < Duration::from_secs(20), "nobody waits for the deadline");
 }
 
 #[test]

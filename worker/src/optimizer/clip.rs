@@ -17,8 +17,13 @@ impl ClippedMean {
     /// Of a gradient that is `divisor` times the mean: the number of tokens that it is the sum over, and what else it was
     /// multiplied with. As `torch.nn.utils.clip_grad_norm_` clips the mean, and not at all where `max_norm` is 0.
     pub fn new(sum: View, divisor: f64, max_norm: f64) -> Result<Self> {
-        let norm = ops::global_norm(sum)? / divisor;
+        Ok(Self::of_norm(ops::global_norm(sum)?, divisor, max_norm))
+    }
+
+    /// [`ClippedMean::new`] of a gradient sum whose norm is known.
+    pub fn of_norm(norm: f64, divisor: f64, max_norm: f64) -> Self {
+        let norm = norm / divisor;
         let coefficient = if max_norm == 0.0 { 1.0 } else { (max_norm / (norm + 1e-6)).min(1.0) };
-        Ok(ClippedMean { norm, scale: (coefficient / divisor) as f32 })
+        ClippedMean { norm, scale: (coefficient / divisor) as f32 }
     }
 }

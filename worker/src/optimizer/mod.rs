@@ -2,16 +2,19 @@
 //! The arithmetic is in `quintet_kernels::ops`.
 
 mod clip;
+mod state;
 #[cfg(test)]
 mod tests;
 
 use std::ops::Range;
 
-use quintet_kernels::ops::{self, FactoredMoments, TensorSlot, TensorSlots};
-use quintet_kernels::{DType, Device, Tensor, View, ViewMut};
+use quintet_kernels::ops::{self, FactoredMoments, Moments, TensorSlot, TensorSlots};
+use quintet_kernels::{Device, View, ViewMut};
 use serde::{Deserialize, Serialize};
 
 pub use clip::ClippedMean;
+use state::Origin;
+pub use state::{Part, ReadSaved};
 
 use crate::Result;
 use crate::checkpoint::NamedTensor;
@@ -58,26 +61,24 @@ impl NamedSlot {
     }
 }
 
-/// An optimizer and its state over one arena.
+/// An optimizer and its state over one arena, or parts of it.
 pub struct Optimizer {
+    device: Device,
     kind: OptimizerKind,
     hyperparameters: Hyperparameters,
     names: Vec<String>,
     slots: TensorSlots,
     /// Updates made, for bias correction and Adafactor's decay.
     steps: u64,
-    state: State,
-}
-
-/// Of f32, on the device of what is updated.
-enum State {
-    AdamW { exp_avg: Tensor, exp_avg_sq: Tensor },
-    Adafactor { moments: Tensor },
+    /// Of f32, on the device of what is updated: the elements that [`Optimizer::step`] updates, ascending.
+    parts: Vec<Part>,
+    /// What any part can be made from, until the first update.
+    origin: Option<Origin>,
 }
 
 impl Optimizer {
-    /// `slots` are in ascending order and do not overlap; elements of the arena outside of them (padding) are never
-    /// touched.
+    /// With the state of the whole arena. `slots` are in ascending order and do not overlap; elements of the arena outside
+    /// of them (padding) are never touched.
     ///
     /// # Errors
     /// Memory for the state.
@@ -87,16 +88,21 @@ impl Optimizer {
         hyperparameters: Hyperparameters,
         slots: Vec<NamedSlot>,
     ) -> Result<Self> {
+        let mut optimizer = Self::without_state(device, kind, hyperparameters, slots);
+        optimizer.hold(0..optimizer.slots.end())?;
+        Ok(optimizer)
+    }
+
+    /// [`Optimizer::new`] without any state in memory: [`Optimizer::hold`] says of what it is to have some.
+    pub fn without_state(
+        device: &Device,
+        kind: OptimizerKind,
+        hyperparameters: Hyperparameters,
+        slots: Vec<NamedSlot>,
+    ) -> Self {
         let (names, slots) = slots.into_iter().map(|NamedSlot { name, slot }| (name, slot)).unzip();
-        let slots = TensorSlots::new(slots);
-        let zeros = |elements: usize| device.zeros(DType::F32, 1, elements);
-        let state = match kind {
-            OptimizerKind::AdamW | OptimizerKind::AdamWScaled => {
-                State::AdamW { exp_avg: zeros(slots.end())?, exp_avg_sq: zeros(slots.end())? }
-            }
-            OptimizerKind::Adafactor => State::Adafactor { moments: zeros(slots.factored_moments_len())? },
-        };
-        Ok(Self { kind, hyperparameters, names, slots, steps: 0, state })
+        let (device, slots, parts) = (device.clone(), TensorSlots::new(slots), Vec::new());
+        Self { device, kind, hyperparameters, names, slots, steps: 0, parts, origin: Some(Origin::Zeros) }
     }
 
     pub fn set_steps(&mut self, steps: u64) {
@@ -108,14 +114,15 @@ impl Optimizer {
         self.steps
     }
 
-    /// One update of `parameters` by the gradient `gradient_scale · gradient`, both whole f32 arenas. The scale is there
-    /// so that neither the mean over tokens nor clipping costs a pass over memory.
+    /// One update of those elements of `parameters` whose state is held by the gradient `gradient_scale · gradient`, both
+    /// whole f32 arenas. The scale is there so that neither the mean over tokens nor clipping costs a pass over memory.
     pub fn step(&mut self, learning_rate: f64, parameters: ViewMut, gradient: View, gradient_scale: f32) -> Result<()> {
         self.steps += 1;
+        self.origin = None;
         let step = self.steps;
         let Hyperparameters { beta1, beta2, epsilon, weight_decay } = self.hyperparameters;
-        match &mut self.state {
-            State::AdamW { exp_avg, exp_avg_sq } => {
+        match self.kind {
+            OptimizerKind::AdamW | OptimizerKind::AdamWScaled => {
                 let scale_by_rms = self.kind == OptimizerKind::AdamWScaled;
                 let rule = ops::AdamW {
                     learning_rate,
@@ -127,17 +134,19 @@ impl Optimizer {
                     step,
                     gradient_scale,
                 };
-                ops::adamw(rule, &self.slots, parameters, gradient, exp_avg.view_mut(), exp_avg_sq.view_mut())?;
+                let mut moments: Vec<Moments> = self.parts.iter_mut().map(moments).collect();
+                ops::adamw(rule, &self.slots, parameters, gradient, &mut moments)?;
             }
-            State::Adafactor { moments } => {
+            OptimizerKind::Adafactor => {
                 let rule = ops::Adafactor { learning_rate, weight_decay, step, gradient_scale };
-                ops::adafactor(rule, &self.slots, parameters, gradient, moments.view_mut())?;
+                let moments = self.parts[0].tensors[0].view_mut();
+                ops::adafactor(rule, &self.slots, parameters, gradient, moments)?;
             }
         }
         Ok(())
     }
 
-    /// The state's tensors, named as torch names them behind the parameter's name, and where they lie.
+    /// The state's tensors, named as torch names them behind the parameter's name, and where they lie in the whole.
     pub fn pieces(&self) -> Vec<Piece> {
         let mut pieces = Vec::new();
         let tensors = self.names.iter().zip(self.slots.as_slice()).zip(self.slots.factored_moments());
@@ -146,61 +155,28 @@ impl Optimizer {
                 pieces.push(Piece { name: format!("{name}.{suffix}"), arena, shape, range });
             };
             let shape = if slot.is_matrix { vec![slot.rows, slot.cols] } else { vec![slot.cols] };
-            match (&self.state, moments) {
-                (State::AdamW { .. }, _) => {
+            match (self.kind, moments) {
+                (OptimizerKind::AdamW | OptimizerKind::AdamWScaled, _) => {
                     push("exp_avg", 0, shape.clone(), slot.range.clone());
                     push("exp_avg_sq", 1, shape, slot.range.clone());
                 }
-                (State::Adafactor { .. }, FactoredMoments::Factored { row, col }) => {
+                (OptimizerKind::Adafactor, FactoredMoments::Factored { row, col }) => {
                     push("exp_avg_sq_row", 0, vec![slot.rows], row.clone());
                     push("exp_avg_sq_col", 0, vec![slot.cols], col.clone());
                 }
-                (State::Adafactor { .. }, FactoredMoments::Full(range)) => push("exp_avg_sq", 0, shape, range.clone()),
+                (OptimizerKind::Adafactor, FactoredMoments::Full(range)) => {
+                    push("exp_avg_sq", 0, shape, range.clone());
+                }
             }
         }
         pieces
     }
+}
 
-    /// The state's tensors as they lie in memory. [`Optimizer::pieces`] says what is where, and [`Optimizer::steps`] is the
-    /// rest of the state.
-    pub fn arenas(&self) -> Vec<View<'_>> {
-        match &self.state {
-            State::AdamW { exp_avg, exp_avg_sq } => vec![exp_avg.view(), exp_avg_sq.view()],
-            State::Adafactor { moments } => vec![moments.view()],
-        }
-    }
-
-    /// [`Optimizer::arenas`], to be overwritten with those of another, and then [`Optimizer::set_steps`].
-    pub fn arenas_mut(&mut self) -> Vec<ViewMut<'_>> {
-        match &mut self.state {
-            State::AdamW { exp_avg, exp_avg_sq } => vec![exp_avg.view_mut(), exp_avg_sq.view_mut()],
-            State::Adafactor { moments } => vec![moments.view_mut()],
-        }
-    }
-
-    /// Restores what a checkpoint holds of [`Optimizer::pieces`]: `read` fills the values of the named tensor
-    /// of the given shape.
-    ///
-    /// # Errors
-    /// Those of `read`; the state is then undefined.
-    pub fn load_state(
-        &mut self,
-        steps: u64,
-        mut read: impl FnMut(&str, &[usize], &mut [f32]) -> Result<()>,
-    ) -> Result<()> {
-        let pieces = self.pieces();
-        let mut arenas: Vec<&mut Tensor> = match &mut self.state {
-            State::AdamW { exp_avg, exp_avg_sq } => vec![exp_avg, exp_avg_sq],
-            State::Adafactor { moments } => vec![moments],
-        };
-        for Piece { name, arena, shape, range } in pieces {
-            let mut values = vec![0.0; range.len()];
-            read(&name, &shape, &mut values)?;
-            arenas[arena].view_mut().reshape(range.start, 1, range.len()).write(&values)?;
-        }
-        self.steps = steps;
-        Ok(())
-    }
+/// AdamW's part of an arena.
+fn moments(part: &mut Part) -> Moments<'_> {
+    let [exp_avg, exp_avg_sq] = part.tensors.as_mut_slice() else { panic!("a part of another rule") };
+    Moments { first: part.range.start, exp_avg: exp_avg.view_mut(), exp_avg_sq: exp_avg_sq.view_mut() }
 }
 
 /// A tensor in one of several arenas.

@@ -1,3 +1,5 @@
+use quintet_kernels::{Tensor, View};
+
 use super::*;
 
 fn hyperparameters(weight_decay: f64) -> Hyperparameters {
@@ -111,18 +113,61 @@ fn a_restored_state_continues_with_the_same_bits() {
         let mut training = Training::new(kind, 0.1, slots(), &values(1, ARENA));
         training.step(&values(2, ARENA));
         let mut restored = Training::new(kind, 0.1, slots(), training.parameters());
-        let saved = named(&training.optimizer.pieces(), &training.optimizer.arenas());
-        restored
-            .optimizer
-            .load_state(training.optimizer.steps(), |name, shape, values| {
-                let tensor = saved.iter().find(|t| t.name == name).unwrap();
-                assert_eq!(tensor.shape, shape);
-                Ok(tensor.values.read(values)?)
-            })
-            .unwrap();
+        restored.optimizer.begin_at(training.optimizer.steps(), saved(&training.optimizer));
+        restored.optimizer.hold(0..ARENA).unwrap();
         training.step(&values(3, ARENA));
         restored.step(&values(3, ARENA));
         assert!(training.parameters() == restored.parameters(), "{kind:?}");
+    }
+}
+
+/// The whole state, as a checkpoint has it.
+fn saved(optimizer: &Optimizer) -> ReadSaved {
+    let (whole, pieces) = (optimizer.copy(&Device::cpu(), 0..ARENA).unwrap(), optimizer.pieces());
+    Box::new(move |name, shape, range, values| {
+        let views: Vec<View> = whole.tensors.iter().map(Tensor::view).collect();
+        let tensors = named(&pieces, &views);
+        let tensor = tensors.iter().find(|tensor| tensor.name == name).unwrap();
+        assert_eq!(tensor.shape, shape);
+        let elements = tensor.values.rows() * tensor.values.cols();
+        Ok(tensor.values.reshape(0, 1, elements).columns(range).read(values)?)
+    })
+}
+
+/// Parts that cut a matrix in three, of which one rank holds two, and that begin where nothing else does.
+#[test]
+fn parts_of_an_arena_are_updated_as_the_whole_is() {
+    let (first, second) = (20_000, 40_003);
+    for kind in [OptimizerKind::AdamW, OptimizerKind::AdamWScaled] {
+        let mut whole = Training::new(kind, 0.1, slots(), &values(1, ARENA));
+        whole.step(&values(2, ARENA));
+        let begin = |parts: &[std::ops::Range<usize>]| {
+            let optimizer = Optimizer::without_state(&Device::cpu(), kind, hyperparameters(0.1), slots());
+            let mut training = Training { optimizer, parameters: upload(whole.parameters()) };
+            training.optimizer.begin_at(1, saved(&whole.optimizer));
+            parts.iter().for_each(|part| training.optimizer.hold(part.clone()).unwrap());
+            training
+        };
+        let mut ends = begin(&[0..first, second..ARENA]);
+        let mut middle = begin(std::slice::from_ref(&(first..second)));
+        for training in [&mut whole, &mut ends, &mut middle] {
+            training.step(&values(3, ARENA));
+        }
+        let expected = whole.parameters();
+        assert!(ends.parameters()[..first] == expected[..first], "{kind:?}");
+        assert!(ends.parameters()[second..] == expected[second..], "{kind:?}");
+        assert!(middle.parameters()[first..second] == expected[first..second], "{kind:?}");
+        assert!(middle.parameters()[..first] != expected[..first] && ends.parameters() != expected);
+        let state = |training: &Training, range: std::ops::Range<usize>| -> Vec<Vec<f32>> {
+            let part = training.optimizer.copy(&Device::cpu(), range).unwrap();
+            part.tensors.iter().map(|tensor| tensor.as_slice::<f32>().to_vec()).collect()
+        };
+        assert!(state(&middle, first..second) == state(&whole, first..second), "{kind:?}");
+        assert!(state(&ends, second..ARENA) == state(&whole, second..ARENA), "{kind:?}");
+        // What is divided anew is what it was.
+        middle.optimizer.hold(first + 5..second).unwrap();
+        middle.optimizer.retain(std::slice::from_ref(&(first + 5..second)));
+        assert!(state(&middle, first + 5..second) == state(&whole, first + 5..second), "{kind:?}");
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use quintet_worker::collective::Collective;
 use quintet_worker::gradient::StepGradient;
+use quintet_worker::shards::Shards;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -170,10 +171,11 @@ impl Sums {
         part.view_mut().write(&(0..elements).map(|index| value(index, own + 1)).collect::<Vec<_>>())?;
         gradient.give_back(part);
         let ranges: Vec<Range<u32>> = (0..world_size).map(|rank| rank..rank + 1).collect();
+        let shards = Shards::replicated(elements, world_size);
         meet(&mut rank.collective)?;
         rank.device.synchronize()?;
         let started = Instant::now();
-        gradient.reduce(&mut rank.collective, 1, &ranges)?;
+        gradient.reduce(&mut rank.collective, 1, &ranges, &shards)?;
         rank.device.synchronize()?;
         let seconds = started.elapsed().as_secs_f64();
         let mut total = vec![0.0_f32; elements];

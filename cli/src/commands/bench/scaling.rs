@@ -14,6 +14,7 @@ use quintet_t5::{BatchShape, Model, Parameters};
 use quintet_worker::collective::Collective;
 use quintet_worker::gradient::StepGradient;
 use quintet_worker::replica::Replica;
+use quintet_worker::shards::Shards;
 use quintet_worker::{Precision, TrainingConfig};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -345,6 +346,7 @@ struct Trainer {
     gradient: StepGradient,
     batch: quintet_t5::Batch,
     elements: usize,
+    shards: Shards,
     target_tokens: u64,
     ranges: Vec<Range<u32>>,
     micro_batches: u32,
@@ -362,8 +364,9 @@ impl Trainer {
             Device::Cpu(_) => Precision::Fp32,
             Device::Gpu(_) => Precision::Bf16,
         };
-        let replica =
+        let mut replica =
             Replica::new(model, weights, None, &TrainingConfig::default(), precision, u64::MAX, target_tokens)?;
+        replica.hold_all()?;
         let elements = replica.master().layout().len();
         let world_size = rank.collective.world_size();
         Ok(Trainer {
@@ -374,6 +377,7 @@ impl Trainer {
             replica,
             batch,
             elements,
+            shards: Shards::replicated(elements, world_size),
             target_tokens,
             number: 0,
         })
@@ -382,7 +386,7 @@ impl Trainer {
     /// Takes a step; the seconds of it in which the exchange of gradients was waited for.
     fn step(&mut self) -> Result<f64> {
         self.number += 1;
-        let Self { rank: Rank { collective, device }, replica, gradient, .. } = self;
+        let Self { rank: Rank { collective, device }, replica, gradient, shards, .. } = self;
         let range = self.ranges[collective.rank() as usize].clone();
         gradient.begin(range.clone(), self.micro_batches)?;
         for index in range.clone() {
@@ -397,9 +401,9 @@ impl Trainer {
         }
         // That all ranks have come here is not the exchange's doing, but it is what they wait for all the same.
         let started = Instant::now();
-        gradient.reduce(collective, self.number, &self.ranges)?;
+        gradient.reduce(collective, self.number, &self.ranges, shards)?;
         let exchanged = if self.ranges.len() > 1 { started.elapsed().as_secs_f64() } else { 0.0 };
-        let update = replica.plan_update(gradient.total(), self.target_tokens)?;
+        let update = replica.plan_update(gradient.norm(collective, self.number, shards)?, self.target_tokens);
         let update =
             update.ok_or_else(|| Failure::failed(format!("the gradient of step {} is not finite", self.number)))?;
         replica.update(self.number, gradient.total(), update)?;

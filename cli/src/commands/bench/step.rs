@@ -9,6 +9,7 @@ use quintet_worker::collective::Collective;
 use quintet_worker::gradient::StepGradient;
 use quintet_worker::memory::peak_bytes;
 use quintet_worker::replica::Replica;
+use quintet_worker::shards::Shards;
 use quintet_worker::{LoraConfig, Precision, TrainingConfig};
 use serde_json::json;
 
@@ -56,10 +57,13 @@ pub(super) fn run(arguments: &BenchStepArguments) -> Result<()> {
         }
     };
     let trainable = adapter.as_ref().map_or(parameters, |adapter| adapter.weights.layout().parameter_count());
-    let replica = Replica::new(model, weights, adapter, &training, precision, u64::MAX, target_tokens as u64)?;
-    let gradient = StepGradient::new(&device, replica.master().layout().len())?;
+    let mut replica = Replica::new(model, weights, adapter, &training, precision, u64::MAX, target_tokens as u64)?;
+    replica.hold_all()?;
+    let elements = replica.master().layout().len();
+    let gradient = StepGradient::new(&device, elements)?;
+    let shards = Shards::replicated(elements, 1);
     // As a rank that is the only one does it.
-    let mut stepper = Stepper { replica, collective: Collective::local(), gradient, number: 0 };
+    let mut stepper = Stepper { replica, collective: Collective::local(), gradient, shards, number: 0 };
     let resting = device.memory().live_bytes;
     device.reset_peak_memory();
     let seconds = stepper.time(&device, &batch, arguments.steps)?;
@@ -113,6 +117,7 @@ struct Stepper {
     replica: Replica,
     collective: Collective,
     gradient: StepGradient,
+    shards: Shards,
     /// Of the last step.
     number: u64,
 }
@@ -145,8 +150,9 @@ impl Stepper {
         let (sums, gradient) = self.replica.compute(number, 0, batch, self.gradient.lend()?, &mut |_, _| {});
         self.gradient.give_back(gradient);
         let sums = sums?;
-        self.gradient.reduce(&mut self.collective, number, std::slice::from_ref(&(0..1)))?;
-        let update = self.replica.plan_update(self.gradient.total(), sums.target_tokens)?;
+        self.gradient.reduce(&mut self.collective, number, std::slice::from_ref(&(0..1)), &self.shards)?;
+        let norm = self.gradient.norm(&mut self.collective, number, &self.shards)?;
+        let update = self.replica.plan_update(norm, sums.target_tokens);
         let update = update.ok_or_else(|| Failure::failed(format!("the gradient of step {number} is not finite")))?;
         Ok(self.replica.update(number, self.gradient.total(), update)?)
     }

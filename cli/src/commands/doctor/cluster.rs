@@ -209,7 +209,8 @@ impl Report {
                 self.problem(HERE, &probe.name, "version", problem, "run the same quintet on all hosts");
             }
             if let Err(problem) = &probe.data {
-                let advice = "the data must be where the job says, relative to the folder that is run in";
+                let advice = "its workers would read the data from the coordinator's machine; to read them there, they must be where \
+                              the job says, relative to the folder that is run in";
                 self.problem(&probe.name, &probe.name, "data", problem.clone(), advice);
             }
         }
@@ -217,7 +218,13 @@ impl Report {
         let Some((first, expected)) = read.next() else { return };
         for (name, found) in read.filter(|(_, found)| *found != expected) {
             let problem = format!("the data have the fingerprint {found}, and {expected} on {first}");
-            self.problem(first, name, "data", problem, "copy the same data files to all hosts");
+            self.problem(
+                first,
+                name,
+                "data",
+                problem,
+                "its workers would read the coordinator's; copy the same files to all hosts",
+            );
         }
     }
 

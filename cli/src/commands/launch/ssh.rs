@@ -12,7 +12,7 @@ use quintet_coordinator::launch::remote::{Remote, Remotes};
 use quintet_coordinator::launch::ssh::{self, Ssh};
 
 use super::{block_on, invitation, load_job, own_file, prepare_run, worker_words};
-use crate::commands::coordinator::{Workers, serve};
+use crate::commands::coordinator::{Workers, serve_to_end};
 use crate::error::{Failure, Result, exit};
 use crate::launch_args::{HostArguments, SshArguments};
 use crate::prepare::working_directory;
@@ -34,14 +34,17 @@ pub(super) fn run(arguments: SshArguments) -> Result<u8> {
         return Ok(exit::DONE);
     }
     let ip = block_on(own_address(&ssh, &hosts))?;
-    let (prepared, options) = prepare_run(&cluster, workers, cluster.job.resume, ip)?;
+    // What is wrong with the job is to be found before anything is copied.
+    let first = prepare_run(&cluster, workers, cluster.job.resume, ip)?;
+    let max_restarts = first.0.job.cluster.max_restarts;
+    let mut first = Some(first);
     if let Some(pack) = pack {
         for host in &hosts {
             pipe(&pack, &ssh.unpack(host)).map_err(|failure| on(host, failure))?;
         }
     }
-    let max_restarts = prepared.job.cluster.max_restarts;
-    let served = serve(prepared, &options, |address, admission| {
+    let prepare = |resume| first.take().map_or_else(|| prepare_run(&cluster, workers, resume, ip), Ok);
+    serve_to_end(prepare, |address, admission| {
         let mut left = invitation(address, admission, workers, max_restarts)?;
         let remotes = hosts.iter().enumerate().map(|(index, host)| {
             let rest = left.tokens.split_off(host.slots as usize);
@@ -50,8 +53,7 @@ pub(super) fn run(arguments: SshArguments) -> Result<u8> {
             Remote { name: host.name.clone(), command: ssh.worker(&hosts, index), input }
         });
         Ok(Workers::Remote(Remotes::spawn(remotes.collect())?))
-    })?;
-    served.exit_code()
+    })
 }
 
 /// How the hosts are reached.

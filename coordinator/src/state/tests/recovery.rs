@@ -45,8 +45,8 @@ fn a_newcomer_takes_part_from_the_next_step_on_and_is_given_the_state() {
          recovered at step 1 as generation 2 of 1: lost [1], joined [], 0 s, 2 micro-batches
          train 1 loss 0.75 examples 4
          0 <- commit 1
-         0 <- plan 3 rank 0 of 2 after 1 0 heals [1] digest, next 2 micro-batches 0..1
-         5 <- plan 3 rank 1 of 2 after 1 0 heals [1] digest, next 2 micro-batches 1..2",
+         0 <- plan 3 rank 0 of 2 after 1 heals [1] digest, next 2 micro-batches 0..1
+         5 <- plan 3 rank 1 of 2 after 1 heals [1] digest, next 2 micro-batches 1..2",
     );
     // Lost before it has the state: nobody knows what it holds now.
     let done = digested(&script, 3, 2, 0..1);
@@ -246,8 +246,8 @@ fn too_few_workers_wait_for_a_newcomer() {
     script.join(2);
     assert_lines(
         script.report(2, newcomer()),
-        "1 <- plan 2 rank 0 of 2 after 0 0 heals [1], next 1 micro-batches 0..1
-         2 <- plan 2 rank 1 of 2 after 0 0 heals [1], next 1 micro-batches 1..2",
+        "1 <- plan 2 rank 0 of 2 after 0 heals [1], next 1 micro-batches 0..1
+         2 <- plan 2 rank 1 of 2 after 0 heals [1], next 1 micro-batches 1..2",
     );
     script.done(1, 2, 1, 0..1);
     let lines = script.done(2, 2, 1, 1..2);
@@ -277,10 +277,14 @@ fn a_coordinator_that_slept_blames_nobody() {
     assert_lines(script.wait(9_000, &[]), "");
 }
 
+fn failed_in(generation: u64) -> StepFailed {
+    StepFailed { generation, step: 1, detail: "reset".to_owned(), unreachable: Vec::new() }
+}
+
 #[test]
 fn who_reports_a_lost_peer_stays() {
     let mut script = Script::started(settings());
-    let failed = Report::StepFailed(StepFailed { generation: 1, step: 1, detail: "peer 1 closed".to_owned() });
+    let failed = Report::StepFailed(StepFailed { detail: "peer 1 closed".to_owned(), ..failed_in(1) });
     assert_lines(script.report(0, failed), "");
     assert_lines(
         script.leave(1),
@@ -293,7 +297,7 @@ fn who_reports_a_lost_peer_stays() {
 #[test]
 fn a_step_that_fails_with_all_alive_is_tried_again_thrice() {
     let mut script = Script::started(settings());
-    let failed = |generation| Report::StepFailed(StepFailed { generation, step: 1, detail: "reset".to_owned() });
+    let failed = |generation| Report::StepFailed(failed_in(generation));
     // One complains, nobody turns out to be dead.
     script.report(0, failed(1));
     assert_lines(
@@ -357,4 +361,139 @@ fn a_finished_worker_writes_the_model_when_rank_0_died_over_it() {
     );
     assert_lines(script.report(1, finished(5)), "");
     assert_lines(script.report(1, finished(6)), "1 <- stop 0\n stop 0: trained to step 3");
+}
+
+#[test]
+fn two_who_cannot_reach_each_other_do_not_end_the_run() {
+    let mut script = Script::new(Settings { workers_expected: 3, schedule: schedule(1000, 4, 2, 100), ..settings() });
+    (0..3).for_each(|worker| drop(script.join(worker)));
+    (0..3).for_each(|worker| drop(script.report(worker, ready(0))));
+    // The last dials the others, and one does not answer. What the others say is waited for.
+    let failed = |generation, unreachable| {
+        Report::StepFailed(StepFailed { unreachable, detail: "no answer".to_owned(), ..failed_in(generation) })
+    };
+    assert_lines(script.report(2, failed(1, vec![1])), "");
+    assert_lines(script.wait(1_000, &[0, 1, 2]), "");
+    assert_lines(
+        script.wait(1_000, &[0, 1, 2]),
+        "lost 2 (Link), 2 left
+         0 <- plan 2 rank 0 of 2 after 0, next 1 micro-batches 0..1
+         1 <- plan 2 rank 1 of 2 after 0, next 1 micro-batches 1..2",
+    );
+    // It is not tried again at once, but after ten seconds, and then given the state.
+    let commit = |script: &mut Script, generation, step, world: u64| {
+        let mut lines = Vec::new();
+        for rank in 0..world {
+            let share = quintet_data::share(2, rank as u32, world as u32);
+            lines = script.done(rank, generation, step, share);
+        }
+        lines
+    };
+    let lines = commit(&mut script, 2, 1, 2);
+    assert_eq!(lines.len(), 5, "{lines:?}");
+    assert_lines(script.wait(10_000, &[0, 1, 2]), "");
+    let lines = commit(&mut script, 2, 2, 2);
+    assert_eq!(lines[6], "2 <- plan 3 rank 2 of 3 after 2 heals [2], next 3 micro-batches 1..2", "{lines:?}");
+    // Still broken: all have failed, so that nobody is waited for. The next time is later.
+    script.report(2, failed(3, vec![1]));
+    script.report(0, failed(3, vec![]));
+    let lines = script.report(1, failed(3, vec![]));
+    assert_eq!(lines[0], "lost 2 (Link), 2 left", "{lines:?}");
+    assert_lines(script.wait(15_000, &[0, 1, 2]), "");
+    let lines = commit(&mut script, 4, 3, 2);
+    assert_eq!(lines.len(), 5, "{lines:?}");
+    assert_lines(script.wait(5_000, &[0, 1, 2]), "");
+    let lines = commit(&mut script, 4, 4, 2);
+    assert!(lines[6].starts_with("2 <- plan 5 rank 2 of 3"), "{lines:?}");
+}
+
+#[test]
+fn the_fewest_are_left_out_and_never_all_who_hold_the_state() {
+    let broken = |script: &mut Script, generation, worker, unreachable| {
+        let failed = StepFailed { unreachable, ..failed_in(generation) };
+        script.report(worker, Report::StepFailed(failed))
+    };
+    let mut script = Script::new(Settings { workers_expected: 4, workers_min: 2, ..settings() });
+    (0..4).for_each(|worker| drop(script.join(worker)));
+    (0..4).for_each(|worker| drop(script.report(worker, ready(0))));
+    // Worker 1 is cut off from all others, who say so, or wait for it.
+    broken(&mut script, 1, 2, vec![1]);
+    broken(&mut script, 1, 3, vec![1]);
+    broken(&mut script, 1, 1, vec![0]);
+    let lines = broken(&mut script, 1, 0, vec![]);
+    assert_eq!(lines[0], "lost 1 (Link), 3 left", "{lines:?}");
+    // Two of those who are left leave: the run waits until the link may be tried again.
+    script.leave(2);
+    let lines = script.leave(3);
+    assert_eq!(lines[2], "waiting with 2 of 2 for 30 s", "{lines:?}");
+    let lines = script.wait(30_000, &[0, 1]);
+    assert!(lines[0].starts_with("0 <- plan 4 rank 0 of 2"), "{lines:?}");
+}
+
+/// Three workers of a sharded run have committed a step; one is lost, and what it held is nowhere.
+fn with_a_part_of_the_state_lost(settings: Settings) -> (Script, Vec<String>) {
+    let mut script = Script::new(Settings { workers_expected: 3, ..settings });
+    (0..3).for_each(|worker| drop(script.join(worker)));
+    (0..3).for_each(|worker| drop(script.report(worker, ready(0))));
+    for (worker, range) in [(0, 0..0), (1, 0..1), (2, 1..2)] {
+        script.done(worker, 1, 1, range);
+    }
+    script.leave(2);
+    let lines = script.report(0, state_lost(2));
+    assert_lines(script.report(1, state_lost(2)), "");
+    (script, lines)
+}
+
+fn state_lost(generation: u64) -> Report {
+    Report::StateLost(StateLost { generation, problem: "a slice is gone".to_owned() })
+}
+
+#[test]
+fn a_part_of_the_state_that_is_gone_is_waited_for() {
+    let (mut script, lines) = with_a_part_of_the_state_lost(settings());
+    assert_lines(lines, "a slice is gone: waiting for 20 s");
+    // Who comes back brings it.
+    script.join(3);
+    let held = State { step: 1, generation: 1 };
+    let holder = |state: State| {
+        let Report::Ready(ready) = ready(state.step) else { unreachable!() };
+        Report::Ready(Ready { committed_generation: state.generation, ..ready })
+    };
+    assert_lines(
+        script.report(3, holder(held)),
+        "0 <- plan 3 rank 0 of 3 after 1, next 2 micro-batches 0..0
+         1 <- plan 3 rank 1 of 3 after 1, next 2 micro-batches 0..1
+         3 <- plan 3 rank 2 of 3 after 1, next 2 micro-batches 1..2",
+    );
+    // Without it after all: nobody is missing any more.
+    assert_lines(script.report(1, state_lost(3)), "abandon: the state of step 1 is lost: a slice is gone");
+    let (mut script, _) = with_a_part_of_the_state_lost(settings());
+    assert_lines(script.wait(20_000, &[0, 1]), "abandon: the state of step 1 is lost: a slice is gone");
+}
+
+#[test]
+fn where_nobody_can_bring_it_the_run_goes_on_from_its_checkpoint_and_says_so() {
+    let settings = Settings { restarts_max: Some(0), ..settings() };
+    let (mut script, lines) = with_a_part_of_the_state_lost(settings.clone());
+    // It is not known yet that its process ended.
+    assert_lines(lines, "a slice is gone: waiting for 20 s");
+    let exited = Input::ProcessExited { pid: 102, exit_code: None, why: "killed".to_owned() };
+    let effects = script.machine.step(script.now_ms, exited);
+    let Some(Effect::Abandon { abandoned, .. }) = effects.last() else { panic!("{effects:?}") };
+    assert_eq!((abandoned.step, abandoned.lost[0].worker), (1, 2));
+    let mut script = Script::started(Settings { abandoned: Some(abandoned.clone()), ..settings });
+    script.done(0, 1, 1, 0..1);
+    let lines = script.done(1, 1, 1, 1..2);
+    assert_eq!(
+        lines[1],
+        "recovered at step 1 as generation 1 of 2: lost [2], joined [], 0 s, 0 micro-batches, 1 steps again"
+    );
+}
+
+#[test]
+fn a_preempted_run_whose_state_is_lost_ends_for_its_checkpoint() {
+    let (mut script, _) = with_a_part_of_the_state_lost(settings());
+    let lines = script.input(Input::Preempt);
+    let reason = "2 workers left, 1 needed, and together they do not hold the state: a slice is gone";
+    assert_eq!(lines.last().unwrap(), &format!("stop 75: {reason}"));
 }

@@ -37,7 +37,9 @@ fn sealed_ranks_give_the_bits_of_one() {
     let mut expected = Device::cpu().zeros(DType::F32, 1, elements).unwrap();
     let whole = 0..leaves;
     let mut sum = partial(whole.clone(), leaves, elements);
-    Collective::local().all_reduce_tree(0, &mut sum, std::slice::from_ref(&whole), &mut expected).unwrap();
+    Collective::local()
+        .reduce_tree(0, &mut sum, std::slice::from_ref(&whole), &Shards::replicated(elements, 1), &mut expected)
+        .unwrap();
     std::thread::scope(|scope| {
         for rank in 0..3 {
             let (authority, listeners, members, expected) = (&authority, &listeners, &members, &expected);
@@ -51,7 +53,9 @@ fn sealed_ranks_give_the_bits_of_one() {
                     let ranges = ranges(3, leaves, step);
                     let mut sum = partial(ranges[rank as usize].clone(), leaves, elements);
                     let mut total = Device::cpu().zeros(DType::F32, 1, elements).unwrap();
-                    collective.all_reduce_tree(step, &mut sum, &ranges, &mut total).unwrap();
+                    collective
+                        .reduce_tree(step, &mut sum, &ranges, &Shards::replicated(elements, 3), &mut total)
+                        .unwrap();
                     assert!(total.as_slice::<f32>() == expected.as_slice::<f32>());
                     let gathered = collective.all_gather_bytes(step, &[rank as u8; 300_000]).unwrap();
                     assert!((0..3).zip(gathered).all(|(rank, bytes)| bytes == [rank; 300_000]));

@@ -1,7 +1,7 @@
 //! The command line.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use quintet_t5::EarlyStopping;
@@ -91,6 +91,11 @@ pub(crate) struct JobArguments {
 }
 
 impl JobArguments {
+    /// For commands that read a job without running it.
+    pub(crate) fn new(job: &Path, overrides: Vec<String>) -> Self {
+        JobArguments { job: job.to_path_buf(), output: None, resume: false, overrides, workers: None, device: None }
+    }
+
     /// The same on another command line; without `--resume`, `--workers` and `--device`.
     pub(crate) fn words(&self) -> Vec<String> {
         let mut words = vec![self.job.display().to_string()];
@@ -188,14 +193,30 @@ pub(crate) struct EvaluateArguments {
     /// An adapter of that model, in PEFT's layout.
     #[arg(long, value_name = "DIR", requires = "model")]
     pub(crate) adapter: Option<PathBuf>,
+    /// Evaluate on what this job file holds out, as the job does: its templates, prompts, filters and [evaluation].
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = [
+            "data", "input", "target", "metrics", "batch_size", "max_source_length", "max_target_length",
+            "max_examples", "toxicity_model", "GenerationFlags", "predictions", "compare",
+        ],
+    )]
+    pub(crate) job: Option<PathBuf>,
+    /// Override a value of the job file; may be given several times.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE", requires = "job")]
+    pub(crate) overrides: Vec<String>,
+    /// Write predictions.jsonl there, for `--compare`.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["predictions", "compare"])]
+    pub(crate) output: Option<PathBuf>,
     /// The examples.
-    #[arg(long, value_name = "FILE", required_unless_present_any = ["predictions", "compare"])]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["predictions", "compare", "job"])]
     pub(crate) data: Option<String>,
     /// Template of the input over a record's fields.
-    #[arg(long, value_name = "TEMPLATE", required_unless_present_any = ["predictions", "compare"])]
+    #[arg(long, value_name = "TEMPLATE", required_unless_present_any = ["predictions", "compare", "job"])]
     pub(crate) input: Option<String>,
     /// Template of the target.
-    #[arg(long, value_name = "TEMPLATE", required_unless_present_any = ["predictions", "compare"])]
+    #[arg(long, value_name = "TEMPLATE", required_unless_present_any = ["predictions", "compare", "job"])]
     pub(crate) target: Option<String>,
     /// Score lines of {"prediction", "target"} without a model.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "data", "input", "target"])]
@@ -417,8 +438,7 @@ pub(crate) struct DataJobArguments {
 
 impl DataJobArguments {
     pub(crate) fn as_job(&self) -> JobArguments {
-        let (job, output, overrides) = (self.job.clone(), self.output.clone(), self.overrides.clone());
-        JobArguments { job, output, resume: false, overrides, workers: None, device: None }
+        JobArguments { output: self.output.clone(), ..JobArguments::new(&self.job, self.overrides.clone()) }
     }
 }
 

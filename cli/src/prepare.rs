@@ -240,6 +240,10 @@ pub(crate) fn run_tokenizer(
         (None, None) => return Err(Failure::bad_input("model.tokenizer: fresh weights need one, such as \"byt5\"")),
     };
     let vocab_size = job.model.architecture.as_ref().and_then(|keys| keys.get("vocab_size")?.as_u64());
+    if spec.is_trained() {
+        // Of megabytes of text that takes a while.
+        eprintln!("learning the vocabulary from {} training examples", splits.train.len());
+    }
     Ok(Tokenizer::from_spec(&spec, splits.train.texts(), vocab_size.map(|size| size as usize))?)
 }
 

@@ -581,7 +581,10 @@ impl Rank {
         let task = EvaluationTask::new(validation, &self.tokenizer, limits, config, &self.task, self.toxicity.as_ref());
         let share = task.evaluate_share(self.replica.model(), self.replica.weights(), place.rank, place.world_size)?;
         let bytes = serde_json::to_vec(&share).expect("an evaluation is plain data"); // why: no map keys, no custom types
-        let Some(shares) = place.collective.gather_bytes(step, 0, &bytes)? else { return Ok(()) };
+        let waiting = session.wait();
+        let gathered = place.collective.gather_bytes(step, 0, &bytes)?;
+        drop(waiting);
+        let Some(shares) = gathered else { return Ok(()) };
         let mut batches: Vec<BatchEvaluation> = Vec::new();
         for (rank, bytes) in (0..).zip(shares) {
             let share: Vec<BatchEvaluation> = serde_json::from_slice(&bytes).map_err(|error| Error::Protocol {
@@ -687,7 +690,8 @@ fn tell_saved(session: &Session, saved: Option<saver::Saved>) -> Result<()> {
 }
 
 fn step_failed(generation: u64, step: u64, error: &Error) -> Report {
-    Report::StepFailed(StepFailed { generation, step, detail: error.to_string() })
+    let unreachable = error.unreachable().to_vec();
+    Report::StepFailed(StepFailed { generation, step, detail: error.to_string(), unreachable })
 }
 
 fn failed(exit_code: u32, message: String) -> Report {

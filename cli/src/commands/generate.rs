@@ -155,7 +155,7 @@ impl Writer<'_> {
         let (mut tokens, mut printed) = (Vec::new(), String::new());
         self.batch(&[&ids], &[0], &mut |token| {
             tokens.push(token);
-            let text = self.loaded.tokenizer.decode(&tokens);
+            let text = self.text(input, &tokens);
             // A character may take several tokens; until they are there, its place is held by another.
             if let Some(news) = text.strip_prefix(&printed).filter(|news| !news.ends_with('\u{fffd}')) {
                 print!("{news}");
@@ -163,7 +163,7 @@ impl Writer<'_> {
                 printed = text;
             }
         })?;
-        let text = self.loaded.tokenizer.decode(&tokens);
+        let text = self.text(input, &tokens);
         println!("{}", text.strip_prefix(&printed).unwrap_or_default());
         Ok(())
     }
@@ -178,8 +178,16 @@ impl Writer<'_> {
         Ok(self.generator.generate(sources, &mut |_, _, token| on_token(token))?)
     }
 
+    /// With sentinels where the input has some, because what comes would otherwise be one text out of several gaps.
+    fn text(&self, input: &str, tokens: &[u32]) -> String {
+        match input.contains("<extra_id_") {
+            true => self.loaded.tokenizer.decode_spans(tokens),
+            false => self.loaded.tokenizer.decode(tokens),
+        }
+    }
+
     fn print(&self, input: &str, outputs: &[Generated]) {
-        let text = |output: &Generated| self.loaded.tokenizer.decode(&output.token_ids);
+        let text = |output: &Generated| self.text(input, &output.token_ids);
         if self.json {
             let outputs: Vec<_> = outputs
                 .iter()

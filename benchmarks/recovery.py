@@ -1,12 +1,21 @@
 #!/usr/bin/env python3
-"""How long a run stands still when something dies: from kill -9 (or SIGSTOP) to the next committed step.
+"""What failures and checkpoints cost a run.
 
     cargo build --release
     benchmarks/recovery.py [--kills 20] [--coordinator-kills 20] [--stops 5] [--program target/release/quintet]
+    benchmarks/recovery.py --goodput 30,10,3,1 [--seconds 20]
+    benchmarks/recovery.py --checkpoints 8
 
-A coordinator and two workers by hand, on loopback, train a small model. Processes are killed one after the other, and a
-ledger that grows tells that the run goes on. At the end the ledger must hold every step once. Only Python's standard
-library is needed.
+A coordinator and two workers by hand, on loopback, train a small model, and a ledger that grows tells how it goes on.
+
+- By default: how long the run stands still when something dies, from kill -9 (or SIGSTOP) to the next committed step.
+- With --goodput: committed steps while a worker is killed now and then (a Poisson process; one number is the mean time
+  between kills in seconds) and started again at once, as a share of those of the same time without kills, which is
+  measured before and after.
+- With --checkpoints: by how much longer a cycle of steps with a checkpoint takes than its steps take at their usual
+  pace, so that both the copy, for which training waits, and the writing beside it count.
+
+At the end the ledger must hold every step once. Only Python's standard library is needed.
 """
 
 import argparse
@@ -45,9 +54,9 @@ workers = 2
 class Run:
     """A coordinator and its workers in a directory of their own."""
 
-    def __init__(self, program, save_steps):
+    def __init__(self, program, save_steps, folder=None):
         self.program = os.path.abspath(program)
-        self.directory = tempfile.TemporaryDirectory()
+        self.directory = tempfile.TemporaryDirectory(dir=folder)
         with open(self.path("job.toml"), "w") as job:
             job.write(JOB.format(save_steps=save_steps))
         with socket.socket() as probe:
@@ -153,6 +162,45 @@ def stop_worker(run):
     return seconds
 
 
+def goodput(run, means, seconds):
+    """Rows of committed steps a second, by the mean time between kills; 0 is no kills."""
+    run.wait_for(run.committed() + 50)
+    for mean in [0, *means, 0]:
+        run.wait_until_full()
+        began, first, kills = time.monotonic(), run.committed(), 0
+        next_kill = began + random.expovariate(1 / mean) if mean else float("inf")
+        while time.monotonic() < began + seconds:
+            time.sleep(0.002)
+            if time.monotonic() < next_kill:
+                continue
+            next_kill += random.expovariate(1 / mean)
+            # One that is left must hold the state; a kill that comes earlier waits for it.
+            run.wait_until_full()
+            index, kills = random.randrange(2), kills + 1
+            run.workers[index].kill()
+            run.workers[index].wait()
+            run.workers[index] = run.start_worker()
+        rate = (run.committed() - first) / (time.monotonic() - began)
+        print(json.dumps({"mean_seconds_between_kills": mean, "kills": kills, "steps_per_second": rate}), flush=True)
+
+
+def checkpoints(run, cycle, count):
+    """Seconds of extra time a checkpoint costs, over so many, and of a usual step."""
+    times = []
+    while len(times) <= cycle * (count + 1):
+        if run.committed() > len(times):
+            now = time.monotonic()
+            times.extend([now] * (run.committed() - len(times)))
+        time.sleep(0.0005)
+    steps = [after - before for before, after in zip(times, times[1:])]
+    # steps[i] is that of step i + 2; a checkpoint follows each step that `cycle` divides.
+    usual = statistics.median(steps[cycle:])
+    extra = [sum(steps[at : at + cycle]) - cycle * usual for at in range(cycle - 1, cycle * count, cycle)]
+    extra.sort()
+    row = {"checkpoints": len(extra), "extra_seconds": statistics.mean(extra), "median": statistics.median(extra)}
+    print(json.dumps({**row, "least": extra[0], "most": extra[-1], "usual_step_seconds": usual}), flush=True)
+
+
 def measure(run, name, act, count):
     if count == 0:
         return
@@ -172,11 +220,23 @@ def main():
     parser.add_argument("--kills", type=int, default=20, help="of a worker; 0 leaves them out")
     parser.add_argument("--coordinator-kills", type=int, default=20)
     parser.add_argument("--stops", type=int, default=5)
+    parser.add_argument("--goodput", metavar="SECONDS,…", help="mean times between kills")
+    parser.add_argument("--seconds", type=float, default=20, help="of each row of --goodput")
+    parser.add_argument("--checkpoints", type=int, metavar="N", help="measure so many of them")
+    parser.add_argument("--cycle", type=int, default=50, help="steps between them")
+    parser.add_argument("--folder", help="a folder of the file system to write to")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     random.seed(arguments.seed)
-    run = Run(arguments.program, save_steps=1000000)
+    save_steps = arguments.cycle if arguments.checkpoints else 1000000
+    run = Run(arguments.program, save_steps, arguments.folder)
     try:
+        if arguments.goodput:
+            goodput(run, [float(mean) for mean in arguments.goodput.split(",")], arguments.seconds)
+            return run.check()
+        if arguments.checkpoints:
+            checkpoints(run, arguments.cycle, arguments.checkpoints)
+            return run.check()
         measure(run, "worker killed", kill_worker, arguments.kills)
         measure(run, "coordinator killed", kill_coordinator, arguments.coordinator_kills)
         measure(run, "worker stopped", stop_worker, arguments.stops)

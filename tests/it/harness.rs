@@ -1,7 +1,7 @@
 //! What tests share: where the reference data is, and how to run the program.
 
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -110,6 +110,20 @@ impl Process {
         }
     }
 
+    /// Whether it has ended; what it said then is all there, unless its children still run.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        let ended = self.child.try_wait().unwrap().is_some();
+        if ended {
+            self.give(DEADLINE);
+        }
+        ended
+    }
+
+    /// Time from now on, instead of what was left of it.
+    pub(crate) fn give(&mut self, time: Duration) {
+        self.deadline = Instant::now() + time;
+    }
+
     /// The processes that this one started.
     pub(crate) fn children(&self) -> Vec<u32> {
         children(self.id())
@@ -130,6 +144,7 @@ impl Process {
     /// kill -9, and the end of all that it started.
     pub(crate) fn kill(mut self) -> Ended {
         self.child.kill().unwrap();
+        self.give(DEADLINE);
         self.wait()
     }
 }
@@ -157,6 +172,12 @@ impl Ended {
         assert_eq!(errors.len(), 1, "one line that says what is wrong, but it said:\n{}", self.stderr);
         errors[0]
     }
+}
+
+/// Says a line that is seen although the test passes.
+pub(crate) fn announce(line: &str) {
+    // Without standard error there is nobody to tell.
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 pub(crate) fn send_signal(process: u32, signal: Signal) {

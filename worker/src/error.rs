@@ -23,11 +23,12 @@ pub enum Error {
     #[error("cannot listen on {address}: {source}; choose another address")]
     Listen { address: SocketAddr, source: io::Error },
 
-    /// The mesh of generation `generation` did not come together in time.
+    /// The mesh of generation `generation` did not come together in time. `unreachable` are the ranks whose machines do
+    /// not answer, or refuse.
     #[error(
         "rank {rank} at {address} did not connect within {seconds:.1} s (generation {generation}); is its port reachable?"
     )]
-    Rendezvous { rank: u32, address: SocketAddr, generation: u64, seconds: f64 },
+    Rendezvous { rank: u32, address: SocketAddr, generation: u64, seconds: f64, unreachable: Vec<u32> },
 
     /// The connection ended: the rank died, or gave up because another one did.
     #[error("lost the connection to rank {rank}: {source}")]
@@ -96,6 +97,14 @@ impl Error {
                 | Interrupted
                 | Device(PeersLost { .. } | Void)
         )
+    }
+
+    /// The ranks that do not answer, where that is the reason.
+    pub fn unreachable(&self) -> &[u32] {
+        match self {
+            Self::Rendezvous { unreachable, .. } => unreachable,
+            _ => &[],
+        }
     }
 
     /// For `map_err` on a file operation: `File::open(path).map_err(Error::file("open", path))`.

@@ -71,6 +71,9 @@ impl Machine {
     }
 
     fn watch(&mut self) {
+        if self.has_heard_of_broken_links() {
+            return self.go_on_without_broken_links();
+        }
         // By now a dead peer would have been found silent.
         if self.failed_ms.is_some_and(|ms| self.now_ms - ms > self.settings.heartbeat_timeout_ms) {
             return self.try_again();
@@ -79,26 +82,34 @@ impl Machine {
         if still_ms > self.settings.step_timeout_ms {
             return self.on_step_timeout();
         }
-        // How long an evaluation or the writing of a model takes, the pace does not tell.
-        if self.due.evaluate || self.phase != Phase::Running {
-            return;
-        }
         let limit =
             |least_ms| self.pace.limit_ms(least_ms).map_or(u64::MAX, |ms| ms.min(self.settings.step_timeout_ms));
-        if still_ms > limit(WATCHDOG_MIN_MS) {
+        if still_ms <= limit(WATCHDOG_MIN_MS) {
+            return;
+        }
+        // How long an evaluation or the writing of a model takes, the pace does not tell.
+        if self.phase == Phase::Running && !self.due.evaluate {
             let mut hung = self.silent(SILENCE_MS);
             hung.retain(|loss| self.members[&loss.worker].rank.is_some());
             hung.extend(self.stuck(limit(STUCK_MIN_MS)));
             if !hung.is_empty() && hung.len() < self.world() as usize {
                 return self.lose(hung);
             }
-            if still_ms > limit(STUCK_MIN_MS)
-                && self.ranks().all(|(_, member)| member.waiting || member.failed.is_some())
-            {
-                // Everybody waits for everybody.
-                self.try_again();
-            }
         }
+        // While a generation's first step hands over the state, all but one may wait for long.
+        let least_ms = if self.pace.first { STUCK_MIN_MS } else { WATCHDOG_MIN_MS };
+        if still_ms > limit(least_ms) && self.everybody_waits(limit(least_ms)) {
+            self.connect_anew();
+        }
+    }
+
+    /// All members are heard of, and have waited for so long.
+    fn everybody_waits(&self, limit_ms: u64) -> bool {
+        self.ranks().all(|(_, member)| {
+            let waits = member.waiting && self.now_ms - member.progress.1 > limit_ms;
+            let answered = member.done.is_some() || member.failed.is_some() || member.finished.is_some();
+            self.now_ms - member.heard_ms <= SILENCE_MS && (waits || answered)
+        })
     }
 
     /// Members that hold up the others, though they live.
@@ -132,7 +143,10 @@ impl Machine {
                 Loss { worker, noticed_by: Notice::Watchdog, why }
             })
             .collect();
-        if !hung.is_empty() && hung.len() < self.world() as usize {
+        if hung.is_empty() {
+            return self.connect_anew();
+        }
+        if hung.len() < self.world() as usize {
             return self.lose(hung);
         }
         let reason = format!(
@@ -160,5 +174,6 @@ impl Machine {
             wait.forgive(pause_ms);
         }
         self.failed_ms = self.failed_ms.map(|ms| ms + pause_ms);
+        self.stalled_ms = self.stalled_ms.map(|ms| ms + pause_ms);
     }
 }

@@ -47,6 +47,7 @@ impl Machine {
             rank: None,
             done: None,
             failed: None,
+            unreachable: Vec::new(),
             finished: None,
             exited: None,
         };
@@ -147,14 +148,13 @@ impl Machine {
         self.announce_plan();
     }
 
-    /// Gives ranks to all who are ready. What remains after the last step is for those who hold
-    /// the state. Answers how many had none.
+    /// Gives ranks to all who take part. Answers how many had none.
     fn assign_ranks(&mut self) -> usize {
-        let computes = !matches!(self.phase, Phase::Preempted | Phase::Finishing);
+        let roster = self.roster();
         let (mut rank, mut joined) = (0, Vec::new());
         for (&worker, member) in &mut self.members {
             let before = member.rank.take();
-            if member.ready.is_none() || !member.holds && !computes {
+            if !roster.contains(&worker) {
                 continue;
             }
             if before.is_none() {
@@ -164,6 +164,7 @@ impl Machine {
             member.rank = Some(rank);
             rank += 1;
             (member.done, member.failed, member.finished) = (None, None, None);
+            member.unreachable.clear();
             member.progress.1 = self.now_ms;
         }
         let newcomers = joined.len();
@@ -266,7 +267,7 @@ impl Machine {
             let reason = format!("a worker left before training began: {names}");
             return self.stop(exit_code::TOO_FEW_WORKERS, reason);
         }
-        (self.attempts_failed, self.calm_steps) = (0, 0);
+        (self.attempts_failed, self.calm_steps, self.stalled_ms) = (0, 0, None);
         self.event(Event::Lost { workers: lost.clone(), left: self.world() });
         self.trouble().lost.extend(lost);
         if self.phase == Phase::Waiting {
@@ -286,7 +287,7 @@ impl Machine {
     }
 
     /// What was computed of the step in flight counts for nothing.
-    fn void_step(&mut self) {
+    pub(super) fn void_step(&mut self) {
         if self.phase == Phase::Running {
             let micro_batches = self.settings.schedule.step(self.committed_step + 1).micro_batches;
             self.trouble().micro_batches += u64::from(micro_batches);
@@ -294,7 +295,7 @@ impl Machine {
     }
 
     /// Writers of checkpoints take them along; what is lost is saved anew, as of now.
-    fn forget_saver(&mut self, worker: WorkerId) {
+    pub(super) fn forget_saver(&mut self, worker: WorkerId) {
         if self.saver == Some(worker) {
             self.saver = None;
             self.due.save |= !std::mem::take(&mut self.saving).is_empty();
@@ -302,13 +303,14 @@ impl Machine {
     }
 
     /// A worker lost contact with a peer. It is well itself: mostly the peer is dead and will be
-    /// found so. When nobody turns out to be, everybody tries again.
+    /// found so. When nobody turns out to be, everybody tries again; or goes on without the links
+    /// that do not work.
     pub(super) fn on_step_failed(&mut self, worker: WorkerId, report: StepFailed) {
         if !self.is_under_way() || report.generation != self.generation {
             return;
         }
         if let Some(member) = self.members.get_mut(&worker) {
-            member.failed = Some(report.detail);
+            (member.failed, member.unreachable) = (Some(report.detail), report.unreachable);
         }
         self.failed_ms.get_or_insert(self.now_ms);
         // The dead report nothing: if all did, nobody is.
@@ -325,17 +327,18 @@ impl Machine {
         }
         self.void_step();
         self.trouble();
-        self.state_is_lost = !self.members.values().any(|m| m.rank.is_none() && m.ready.is_some() && m.holds);
+        self.state_is_lost = !self.others_may_hold();
         self.wait_for_workers(report.problem);
     }
 
+    /// Members reported that they could not complete the step, and nobody is dead.
     pub(super) fn try_again(&mut self) {
+        if self.knows_broken_links() {
+            return self.go_on_without_broken_links();
+        }
         self.attempts_failed += 1;
         if self.attempts_failed < ATTEMPTS_MAX {
-            self.event(Event::TriedAgain { step: self.committed_step + 1 });
-            self.void_step();
-            self.trouble();
-            return self.plan();
+            return self.begin_step_anew();
         }
         let details: Vec<String> = self
             .ranks()
@@ -349,6 +352,28 @@ impl Machine {
             details.join("; ")
         );
         self.stop(exit_code::FAILURE, reason);
+    }
+
+    /// Everybody waits for everybody: something between them got lost. A new generation connects
+    /// anew, and finds out where.
+    pub(super) fn connect_anew(&mut self) {
+        let stalled_ms = *self.stalled_ms.get_or_insert(self.now_ms);
+        if self.now_ms - stalled_ms <= self.settings.step_timeout_ms {
+            return self.begin_step_anew();
+        }
+        let reason = format!(
+            "no progress after step {} for {} seconds, though all workers are alive and connected anew again and again",
+            self.committed_step,
+            self.settings.step_timeout_ms as f64 / 1000.0
+        );
+        self.stop(exit_code::FAILURE, reason);
+    }
+
+    fn begin_step_anew(&mut self) {
+        self.event(Event::TriedAgain { step: self.committed_step + 1 });
+        self.void_step();
+        self.trouble();
+        self.plan();
     }
 
     pub(super) fn on_finished(&mut self, worker: WorkerId, report: Finished) {

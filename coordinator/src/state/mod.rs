@@ -23,6 +23,7 @@
 //! - nobody computes on a state other than the committed one.
 
 mod deadlines;
+mod links;
 mod membership;
 mod record;
 mod selection;
@@ -41,6 +42,7 @@ use quintet_data::Schedule;
 use quintet_proto::v1::{Actions, Ready, State, StepDone, Stop, from_worker::Report, to_worker::Command};
 
 use self::deadlines::Pace;
+use self::links::Links;
 pub use self::record::{
     CommitRecord, Entry, EvalMetrics, Event, JoinedWorker, LostWorker, Notice, Record, Recovery, TrainMetrics,
 };
@@ -243,6 +245,8 @@ struct Member {
     done: Option<StepDone>,
     /// Why it could not complete the step in flight.
     failed: Option<String>,
+    /// The ranks that it did not reach then.
+    unreachable: Vec<u32>,
     /// It wrote what the run leaves; with its digest of the final weights.
     finished: Option<Vec<u8>>,
     /// Its process has ended, in this way; its stream is about to.
@@ -299,6 +303,9 @@ pub struct Machine {
     attempts_failed: u32,
     /// When the first member of the generation reported that it could not complete the step.
     failed_ms: Option<u64>,
+    /// Since when the step in flight has been tried again because everybody waited.
+    stalled_ms: Option<u64>,
+    links: Links,
     /// When the run last moved.
     progress_ms: u64,
     pace: Pace,
@@ -341,6 +348,8 @@ impl Machine {
             calm_steps: 0,
             attempts_failed: 0,
             failed_ms: None,
+            stalled_ms: None,
+            links: Links::default(),
             progress_ms: 0,
             pace: Pace::default(),
             now_ms: 0,

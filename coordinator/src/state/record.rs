@@ -257,6 +257,8 @@ pub enum Notice {
     Silence,
     /// It sent heartbeats, and got nowhere.
     Watchdog,
+    /// It and another could not connect to each other.
+    Link,
 }
 
 /// A worker that left, and why.

@@ -1,14 +1,16 @@
-//! Seeded simulations: workers that join, compute, die, hang, come back, repeat themselves and
-//! speak late, and a coordinator that is killed between any two effects and goes on from its
+//! Seeded simulations: workers that join, compute, die, hang, come back, repeat themselves, speak
+//! late and cannot reach each other, and a coordinator that is killed between any two effects and goes on from its
 //! record, in any interleaving, against what must always hold. A failure names its seed, which
 //! replays it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use quintet_proto::v1::{Evaluated, Finished, Heartbeat, Lease, Plan, SaveFailed, Saved, State, StateLost, StepFailed};
 
 use super::tests::{ready, schedule, settings, step_done};
 use super::*;
+
+mod checks;
 
 /// SplitMix64 (Steele, Lea, Flood 2014).
 struct Random(u64);
@@ -114,6 +116,8 @@ struct World {
     /// Of the coordinator, which begins anew at zero.
     now_ms: u64,
     processes: Vec<Process>,
+    /// Pairs of processes, the earlier first, between which nothing arrives.
+    cut: BTreeSet<(usize, usize)>,
     streams: BTreeMap<WorkerId, Stream>,
     next_worker: WorkerId,
     generation: Generation,
@@ -134,6 +138,8 @@ struct World {
     abandoned: u32,
     states_lost: u32,
     healed: u32,
+    /// Workers that were left out of a generation for want of a link.
+    left_out: u32,
     end: Option<u32>,
 }
 
@@ -175,6 +181,7 @@ impl World {
             random,
             now_ms: 0,
             processes: Vec::new(),
+            cut: BTreeSet::new(),
             streams: BTreeMap::new(),
             next_worker: 0,
             generation,
@@ -191,6 +198,7 @@ impl World {
             abandoned: 0,
             states_lost: 0,
             healed: 0,
+            left_out: 0,
             end: None,
             settings,
         }
@@ -215,6 +223,7 @@ impl World {
             (1940..1946, Some(process)) => self.die(process),
             (1946..1950, Some(process)) => self.hang_or_go_on(process),
             (1950..1954, Some(process)) => self.cut_stream(process),
+            (1960..1964, Some(process)) => self.cut_or_mend(process),
             (1954, _) => {
                 self.preempted = true;
                 self.input(Input::Preempt);
@@ -359,6 +368,34 @@ impl World {
         }
     }
 
+    /// What one process sends another is lost from now on; or arrives again.
+    fn cut_or_mend(&mut self, process: usize) {
+        let other = self.random.below(self.processes.len() as u64) as usize;
+        let pair = (process.min(other), process.max(other));
+        if process != other && !self.cut.remove(&pair) {
+            self.faults += 1;
+            self.cut.insert(pair);
+        }
+    }
+
+    /// Pairs of ranks of the generation that do not reach each other.
+    fn cut_ranks(&self) -> Vec<(u32, u32)> {
+        let process = |rank: usize| self.streams[&self.generation.members[rank]].process;
+        let world = self.generation.members.len();
+        let pairs = (0..world).flat_map(|low| (low + 1..world).map(move |high| (low, high)));
+        let is_cut = |&(low, high): &(usize, usize)| {
+            let (a, b) = (process(low), process(high));
+            self.cut.contains(&(a.min(b), a.max(b)))
+        };
+        pairs.filter(is_cut).map(|(low, high)| (low as u32, high as u32)).collect()
+    }
+
+    /// Whether the process waits for what does not come.
+    fn is_blocked(&self, id: usize) -> bool {
+        let process = &self.processes[id];
+        process.lease.is_some() && process.generation == self.generation.number && !self.cut_ranks().is_empty()
+    }
+
     /// A connection breaks, and nobody dies.
     fn cut_stream(&mut self, process: usize) {
         let Some(worker) = self.processes[process].worker else { return };
@@ -412,15 +449,19 @@ impl World {
     /// Time passes; those who run are heard of.
     fn pass_time(&mut self) {
         self.now_ms += 1 + self.random.below(2000);
-        let running: Vec<WorkerId> = self
+        let running: Vec<(WorkerId, bool)> = self
             .processes
             .iter()
-            .filter(|process| process.life == Life::Runs)
-            .filter_map(|process| process.worker.filter(|worker| self.streams[worker].open))
+            .enumerate()
+            .filter(|(_, process)| process.life == Life::Runs)
+            .filter_map(|(id, process)| {
+                let worker = process.worker.filter(|worker| self.streams[worker].open)?;
+                Some((worker, self.is_blocked(id)))
+            })
             .collect();
-        for worker in running {
-            let waiting = self.random.chance(50);
-            let progress = self.now_ms;
+        for (worker, blocked) in running {
+            let waiting = blocked || self.random.chance(50);
+            let progress = if blocked { 0 } else { self.now_ms };
             self.input(Input::Report { worker, report: Report::Heartbeat(Heartbeat { waiting, progress }) });
         }
         self.input(Input::Tick);
@@ -446,8 +487,11 @@ impl World {
                 if process.pending.take() == Some(committed) && process.held.is_some() {
                     process.held = Some(committed);
                 }
+                if !self.connect_all(id, &plan) {
+                    return;
+                }
                 let slices = Slices { rank: plan.rank, world: plan.members.len() as u32 };
-                process.place = Some(slices);
+                self.processes[id].place = Some(slices);
                 if self.sharded && !self.meet(id, &plan, committed) {
                     return;
                 }
@@ -456,7 +500,8 @@ impl World {
                     if !plan.members.iter().any(|member| self.holds(member.worker_id, committed)) {
                         let (generation, step) = (plan.generation, plan.committed_step);
                         let detail = "nobody to be healed by".to_owned();
-                        return self.say(id, Report::StepFailed(StepFailed { generation, step, detail }));
+                        let failed = StepFailed { generation, step, detail, ..StepFailed::default() };
+                        return self.say(id, Report::StepFailed(failed));
                     }
                     self.healed += 1;
                     (self.processes[id].held, self.processes[id].slices) = (Some(committed), Some(slices));
@@ -485,6 +530,27 @@ impl World {
         process.worker == Some(worker) && process.life == Life::Runs
     }
 
+    /// Whether the mesh of a generation comes about, as far as this member needs it at once. Who dials another in vain says
+    /// so, and who is dialled waits.
+    fn connect_all(&mut self, id: usize, plan: &Plan) -> bool {
+        let cut = if plan.generation == self.generation.number { self.cut_ranks() } else { Vec::new() };
+        if cut.is_empty() {
+            return true;
+        }
+        let is_healed = plan.healed.contains(&plan.rank);
+        if is_healed {
+            self.processes[id].held = None;
+        }
+        let unreachable: Vec<u32> =
+            cut.into_iter().filter(|&(_, high)| high == plan.rank).map(|(low, _)| low).collect();
+        if unreachable.is_empty() {
+            return !(is_healed || self.sharded);
+        }
+        let (generation, step, detail) = (plan.generation, plan.committed_step, "no answer".to_owned());
+        self.say(id, Report::StepFailed(StepFailed { generation, step, detail, unreachable }));
+        false
+    }
+
     /// A member of a generation meets the others, to find out whether they have all of the optimizer's state between them.
     /// If it cannot, or they have not, it says so.
     fn meet(&mut self, id: usize, plan: &Plan, state: State) -> bool {
@@ -498,7 +564,8 @@ impl World {
             }
             _ => {
                 let (step, detail) = (plan.committed_step, "a peer is missing".to_owned());
-                self.say(id, Report::StepFailed(StepFailed { generation, step, detail }));
+                let failed = StepFailed { generation, step, detail, ..StepFailed::default() };
+                self.say(id, Report::StepFailed(failed));
                 return false;
             }
         };
@@ -570,9 +637,16 @@ impl World {
                 let process = &self.processes[self.streams[peer].process];
                 process.worker != Some(*peer) || process.life == Life::Dead
             });
-        if peer_failed && self.random.chance(50) {
+        let blocked = self.is_blocked(id);
+        if blocked && !self.random.chance(5) {
+            return;
+        }
+        if blocked || peer_failed && self.random.chance(50) {
             let detail = "peer closed".to_owned();
-            self.say(id, Report::StepFailed(StepFailed { generation, step: lease.step, detail }));
+            self.say(
+                id,
+                Report::StepFailed(StepFailed { generation, step: lease.step, detail, ..StepFailed::default() }),
+            );
         } else {
             let held = process.held.expect("computes on a state");
             // Replicas that have seen the same commits have the same digest.
@@ -616,228 +690,6 @@ impl World {
             self.check(effect);
         }
     }
-
-    fn check(&mut self, effect: Effect) {
-        assert!(self.end.is_none(), "an effect behind the last");
-        match effect {
-            Effect::Record(entry) => self.check_entry(entry),
-            Effect::Welcome { worker, under_way } => {
-                let id = self.streams[&worker].process;
-                let start = State { step: self.settings.start_step, generation: self.settings.start_step_generation };
-                let process = &mut self.processes[id];
-                if !under_way {
-                    (process.held, process.pending, process.slices) = (Some(start), None, None);
-                }
-                let held = process.held.unwrap_or(State { step: 0, generation: u64::MAX });
-                let pending = process.pending;
-                let Report::Ready(ready) = ready(held.step) else { unreachable!() };
-                let committed_generation = held.generation;
-                self.say(id, Report::Ready(Ready { committed_generation, pending, ..ready }));
-            }
-            Effect::Send { worker, command } => self.check_command(worker, command),
-            Effect::Dismiss { worker, reason, rejoin } => {
-                let stop = Command::Stop(Stop { exit_code: 1, reason, rejoin });
-                let stream = self.streams.get_mut(&worker).unwrap();
-                stream.commands.push_back(stop);
-                stream.open = false;
-                stream.reports.clear();
-            }
-            Effect::Replace { pid } => {
-                assert!(self.settings.restarts_max.is_some());
-                let replaced = pid as usize;
-                if self.processes[replaced].life != Life::Dead {
-                    self.kill(replaced);
-                    self.tell_of_death(replaced);
-                }
-                self.spawn();
-            }
-            Effect::Event(Event::Lost { workers, .. }) => {
-                assert!(self.faults > 0 || self.crashes > 0 || self.now_ms > 0, "{workers:?} are well");
-            }
-            Effect::Event(_) => {}
-            Effect::Abandon { abandoned, .. } => self.begin_at_checkpoint(abandoned),
-            Effect::Stop { exit_code, reason } => {
-                self.check_end(exit_code, &reason);
-                self.end = Some(exit_code);
-            }
-        }
-    }
-
-    /// The run's files are cut back to the newest checkpoint, and a new machine begins there.
-    ///
-    /// Nobody who holds the committed state has said so, or not all parts of it are held, or it would have been gone on
-    /// with. One may still be on its way: too late, or shut out by as many newcomers as the run has places. That costs the
-    /// steps since the checkpoint and nothing else.
-    fn begin_at_checkpoint(&mut self, abandoned: Abandoned) {
-        self.abandoned += 1;
-        let (committed, machine) = (self.committed(), self.machine.as_ref().unwrap());
-        assert_eq!(abandoned.step, committed.step);
-        if machine.state_is_lost {
-            self.states_lost += 1;
-            let holders = machine.members.iter().filter(|(_, member)| member.holds && member.ready.is_some());
-            assert!(
-                self.sharded && !self.covered(holders.map(|(&worker, _)| worker)),
-                "abandoned with all parts at hand"
-            );
-        } else {
-            self.check_nobody_holds(committed);
-        }
-        self.cut_back();
-        self.settings.abandoned = Some(abandoned);
-        if self.settings.restarts_max.is_some() {
-            // They end with what started them, and so many begin anew.
-            for process in &mut self.processes {
-                (process.life, process.worker) = (Life::Dead, None);
-            }
-            (0..self.settings.workers_expected).for_each(|_| self.spawn());
-        }
-        self.restart();
-    }
-
-    fn check_nobody_holds(&self, committed: State) {
-        assert!(self.crashes > 0, "abandoned by the coordinator that knew its workers");
-        let said_so = |report: &Report| {
-            let Report::Ready(ready) = report else { return false };
-            let held = State { step: ready.committed_step, generation: ready.committed_generation };
-            held == committed || held.step + 1 == committed.step && ready.pending == Some(committed)
-        };
-        let mut open = self.streams.values().filter(|stream| stream.open);
-        assert!(!open.any(|stream| stream.past.iter().any(said_so)), "abandoned with the state at hand");
-    }
-
-    fn cut_back(&mut self) {
-        let generation = self.record.as_ref().map_or(0, |record| record.generation);
-        self.ledger.retain(|record| record.step <= self.saved);
-        self.trained.retain(|&step| step <= self.saved);
-        self.evaluations.retain(|eval| eval.step <= self.saved);
-        let saved_generation = self.ledger.iter().find(|record| record.step == self.saved).map(|r| r.generation);
-        if let Some(saved_generation) = saved_generation {
-            (self.settings.start_step, self.settings.start_step_generation) = (self.saved, saved_generation);
-        }
-        self.settings.start_generation = generation;
-        self.ledger.retain(|record| record.step > self.settings.start_step);
-        self.trained.retain(|&step| step > self.settings.start_step);
-        self.record = None;
-    }
-
-    fn check_entry(&mut self, entry: Entry) {
-        let before = self.record.as_ref().map_or(self.settings.start_generation, |record| record.generation);
-        assert!(entry.record.generation >= before, "the generation on record falls");
-        if let Some(commit) = entry.commit {
-            self.check_commit(commit);
-        }
-        for event in &entry.events {
-            match event {
-                Event::Train(metrics) => self.trained.push(metrics.step),
-                Event::Eval(metrics) => self.evaluations.push(metrics.clone()),
-                Event::Recovery(recovery) => assert_eq!(Some(recovery.step), self.ledger.last().map(|last| last.step)),
-                _ => {}
-            }
-        }
-        let committed = self.committed();
-        assert_eq!(entry.record.committed_step, committed.step);
-        assert_eq!(entry.record.committed_generation, committed.generation);
-        self.record = Some(entry.record);
-    }
-
-    fn check_commit(&mut self, record: CommitRecord) {
-        let previous = self.ledger.last();
-        assert_eq!(record.step, previous.map_or(self.settings.start_step, |p| p.step) + 1, "a step lost or repeated");
-        let Generation { number, members, reported, .. } = &mut self.generation;
-        assert_eq!(record.generation, *number, "committed under another generation");
-        assert_eq!(record.workers as usize, members.len());
-        assert!(members.iter().all(|member| reported.contains(member)), "committed without all of {members:?}");
-        reported.clear();
-        // Positions tile every epoch.
-        let examples = self.settings.schedule.examples;
-        if let Some(previous) = previous {
-            let expected = match previous.positions[1] {
-                end if end == examples => (previous.epoch + 1, 0),
-                end => (previous.epoch, end),
-            };
-            assert_eq!((record.epoch, record.positions[0]), expected);
-        }
-        assert!(record.positions[0] < record.positions[1] && record.positions[1] <= examples);
-        self.ledger.push(record);
-    }
-
-    fn check_command(&mut self, worker: WorkerId, command: Command) {
-        let committed = self.committed();
-        match &command {
-            Command::Plan(plan) => {
-                if plan.rank == 0 {
-                    assert!(plan.generation > self.generation.number, "a generation again");
-                    let members: Vec<WorkerId> = plan.members.iter().map(|member| member.worker_id).collect();
-                    assert!(members.is_sorted(), "ranks are not in the order of numbers");
-                    self.generation = Generation { number: plan.generation, members, ..Generation::default() };
-                }
-                assert_eq!(self.record.as_ref().unwrap().generation, plan.generation, "sent before it was on record");
-                assert_eq!(State { step: plan.committed_step, generation: plan.committed_generation }, committed);
-                assert_eq!(self.generation.members[plan.rank as usize], worker);
-                self.check_lease(plan.next);
-            }
-            Command::Commit(commit) => {
-                let this = State { step: commit.step, generation: commit.generation };
-                assert_eq!(this, committed, "commit before the record");
-                self.check_lease(commit.next);
-            }
-            Command::Stop(_) | Command::Welcome(_) => {}
-        }
-        self.streams.get_mut(&worker).unwrap().commands.push_back(command);
-    }
-
-    /// The leases of a generation, by rising rank, cover each micro-batch of the step once.
-    fn check_lease(&mut self, lease: Option<Lease>) {
-        let Some(lease) = lease else { return };
-        let leased = &mut self.generation.leased;
-        if leased.first().is_some_and(|first| first.step != lease.step) {
-            leased.clear();
-        }
-        assert_eq!(lease.first_micro_batch, leased.last().map_or(0, |last| last.last_exclusive));
-        leased.push(lease);
-        assert!(leased.len() <= self.generation.members.len());
-        if leased.len() == self.generation.members.len() {
-            assert_eq!(lease.last_exclusive, self.settings.schedule.step(lease.step).micro_batches);
-        }
-    }
-
-    fn check_end(&self, code: u32, reason: &str) {
-        let total = self.settings.schedule.total_steps;
-        let committed = self.committed().step;
-        assert!(self.trained.iter().copied().eq(self.ledger.iter().map(|record| record.step)), "metrics and ledger");
-        match code {
-            exit_code::DONE => {
-                let selection = self.settings.selection.as_ref();
-                let losses = self.evaluations.iter().rev();
-                let best = losses.min_by(|a, b| a.eval_loss.total_cmp(&b.eval_loss)).map_or(0, |best| best.step);
-                let loads = selection.is_some_and(|selection| selection.load_best_model_at_end);
-                assert_eq!(self.model_written.expect("done without a model"), if loads { best } else { 0 });
-                assert!(self.settings.save_steps.is_none() || self.saved == committed || self.ledger.is_empty());
-                let patience = selection.and_then(|selection| selection.early_stopping_patience);
-                // Nothing was better than the best in so many evaluations, and in no fewer.
-                let after_best = self.evaluations.iter().filter(|evaluation| evaluation.step > best).count();
-                assert!(patience.is_none_or(|patience| after_best <= patience as usize), "stopped late");
-                let out = patience.is_some_and(|patience| after_best == patience as usize);
-                assert!(committed == total || out, "stopped at {committed} of {total}: {reason}");
-            }
-            exit_code::PREEMPTED => assert!(self.preempted),
-            exit_code::TOO_FEW_WORKERS => assert!(self.faults > 0, "{reason}"),
-            // The last word of a run that ends early; any other checkpoint that fails is only told.
-            exit_code::FAILURE if reason == "disk full" => {
-                assert!(self.unsaved.contains(&committed) && committed < total, "{committed} of {total}");
-            }
-            // A process of the launcher died before training began.
-            exit_code::FAILURE if reason.contains("before it joined") => {
-                assert!(self.faults > 0 && self.record.is_none() && self.settings.restarts_max.is_some(), "{reason}");
-            }
-            // Members that hang while the others wait are not always told from those who wait.
-            exit_code::FAILURE => {
-                let hard_to_tell = ["failed 3 times", "no progress"].iter().any(|text| reason.contains(text));
-                assert!(self.faults > 0 && hard_to_tell, "{reason}");
-            }
-            _ => panic!("exit code {code}: {reason}"),
-        }
-    }
 }
 
 #[test]
@@ -846,7 +698,7 @@ fn whatever_happens_every_step_is_committed_once_and_the_run_ends() {
     const EVENTS_MAX: u64 = 200_000;
     let mut events = 0;
     let mut ends: BTreeMap<u32, u32> = BTreeMap::new();
-    let (mut recovered, mut crashes, mut abandoned, mut lost, mut healed) = (0, 0, 0, 0, 0);
+    let (mut recovered, mut crashes, mut abandoned, mut lost, mut healed, mut left_out) = (0, 0, 0, 0, 0, 0);
     for seed in 0..RUNS {
         let run = std::panic::AssertUnwindSafe(|| {
             let mut world = World::new(seed);
@@ -865,13 +717,14 @@ fn whatever_happens_every_step_is_committed_once_and_the_run_ends() {
         *ends.entry(world.end.unwrap()).or_default() += 1;
         recovered += u64::from(world.faults > 0 && world.end == Some(0));
         (crashes, abandoned, healed) = (crashes + world.crashes, abandoned + world.abandoned, healed + world.healed);
-        lost += world.states_lost;
+        (lost, left_out) = (lost + world.states_lost, left_out + world.left_out);
     }
     // The simulation is worth its name only if it meets all of it.
     let met = format!(
-        "{events} events, {recovered} runs recovered, {crashes} crashes, {abandoned} abandoned ({lost} in part), {healed} healed, {ends:?}"
+        "{events} events, {recovered} runs recovered, {crashes} crashes, {abandoned} abandoned ({lost} in part), \
+         {healed} healed, {left_out} left out, {ends:?}"
     );
-    assert!(events > 1_000_000 && recovered > 500 && crashes > 1_000 && healed > 500, "{met}");
+    assert!(events > 1_000_000 && recovered > 500 && crashes > 1_000 && healed > 500 && left_out > 500, "{met}");
     assert!(abandoned - lost > 20 && lost > 20, "{met}");
     for code in [exit_code::DONE, exit_code::TOO_FEW_WORKERS, exit_code::PREEMPTED] {
         assert!(ends.get(&code).is_some_and(|&runs| runs > 20), "{met}");

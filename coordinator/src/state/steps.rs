@@ -105,7 +105,8 @@ impl Machine {
         self.progress_ms = self.now_ms;
         self.pace.commit(self.now_ms);
         self.attempts_failed = 0;
-        self.failed_ms = None;
+        (self.failed_ms, self.stalled_ms) = (None, None);
+        self.trust_links();
         self.due = self.actions_after(step);
         self.phase = match (last, self.preempting) {
             (true, _) => Phase::Finishing,
@@ -125,11 +126,11 @@ impl Machine {
                 continue;
             };
             (member.done, member.failed) = (None, None);
+            member.unreachable.clear();
             ranks.push((worker, rank));
         }
         // Who is ready by now takes part from here on.
-        let grows =
-            self.phase == Phase::Running && self.members.values().any(|m| m.rank.is_none() && m.ready.is_some());
+        let grows = self.phase == Phase::Running && self.can_grow();
         if !grows {
             self.count_save(ranks[0].0);
         }

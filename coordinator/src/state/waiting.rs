@@ -46,7 +46,7 @@ impl Machine {
     }
 
     /// What the committed step asks for: computing the next, or what a run leaves.
-    fn phase_at_committed(&self) -> Phase {
+    pub(super) fn phase_at_committed(&self) -> Phase {
         let last = self.committed_step == self.settings.schedule.total_steps || self.due.finish;
         match (last, self.preempting) {
             (true, _) => Phase::Finishing,
@@ -65,8 +65,7 @@ impl Machine {
     }
 
     pub(super) fn can_go_on(&self) -> bool {
-        let ready = self.members.values().filter(|member| member.ready.is_some()).count() as u32;
-        ready >= self.workers_needed() && self.is_held()
+        self.roster().len() as u32 >= self.workers_needed() && self.is_held()
     }
 
     pub(super) fn wait_for_workers(&mut self, cause: String) {
@@ -91,6 +90,8 @@ impl Machine {
         if self.phase != Phase::Waiting {
             return;
         }
+        // A link may be tried again.
+        self.state_is_lost &= !self.others_may_hold();
         let enough = self.can_go_on();
         let all_ready = self.members.values().all(|member| member.ready.is_some());
         let Some(wait) = &mut self.wait else { return };
@@ -123,7 +124,7 @@ impl Machine {
             (true, None) => true,
             // A replacement brings no state.
             (false, Some(_)) => !all_ready || !self.absent.is_empty(),
-            (false, None) => !(full && all_ready || self.preempting),
+            (false, None) => !(full && all_ready || self.preempting) || self.is_holder_left_out(),
         };
         if hope && !late {
             return;
@@ -168,6 +169,8 @@ impl Machine {
                 self.retired.push(member.pid);
                 self.replace(member.pid);
             }
+            // It is well.
+            Notice::Link => {}
         }
     }
 

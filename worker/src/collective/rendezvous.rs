@@ -25,6 +25,9 @@ const HELLO_BYTES: usize = 8 + 4 + 8 + 4 + 4 + 32;
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 /// Handshakes under way at once; more are closed at once, and an honest rank dials again.
 const HANDSHAKES_MAX: usize = 64;
+/// A rank whose machine has not answered, or has refused, for so long is given up: the coordinator may know better. (One
+/// that is busy answers all the same, as its system does it.)
+const UNREACHABLE_LIMIT: Duration = Duration::from_secs(4);
 /// Pause of the accept loop, of a dialer between attempts, and between looks at the flags.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(1);
 const DIAL_PAUSE: Duration = Duration::from_millis(20);
@@ -117,7 +120,7 @@ impl Interrupter {
 /// Connects every pair of members. `silence_limit` bounds every later wait for a peer.
 ///
 /// # Errors
-/// [`Error::Rendezvous`] names the first rank that is missing at `deadline`;
+/// [`Error::Rendezvous`] names the first rank that is missing at `deadline`, or when one cannot be reached for long;
 /// [`Error::Interrupted`] if `interrupter` fires first.
 pub(super) fn connect(
     listener: &Listener,
@@ -134,7 +137,7 @@ pub(super) fn connect(
     assert!((rank as usize) < world, "rank {rank} of {world}");
 
     let began = Instant::now();
-    let lines = meet(listener, membership, deadline, &interrupter);
+    let Met { lines, unreachable } = meet(listener, membership, deadline, &interrupter);
     if interrupter.is_interrupted() {
         return Err(Error::Interrupted);
     }
@@ -151,7 +154,7 @@ pub(super) fn connect(
             None => {
                 let address = address_of(peer, members);
                 let seconds = began.elapsed().as_secs_f64();
-                return Err(Error::Rendezvous { rank: peer, address, generation, seconds });
+                return Err(Error::Rendezvous { rank: peer, address, generation, seconds, unreachable });
             }
         }
     }
@@ -193,29 +196,34 @@ impl Line {
     }
 }
 
-/// Dials the lower ranks and accepts the higher ones until all are there, the deadline
-/// passes or an interrupt comes; one line a rank, `None` for oneself and the missing.
-fn meet(
-    listener: &Listener,
-    membership: Membership,
-    deadline: Instant,
-    interrupter: &Interrupter,
-) -> Vec<Option<Line>> {
+/// What a rendezvous came to.
+struct Met {
+    /// One a rank, `None` for oneself and the missing.
+    lines: Vec<Option<Line>>,
+    /// Ranks that do not answer.
+    unreachable: Vec<u32>,
+}
+
+/// Dials the lower ranks and accepts the higher ones until all are there or one is given up, the
+/// deadline passes or an interrupt comes.
+fn meet(listener: &Listener, membership: Membership, deadline: Instant, interrupter: &Interrupter) -> Met {
     let Membership { rank, members, .. } = membership;
     let mut lines: Vec<Option<Line>> = members.iter().map(|_| None).collect();
+    let reached: Vec<Reached> = members.iter().map(|_| Reached::default()).collect();
     let over = AtomicBool::new(false);
     let keep_going = || !over.load(Ordering::SeqCst) && !interrupter.is_interrupted();
     let handshakes = AtomicUsize::new(0);
     let (arrived, arrivals) = mpsc::channel::<(u32, Line)>();
 
     std::thread::scope(|scope| {
-        for peer in 0..rank {
+        for (peer, reached) in (0..rank).zip(&reached) {
             let (arrived, keep_going) = (arrived.clone(), &keep_going);
-            scope.spawn(move || dial(membership, peer, deadline, keep_going, &arrived));
+            scope.spawn(move || dial(membership, peer, deadline, keep_going, &arrived, reached));
         }
         while lines.iter().filter(|s| s.is_some()).count() + 1 < members.len()
             && Instant::now() < deadline
             && keep_going()
+            && !reached.iter().any(|reached| reached.failing() > UNREACHABLE_LIMIT)
         {
             while let Some(stream) = listener.door.accept() {
                 if handshakes.fetch_add(1, Ordering::SeqCst) >= HANDSHAKES_MAX {
@@ -240,7 +248,29 @@ fn meet(
         }
         over.store(true, Ordering::SeqCst);
     });
-    lines
+    // Who is given up because of one tells of all that it does not reach.
+    let unreachable = (0..).zip(&reached).filter(|(_, reached)| reached.failing() > UNREACHABLE_LIMIT / 2);
+    let unreachable = unreachable.map(|(peer, _)| peer).collect();
+    Met { lines, unreachable }
+}
+
+/// Whether a machine answers.
+#[derive(Default)]
+struct Reached {
+    /// Since when it has not.
+    failing_since: Mutex<Option<Instant>>,
+}
+
+impl Reached {
+    fn note(&self, answers: bool) {
+        let mut since = self.failing_since.lock().unwrap_or_else(PoisonError::into_inner);
+        *since = if answers { None } else { Some(since.unwrap_or_else(Instant::now)) };
+    }
+
+    fn failing(&self) -> Duration {
+        let since = *self.failing_since.lock().unwrap_or_else(PoisonError::into_inner);
+        since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
 }
 
 /// Dials `peer` until it welcomes us: it may not listen yet, or still serve an older generation.
@@ -250,6 +280,7 @@ fn dial(
     deadline: Instant,
     keep_going: &dyn Fn() -> bool,
     arrived: &Sender<(u32, Line)>,
+    reached: &Reached,
 ) {
     let address = address_of(peer, membership.members);
     let patience = Patience { deadline, keep_going };
@@ -257,7 +288,8 @@ fn dial(
         let left = deadline.saturating_duration_since(Instant::now());
         let limit = left.clamp(Duration::from_millis(1), Duration::from_secs(1));
         let inside = if local { stream::dial_locally(address) } else { None };
-        let stream = inside.map_or_else(|| Stream::dial(&address, limit), Ok)?;
+        let stream = inside.map_or_else(|| Stream::dial(&address, limit), Ok).inspect_err(|_| reached.note(false))?;
+        reached.note(true);
         let ciphers = membership.identity.map(|identity| identity.dial(&stream, &|s, b| patience.fill(s, b)));
         let mut line = Line { ciphers: ciphers.transpose()?, stream };
         line.send(&hello(membership, membership.rank, peer))?;

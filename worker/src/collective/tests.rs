@@ -329,6 +329,20 @@ fn a_missing_rank_is_named_at_the_deadline() {
 }
 
 #[test]
+fn a_rank_whose_machine_does_not_answer_is_told_apart_from_one_that_is_late() {
+    let (listener, late) = (loopback(), loopback());
+    // Whoever asks here is refused.
+    let gone = loopback().local_addr();
+    let members = [(0, late.local_addr()), (1, gone), (2, listener.local_addr())];
+    let membership = Membership { rank: 2, members: &members, token: &TOKEN, identity: None, generation: 9 };
+    let began = Instant::now();
+    let deadline = began + Duration::from_secs(60);
+    let error = Mesh::connect(&listener, membership, deadline, PATIENCE, Interrupter::new()).err().unwrap();
+    assert_eq!(error.unreachable(), [1], "{error:?}");
+    assert!(began.elapsed() < Duration::from_secs(20), "nobody waits for the deadline");
+}
+
+#[test]
 fn a_broadcast_reaches_those_it_is_for() {
     let copies = on_mesh(4, |rank, mut collective| {
         let mut bytes = vec![rank as u8; 100_000];

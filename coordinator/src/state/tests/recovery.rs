@@ -277,10 +277,14 @@ fn a_coordinator_that_slept_blames_nobody() {
     assert_lines(script.wait(9_000, &[]), "");
 }
 
+fn failed_in(generation: u64) -> StepFailed {
+    StepFailed { generation, step: 1, detail: "reset".to_owned(), unreachable: Vec::new() }
+}
+
 #[test]
 fn who_reports_a_lost_peer_stays() {
     let mut script = Script::started(settings());
-    let failed = Report::StepFailed(StepFailed { generation: 1, step: 1, detail: "peer 1 closed".to_owned() });
+    let failed = Report::StepFailed(StepFailed { detail: "peer 1 closed".to_owned(), ..failed_in(1) });
     assert_lines(script.report(0, failed), "");
     assert_lines(
         script.leave(1),
@@ -293,7 +297,7 @@ fn who_reports_a_lost_peer_stays() {
 #[test]
 fn a_step_that_fails_with_all_alive_is_tried_again_thrice() {
     let mut script = Script::started(settings());
-    let failed = |generation| Report::StepFailed(StepFailed { generation, step: 1, detail: "reset".to_owned() });
+    let failed = |generation| Report::StepFailed(failed_in(generation));
     // One complains, nobody turns out to be dead.
     script.report(0, failed(1));
     assert_lines(
@@ -357,6 +361,73 @@ fn a_finished_worker_writes_the_model_when_rank_0_died_over_it() {
     );
     assert_lines(script.report(1, finished(5)), "");
     assert_lines(script.report(1, finished(6)), "1 <- stop 0\n stop 0: trained to step 3");
+}
+
+#[test]
+fn two_who_cannot_reach_each_other_do_not_end_the_run() {
+    let mut script = Script::new(Settings { workers_expected: 3, schedule: schedule(1000, 4, 2, 100), ..settings() });
+    (0..3).for_each(|worker| drop(script.join(worker)));
+    (0..3).for_each(|worker| drop(script.report(worker, ready(0))));
+    // The last dials the others, and one does not answer. What the others say is waited for.
+    let failed = |generation, unreachable| {
+        Report::StepFailed(StepFailed { unreachable, detail: "no answer".to_owned(), ..failed_in(generation) })
+    };
+    assert_lines(script.report(2, failed(1, vec![1])), "");
+    assert_lines(script.wait(1_000, &[0, 1, 2]), "");
+    assert_lines(
+        script.wait(1_000, &[0, 1, 2]),
+        "lost 2 (Link), 2 left
+         0 <- plan 2 rank 0 of 2 after 0, next 1 micro-batches 0..1
+         1 <- plan 2 rank 1 of 2 after 0, next 1 micro-batches 1..2",
+    );
+    // It is not tried again at once, but after ten seconds, and then given the state.
+    let commit = |script: &mut Script, generation, step, world: u64| {
+        let mut lines = Vec::new();
+        for rank in 0..world {
+            let share = quintet_data::share(2, rank as u32, world as u32);
+            lines = script.done(rank, generation, step, share);
+        }
+        lines
+    };
+    let lines = commit(&mut script, 2, 1, 2);
+    assert_eq!(lines.len(), 5, "{lines:?}");
+    assert_lines(script.wait(10_000, &[0, 1, 2]), "");
+    let lines = commit(&mut script, 2, 2, 2);
+    assert_eq!(lines[6], "2 <- plan 3 rank 2 of 3 after 2 heals [2], next 3 micro-batches 1..2", "{lines:?}");
+    // Still broken: all have failed, so that nobody is waited for. The next time is later.
+    script.report(2, failed(3, vec![1]));
+    script.report(0, failed(3, vec![]));
+    let lines = script.report(1, failed(3, vec![]));
+    assert_eq!(lines[0], "lost 2 (Link), 2 left", "{lines:?}");
+    assert_lines(script.wait(15_000, &[0, 1, 2]), "");
+    let lines = commit(&mut script, 4, 3, 2);
+    assert_eq!(lines.len(), 5, "{lines:?}");
+    assert_lines(script.wait(5_000, &[0, 1, 2]), "");
+    let lines = commit(&mut script, 4, 4, 2);
+    assert!(lines[6].starts_with("2 <- plan 5 rank 2 of 3"), "{lines:?}");
+}
+
+#[test]
+fn the_fewest_are_left_out_and_never_all_who_hold_the_state() {
+    let broken = |script: &mut Script, generation, worker, unreachable| {
+        let failed = StepFailed { unreachable, ..failed_in(generation) };
+        script.report(worker, Report::StepFailed(failed))
+    };
+    let mut script = Script::new(Settings { workers_expected: 4, workers_min: 2, ..settings() });
+    (0..4).for_each(|worker| drop(script.join(worker)));
+    (0..4).for_each(|worker| drop(script.report(worker, ready(0))));
+    // Worker 1 is cut off from all others, who say so, or wait for it.
+    broken(&mut script, 1, 2, vec![1]);
+    broken(&mut script, 1, 3, vec![1]);
+    broken(&mut script, 1, 1, vec![0]);
+    let lines = broken(&mut script, 1, 0, vec![]);
+    assert_eq!(lines[0], "lost 1 (Link), 3 left", "{lines:?}");
+    // Two of those who are left leave: the run waits until the link may be tried again.
+    script.leave(2);
+    let lines = script.leave(3);
+    assert_eq!(lines[2], "waiting with 2 of 2 for 30 s", "{lines:?}");
+    let lines = script.wait(30_000, &[0, 1]);
+    assert!(lines[0].starts_with("0 <- plan 4 rank 0 of 2"), "{lines:?}");
 }
 
 /// Three workers of a sharded run have committed a step; one is lost, and what it held is nowhere.

@@ -248,8 +248,9 @@ fn bf16_follows_f32() {
         let pairs = exact.download().unwrap().into_iter().zip(gradients.download().unwrap());
         let dot: f64 = pairs.map(|(a, b)| f64::from(a) * f64::from(b)).sum();
         let norms = ops::global_norm(exact.view()).unwrap() * ops::global_norm(gradients.view()).unwrap();
-        // Random adapters are steeper than trained weights, and relu has kinks.
-        assert!(dot / norms > 0.98, "{}: cosine {}", adapted.name, dot / norms);
+        // Random adapters are steeper than trained weights, and relu has kinks: torch in bf16 is the measure.
+        let peer = adapted.expected["bf16_cosine"].as_f64().unwrap();
+        assert!(1.0 - dot / norms <= 2.0 * (1.0 - peer), "{}: cosine {}; torch: {peer}", adapted.name, dot / norms);
     }
 }
 

@@ -6,10 +6,11 @@ For every model a directory `NAME/lora` holds
 
     adapter_config.json, adapter_model.safetensors   as PEFT saves them; B is random too, so that everything has a gradient
     gradients.safetensors                            d loss / d parameter, under the names of the adapter's file
-    expected.json                                    loss, number of trainable parameters, and the losses of ten AdamW
-                                                     steps on the model's batch, each before its update
+    expected.json                                    loss, number of trainable parameters, the losses of ten AdamW steps on
+                                                     the model's batch, each before its update, and the cosine of the
+                                                     gradient in bf16 (weights and all) to that in f32
 
-All is f32, on the CPU, without dropout.
+All else is f32, on the CPU, without dropout.
 """
 
 import json
@@ -18,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from generate import ADAMW, DEFAULT_OUTPUT, MODELS, adamw, backward, load, read_json, write_json
+from generate import ADAMW, DEFAULT_OUTPUT, MODELS, adamw, backward, forward, load, read_json, write_json
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -63,6 +64,14 @@ def steps(directory, options, batch, dtype):
     return losses
 
 
+def bf16_cosine(directory, options, batch, gradients):
+    model = adapted(directory, options).to(torch.bfloat16)
+    forward(model, batch)[0].loss.backward()
+    ours = torch.cat([parameter.grad.double().flatten() for parameter in trainable(model).values()])
+    exact = torch.cat([gradient.double().flatten() for gradient in gradients.values()])
+    return torch.nn.functional.cosine_similarity(ours, exact, dim=0).item()
+
+
 def write(directory, options):
     batch = read_json(directory / "batch.json")
     out = directory / "lora"
@@ -86,7 +95,8 @@ def write(directory, options):
     spread = max(abs(a - b) / b for a, b in zip(single, double))
     assert spread < SPREAD_MAX and single[-1] < single[0], (spread, single)
     parameters, _ = model.get_nb_trainable_parameters()
-    write_json(out / "expected.json", {"loss": loss, "trainable_parameters": parameters, "adamw": {**ADAMW, "losses": single}})
+    reference = {"loss": loss, "trainable_parameters": parameters, "adamw": {**ADAMW, "losses": single}}
+    write_json(out / "expected.json", {**reference, "bf16_cosine": bf16_cosine(directory, options, batch, gradients)})
     return loss, single[-1], spread
 
 

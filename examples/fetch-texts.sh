@@ -6,7 +6,9 @@
 #
 # Needs pip and tar. Writes tweets.jsonl, products.jsonl and movies.jsonl, by default into examples/texts: objects with
 # id (of product sentences: review_sentence), text, rating (the mean of 20 people's, from -4 to 4) and label (negative
-# below -0.5, positive above 0.5, else neutral).
+# below -0.5, positive above 0.5, else neutral). And reviews.jsonl, from the product reviews, whose first sentences are
+# their titles: of every other sentence product_title, star_rating (from 1 to 5, by the sentence's rating) and
+# review_body.
 set -euo pipefail
 
 output=${1:-$(dirname "$0")/texts}
@@ -30,3 +32,13 @@ convert() {
 convert tweets_GroundTruth.txt tweets.jsonl
 convert amazonReviewSnippets_GroundTruth.txt products.jsonl
 convert movieReviewSnippets_GroundTruth.txt movies.jsonl
+
+# Sentence 1 of a review becomes the title of all that follow.
+awk -F '"' '{
+    split($4, id, "_"); rating = $0; sub(/.*"rating": /, "", rating); sub(/,.*/, "", rating); rating += 0
+    body = substr($0, index($0, "\"text\": ") + 8); sub(/, "rating": [-0-9.]*, "label": "[a-z]*"}$/, "", body)
+    if (id[2] == 1) { title = body; next }
+    stars = 3 + (rating > 0.5) + (rating > 1.5) - (rating < -0.5) - (rating < -1.5)
+    printf "{\"product_title\": %s, \"star_rating\": %d, \"review_body\": %s}\n", title, stars, body
+}' "$output/products.jsonl" >"$output/reviews.jsonl"
+printf '%s: %d lines\n' "$output/reviews.jsonl" "$(wc -l <"$output/reviews.jsonl")"

@@ -1,7 +1,7 @@
 //! The command line.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use quintet_t5::EarlyStopping;
@@ -34,6 +34,8 @@ pub(crate) enum Command {
     Generate(GenerateArguments),
     /// A job file from the arguments of a Hugging Face training.
     ImportArgs(ImportArguments),
+    /// Texts as vectors: the means of an encoder's last hidden states.
+    Embed(EmbedArguments),
     /// A model with an adapter folded into it, as a model directory.
     Merge(MergeArguments),
     /// Look at a data source, or write a built-in one as JSON lines.
@@ -89,6 +91,11 @@ pub(crate) struct JobArguments {
 }
 
 impl JobArguments {
+    /// For commands that read a job without running it.
+    pub(crate) fn new(job: &Path, overrides: Vec<String>) -> Self {
+        JobArguments { job: job.to_path_buf(), output: None, resume: false, overrides, workers: None, device: None }
+    }
+
     /// The same on another command line; without `--resume`, `--workers` and `--device`.
     pub(crate) fn words(&self) -> Vec<String> {
         let mut words = vec![self.job.display().to_string()];
@@ -186,14 +193,30 @@ pub(crate) struct EvaluateArguments {
     /// An adapter of that model, in PEFT's layout.
     #[arg(long, value_name = "DIR", requires = "model")]
     pub(crate) adapter: Option<PathBuf>,
+    /// Evaluate on what this job file holds out, as the job does: its templates, prompts, filters and [evaluation].
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with_all = [
+            "data", "input", "target", "metrics", "batch_size", "max_source_length", "max_target_length",
+            "max_examples", "toxicity_model", "GenerationFlags", "predictions", "compare",
+        ],
+    )]
+    pub(crate) job: Option<PathBuf>,
+    /// Override a value of the job file; may be given several times.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE", requires = "job")]
+    pub(crate) overrides: Vec<String>,
+    /// Write predictions.jsonl there, for `--compare`.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["predictions", "compare"])]
+    pub(crate) output: Option<PathBuf>,
     /// The examples.
-    #[arg(long, value_name = "FILE", required_unless_present_any = ["predictions", "compare"])]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["predictions", "compare", "job"])]
     pub(crate) data: Option<String>,
     /// Template of the input over a record's fields.
-    #[arg(long, value_name = "TEMPLATE", required_unless_present_any = ["predictions", "compare"])]
+    #[arg(long, value_name = "TEMPLATE", required_unless_present_any = ["predictions", "compare", "job"])]
     pub(crate) input: Option<String>,
     /// Template of the target.
-    #[arg(long, value_name = "TEMPLATE", required_unless_present_any = ["predictions", "compare"])]
+    #[arg(long, value_name = "TEMPLATE", required_unless_present_any = ["predictions", "compare", "job"])]
     pub(crate) target: Option<String>,
     /// Score lines of {"prediction", "target"} without a model.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "data", "input", "target"])]
@@ -204,7 +227,13 @@ pub(crate) struct EvaluateArguments {
     /// A tokenizer other than the model's.
     #[arg(long)]
     pub(crate) tokenizer: Option<String>,
-    /// Names of scores, as in job files; loss and exact_match by default.
+    /// The classifier that the score toxicity is measured by, a directory or a repository of the hub.
+    #[arg(long, value_name = "DIR", conflicts_with = "compare")]
+    pub(crate) toxicity_model: Option<String>,
+    /// Its class of toxic texts; "toxic" by default.
+    #[arg(long, value_name = "CLASS", requires = "toxicity_model")]
+    pub(crate) toxic_label: Option<String>,
+    /// Names of scores, as in job files; loss and exact_match by default, of a classifier loss and accuracy.
     #[arg(long, value_delimiter = ',')]
     pub(crate) metrics: Vec<String>,
     #[arg(long, default_value_t = 32)]
@@ -314,6 +343,35 @@ pub(crate) struct ImportArguments {
 }
 
 #[derive(Args)]
+pub(crate) struct EmbedArguments {
+    /// A model directory in Hugging Face's layout, a repository of the hub, or an adapter that names its model.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// An adapter of that model, in PEFT's layout.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: Option<PathBuf>,
+    /// A tokenizer other than the model's.
+    #[arg(long)]
+    pub(crate) tokenizer: Option<String>,
+    #[arg(long, required_unless_present = "input_file")]
+    pub(crate) input: Option<String>,
+    /// One input a line.
+    #[arg(long, value_name = "FILE", conflicts_with = "input")]
+    pub(crate) input_file: Option<PathBuf>,
+    /// Longer inputs are cut.
+    #[arg(long, default_value_t = 512)]
+    pub(crate) max_source_length: usize,
+    /// Inputs computed at a time.
+    #[arg(long, default_value_t = 32)]
+    pub(crate) batch_size: usize,
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) device: DeviceChoice,
+    /// Print one JSON object an input, instead of numbers between tabs.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
 pub(crate) struct MergeArguments {
     /// A model directory in Hugging Face's layout, or an adapter that names its model.
     #[arg(long, value_name = "DIR")]
@@ -324,6 +382,9 @@ pub(crate) struct MergeArguments {
     /// A tokenizer other than the model's.
     #[arg(long)]
     pub(crate) tokenizer: Option<String>,
+    /// Keep the encoder alone, as transformers' T5EncoderModel.
+    #[arg(long)]
+    pub(crate) encoder_only: bool,
     /// The new model directory.
     #[arg(long, value_name = "DIR")]
     pub(crate) output: PathBuf,
@@ -377,8 +438,7 @@ pub(crate) struct DataJobArguments {
 
 impl DataJobArguments {
     pub(crate) fn as_job(&self) -> JobArguments {
-        let (job, output, overrides) = (self.job.clone(), self.output.clone(), self.overrides.clone());
-        JobArguments { job, output, resume: false, overrides, workers: None, device: None }
+        JobArguments { output: self.output.clone(), ..JobArguments::new(&self.job, self.overrides.clone()) }
     }
 }
 

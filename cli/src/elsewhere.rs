@@ -48,7 +48,12 @@ impl Machine<'_> {
         };
         let mut settled = Settled { notes, fetched, output };
         if let Some(name) = job.model.pretrained.clone() {
-            job.model.pretrained = Some(self.model(&name, &mut settled)?.display().to_string());
+            let model = self.model(&name, ("model.pretrained", share::MODEL, "the model"), &mut settled)?;
+            job.model.pretrained = Some(model.display().to_string());
+        }
+        if let Some(name) = job.evaluation.toxicity_model.clone() {
+            let artifact = ("evaluation.toxicity_model", share::TOXICITY_MODEL, "the model of toxicity");
+            job.evaluation.toxicity_model = Some(self.model(&name, artifact, &mut settled)?.display().to_string());
         }
         if let Some(lora) = &mut job.lora
             && let Some(name) = &lora.pretrained
@@ -61,19 +66,19 @@ impl Machine<'_> {
         Ok(settled)
     }
 
-    /// The directory of a model: this machine's own, one of the hub at the commit that the coordinator chose, or the
+    /// The directory of a model, given the job's key, and what the coordinator and people call it: this machine's own, one of the hub at the commit that the coordinator chose, or the
     /// coordinator's.
-    fn model(&self, name: &str, settled: &mut Settled) -> Result<PathBuf> {
+    fn model(&self, name: &str, (key, artifact, what): (&str, &str, &str), settled: &mut Settled) -> Result<PathBuf> {
         let directory = self.base.join(name);
         let why = match hub::has_commit(name) {
             _ if directory.join("config.json").is_file() => return Ok(directory),
-            true => match hub::model("model.pretrained", name, self.base) {
+            true => match hub::model(key, name, self.base) {
                 Ok(model) => return Ok(model.directory),
                 Err(failure) => failure.message,
             },
             false => format!("{name}: no model in {}", self.base.display()),
         };
-        self.fetch(share::MODEL, "the model", &why, settled)
+        self.fetch(artifact, what, &why, settled)
     }
 
     fn fetch(&self, artifact: &str, what: &str, why: &str, settled: &mut Settled) -> Result<PathBuf> {

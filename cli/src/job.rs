@@ -224,6 +224,27 @@ mod tests {
         assert_eq!(apply(&mut toml::Table::new(), "nothing").unwrap_err().exit_code, 2);
     }
 
+    /// The job files below a folder.
+    fn jobs_below(folder: &Path) -> Vec<PathBuf> {
+        let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        let found = |path: PathBuf| match path.is_dir() {
+            true => jobs_below(&path),
+            false if path.extension().is_some_and(|extension| extension == "toml") => vec![path],
+            false => Vec::new(),
+        };
+        entries.flat_map(found).collect()
+    }
+
+    #[test]
+    fn every_example_is_a_valid_job() {
+        let jobs = jobs_below(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples"));
+        assert!(jobs.len() > 5, "{jobs:?}");
+        for job in jobs {
+            let loaded = Job::load(&JobArguments::new(&job, Vec::new()));
+            assert!(loaded.is_ok(), "{}", loaded.unwrap_err().message);
+        }
+    }
+
     #[test]
     fn only_what_decides_the_numbers_conflicts() {
         let job = parse(Path::new("job.toml"), JOB).unwrap();

@@ -36,6 +36,7 @@ fn main() -> ExitCode {
         Command::Evaluate(arguments) => on_threads(None, || commands::evaluate::run(arguments)),
         Command::Generate(arguments) => on_threads(None, || commands::generate::run(arguments)),
         Command::ImportArgs(arguments) => commands::import_args::run(arguments),
+        Command::Embed(arguments) => on_threads(None, || commands::embed::run(arguments)),
         Command::Merge(arguments) => on_threads(None, || commands::merge::run(arguments)),
         Command::Data(arguments) => commands::data::run(arguments),
         Command::Bench(arguments) => commands::bench::run(arguments),

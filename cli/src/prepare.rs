@@ -18,7 +18,7 @@ use quintet_data::{Classes, Shelf, Splits, Tokenizer, TokenizerSpec};
 use quintet_identity::Authority;
 use quintet_kernels::Device;
 use quintet_t5::Model;
-use quintet_worker::{Metric, adapter, checkpoint, replica, task};
+use quintet_worker::{Metric, adapter, checkpoint, replica, task, toxicity};
 
 use crate::error::{Failure, Result};
 use crate::hub::{self, LocalModel};
@@ -90,7 +90,8 @@ pub(crate) fn prepare(job: Job, serving: Serving, door: &Door) -> Result<Prepare
     let resume = serving.resume && holds_work(&job.output_dir);
     let tokenizer = Arc::new(run_tokenizer(&job, &base, pretrained.as_ref(), &splits, resume)?);
     let directory = pretrained.as_ref().map(|pretrained| pretrained.directory.as_path());
-    let classes = task::classes(&job.model, directory, &splits)?;
+    let toxicity_model = toxicity_model(&job, &base)?;
+    let classes = task::classes(&job.model, job.lora.as_ref(), directory, &splits)?;
     let trainable = check_model(&job, directory, &tokenizer, classes.as_deref())?;
     let shelf = splits.shelf();
     let splits = splits.tokenized(&tokenizer)?;
@@ -101,7 +102,7 @@ pub(crate) fn prepare(job: Job, serving: Serving, door: &Door) -> Result<Prepare
     }
     let started = Started::open(&job, Serving { resume, ..serving })?;
     write_job(&job, &tokenizer)?;
-    let share = share(&job, &base, pretrained.as_ref(), shelf)?;
+    let share = share(&job, &base, pretrained.as_ref(), toxicity_model.as_ref(), shelf)?;
     let selection = selection(&job, eval_steps)?;
     let past_evaluations = match selection {
         Some(_) if resume => RunFiles::evaluations(&job.output_dir)?,
@@ -130,7 +131,7 @@ pub(crate) fn prepare(job: Job, serving: Serving, door: &Door) -> Result<Prepare
     };
     let run = Run {
         settings,
-        job_json: for_workers(&job, pretrained.as_ref())?,
+        job_json: for_workers(&job, pretrained.as_ref(), toxicity_model.as_ref())?,
         tokenizer_json: tokenizer.to_json(),
         admission: door.admission(&job.output_dir, started.identity.run_token)?,
         collective_token: started.identity.collective_token,
@@ -164,12 +165,27 @@ pub(crate) fn pretrained(job: &Job, base: &Path) -> Result<Option<LocalModel>> {
     job.model.pretrained.as_ref().map(|name| hub::model("model.pretrained", name, base)).transpose()
 }
 
+/// The classifier that toxicity is measured by, if it is.
+fn toxicity_model(job: &Job, base: &Path) -> Result<Option<LocalModel>> {
+    let Some(name) = &job.evaluation.toxicity_model else { return Ok(None) };
+    let model = hub::model("evaluation.toxicity_model", name, base)?;
+    toxicity::toxic_class(&quintet_t5::read_config(&model.directory)?, job.evaluation.toxic_label())?;
+    Ok(Some(model))
+}
+
 /// What workers whose machines lack the run's files read from here.
-fn share(job: &Job, base: &Path, pretrained: Option<&LocalModel>, shelf: Shelf) -> Result<Share> {
+fn share(
+    job: &Job,
+    base: &Path,
+    pretrained: Option<&LocalModel>,
+    toxicity_model: Option<&LocalModel>,
+    shelf: Shelf,
+) -> Result<Share> {
     let model = pretrained.map(|model| (share::MODEL, model.directory.clone()));
+    let toxicity_model = toxicity_model.map(|model| (share::TOXICITY_MODEL, model.directory.clone()));
     let adapter = job.lora.as_ref().and_then(|lora| lora.pretrained.as_ref());
     let adapter = adapter.map(|directory| (share::ADAPTER, base.join(directory)));
-    Ok(Share::new(shelf, model.into_iter().chain(adapter), job.output_dir.clone())?)
+    Ok(Share::new(shelf, model.into_iter().chain(adapter).chain(toxicity_model), job.output_dir.clone())?)
 }
 
 /// What follows from the best evaluation, if anything does.
@@ -224,6 +240,10 @@ pub(crate) fn run_tokenizer(
         (None, None) => return Err(Failure::bad_input("model.tokenizer: fresh weights need one, such as \"byt5\"")),
     };
     let vocab_size = job.model.architecture.as_ref().and_then(|keys| keys.get("vocab_size")?.as_u64());
+    if spec.is_trained() {
+        // Of megabytes of text that takes a while.
+        eprintln!("learning the vocabulary from {} training examples", splits.train.len());
+    }
     Ok(Tokenizer::from_spec(&spec, splits.train.texts(), vocab_size.map(|size| size as usize))?)
 }
 
@@ -231,10 +251,11 @@ fn tokenizer_file(job: &Job) -> PathBuf {
     job.output_dir.join("tokenizer.json")
 }
 
-/// The job as workers get it: with the commit of a hub's model, so that all of them load the same one.
-fn for_workers(job: &Job, pretrained: Option<&LocalModel>) -> Result<String> {
+/// The job as workers get it: with the commits of a hub's models, so that all of them load the same ones.
+fn for_workers(job: &Job, pretrained: Option<&LocalModel>, toxicity_model: Option<&LocalModel>) -> Result<String> {
     let mut job = job.clone();
     job.model.pretrained = pretrained.map(|model| model.name.clone());
+    job.evaluation.toxicity_model = toxicity_model.map(|model| model.name.clone());
     serde_json::to_string(&job).map_err(|error| Failure::failed(error.to_string()))
 }
 

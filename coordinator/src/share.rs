@@ -52,10 +52,12 @@ pub const PROBE: &str = ".probe";
 pub const MODEL: &str = "model";
 /// The adapter that the job begins with.
 pub const ADAPTER: &str = "adapter";
+/// The classifier that toxicity is measured by.
+pub const TOXICITY_MODEL: &str = "toxicity";
 pub(crate) const CHECKPOINTS: &str = "checkpoints/";
 
 impl Share {
-    /// The run's examples, the directories of [`MODEL`] and [`ADAPTER`] as far as there are any, and that of the run, in
+    /// The run's examples, the directories of [`MODEL`], [`ADAPTER`] and [`TOXICITY_MODEL`] as far as there are any, and that of the run, in
     /// which a [`PROBE`] is written.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::arena::Arena;
+use crate::convert::into_classifier;
 use crate::hub_files::{WeightFiles, file_error, write_json, write_weights};
 use crate::lora::{self, LoraSpec, PREFIX, TargetModules};
 use crate::{Error, Model, Parameters, Result};
@@ -18,6 +19,12 @@ const CONFIG_FILE: &str = "adapter_config.json";
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// The base model's fingerprint, in the metadata of the weights; PEFT reads none.
 const BASE_KEY: &str = "base_model_blake3";
+
+/// The names of a classifier's classes, likewise; in the order of their numbers, as a JSON list.
+const LABELS_KEY: &str = "labels";
+const SEQUENCE_CLASSIFICATION: &str = "SEQ_CLS";
+/// What of a classifier's head tells how many classes it has.
+const HEAD_BIAS: &str = "base_model.model.classification_head.out_proj.bias";
 
 /// The files of an adapter, and what they say of themselves.
 pub struct AdapterFiles {
@@ -32,6 +39,8 @@ pub struct AdapterFiles {
 #[derive(Deserialize)]
 struct AdapterConfig {
     peft_type: String,
+    #[serde(default)]
+    task_type: Option<String>,
     #[serde(default)]
     base_model_name_or_path: Option<String>,
     r: usize,
@@ -106,14 +115,50 @@ fn read_config(path: &Path) -> Result<AdapterConfig> {
     Ok(config)
 }
 
+/// The names of the classes that an adapter's head tells apart, if it has a head and says what it is for.
+///
+/// # Errors
+/// A user error where the files are damaged.
+pub fn adapter_labels(directory: &Path) -> Result<Option<Vec<String>>> {
+    let path = directory.join(WEIGHTS_FILE);
+    labels_in(&WeightFiles::open_file(path.clone())?, &path)
+}
+
+fn labels_in(weights: &WeightFiles, path: &Path) -> Result<Option<Vec<String>>> {
+    let Some(text) = weights.metadata(path, LABELS_KEY)? else { return Ok(None) };
+    let labels = serde_json::from_str(&text);
+    labels.map(Some).map_err(|error| file_error(path, format!("{LABELS_KEY} is no list of names: {error}")))
+}
+
+/// A model as the adapter of a directory needs it: as a classifier, where that is what the adapter is of.
+fn base_for(model: Model, weights: Parameters, directory: &Path) -> Result<(Model, Parameters)> {
+    let (config_path, path) = (directory.join(CONFIG_FILE), directory.join(WEIGHTS_FILE));
+    let of_classifier = read_config(&config_path)?.task_type.as_deref() == Some(SEQUENCE_CLASSIFICATION);
+    if !of_classifier || model.config().is_classifier() {
+        return Ok((model, weights));
+    }
+    let files = WeightFiles::open_file(path.clone())?;
+    let Some(shape) = files.shape(HEAD_BIAS)? else {
+        let message = "is of a classifier, but has no classification head, and the model has none; PEFT saves one with \
+                       modules_to_save = [\"classification_head\"]";
+        return Err(file_error(&path, message));
+    };
+    let unnamed = || (0..shape.first().copied().unwrap_or(0)).map(|id| format!("LABEL_{id}")).collect();
+    let labels: Vec<String> = labels_in(&files, &path)?.unwrap_or_else(unnamed);
+    // Its head is the adapter's, so that no seed matters.
+    into_classifier(model, weights, &labels, 0)
+}
+
 /// A model with the adapter of a directory folded into its f32 weights.
 ///
-/// A head that is tied to the embedding is untied if it has an adapter, which the embedding must not get.
+/// A head that is tied to the embedding is untied if it has an adapter, which the embedding must not get. A classifier's
+/// adapter makes a classifier of a model that is none.
 ///
 /// # Errors
 /// As those of [`AdapterFiles`].
 pub fn with_adapter(model: Model, weights: Parameters, directory: &Path) -> Result<(Model, Parameters)> {
     let fingerprint = weights.digest()?.to_hex().to_string();
+    let (model, weights) = base_for(model, weights, directory)?;
     let mut files = AdapterFiles::open(&model, directory)?;
     let adapter = files.load(model.device(), &fingerprint)?;
     let is_tied = model.layout().tied_head.is_some_and(|head| files.arena.adapters(head).next().is_some());
@@ -160,6 +205,12 @@ impl AdapterFiles {
         let path = directory.join(WEIGHTS_FILE);
         let weights = WeightFiles::open_file(path.clone())?;
         let arena = arena_of(model, &spec, &weights, &path).map_err(in_file)?;
+        if let Some(labels) = labels_in(&weights, &path)?
+            && labels != model.config().labels()
+        {
+            let message = format!("tells {labels:?} apart, and the model {:?}", model.config().labels());
+            return Err(file_error(&path, message));
+        }
         Ok(AdapterFiles { spec, arena, path, weights })
     }
 
@@ -222,7 +273,8 @@ pub fn save_adapter(
     base_fingerprint: &str,
     directory: &Path,
 ) -> Result<()> {
-    let task_type = if model.config().is_classifier() { "SEQ_CLS" } else { "SEQ_2_SEQ_LM" };
+    let is_classifier = model.config().is_classifier();
+    let task_type = if is_classifier { SEQUENCE_CLASSIFICATION } else { "SEQ_2_SEQ_LM" };
     // By way of text, in which an f32 has its shortest digits: 0.1, not 0.10000000149011612.
     let dropout: Value = spec.lora_dropout.to_string().parse::<f64>().map_or(Value::Null, Value::from);
     let config = json!({
@@ -241,7 +293,10 @@ pub fn save_adapter(
         "inference_mode": true,
     });
     write_json(&directory.join(CONFIG_FILE), &config)?;
-    let metadata = json!({"format": "pt", BASE_KEY: base_fingerprint});
+    let mut metadata = json!({"format": "pt", BASE_KEY: base_fingerprint});
+    if is_classifier {
+        metadata[LABELS_KEY] = Value::from(model.config().labels()).to_string().into();
+    }
     write_weights(parameters, &metadata, &directory.join(WEIGHTS_FILE))
 }
 

@@ -174,6 +174,11 @@ impl WeightFiles {
         self.paths.keys().map(String::as_str)
     }
 
+    /// The shape of a tensor, if there is one of this name.
+    pub(crate) fn shape(&self, name: &str) -> Result<Option<Vec<usize>>> {
+        Ok(self.tensor(name)?.map(|tensor| tensor.shape().to_vec()))
+    }
+
     /// A value of the metadata of one of the files.
     pub(crate) fn metadata(&self, path: &Path, key: &str) -> Result<Option<String>> {
         let (_, metadata) = SafeTensors::read_metadata(&self.files[path]).map_err(|error| not_whole(path, &error))?;

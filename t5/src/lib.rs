@@ -25,7 +25,7 @@ mod pass;
 mod presets;
 mod stack;
 
-pub use adapter_files::{AdapterFiles, adapter_base, is_adapter, save_adapter, with_adapter};
+pub use adapter_files::{AdapterFiles, adapter_base, adapter_labels, is_adapter, save_adapter, with_adapter};
 pub use arena::{Arena, NamedTensor};
 pub use batch::Batch;
 pub use config::{Config, FeedForwardKind, ModelClass, ModelType};

@@ -24,20 +24,28 @@ const PLAIN: TrainOptions =
     TrainOptions { seed: 0, micro_batch: 0, label_smoothing: 0.0, gradient_checkpointing: false, gradient_scale: 1.0 };
 
 /// A tensor's shape and bytes.
-type Tensors = HashMap<String, (Vec<usize>, Vec<u8>)>;
+pub(crate) type Tensors = HashMap<String, (Vec<usize>, Vec<u8>)>;
 
-fn read_tensors(path: &Path) -> Tensors {
+pub(crate) fn read_tensors(path: &Path) -> Tensors {
     let bytes = fs::read(path).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     tensors.iter().map(|(name, view)| (name.to_string(), (view.shape().to_vec(), view.data().to_vec()))).collect()
 }
 
-fn read_json(path: &Path) -> Value {
+pub(crate) fn write_tensors(tensors: &Tensors, path: &Path) {
+    let views: Vec<(&String, TensorView)> = tensors
+        .iter()
+        .map(|(name, (shape, bytes))| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()))
+        .collect();
+    safetensors::serialize_to_file(views, None, path).unwrap();
+}
+
+pub(crate) fn read_json(path: &Path) -> Value {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
 /// A directory as `save_pretrained` of transformers writes it: the stored head over the stacks of the stored model.
-fn classifier_directory(name: &str) -> TempDir {
+pub(crate) fn classifier_directory(name: &str) -> TempDir {
     let (directory, base) = (tempfile::tempdir().unwrap(), references().join(name));
     fs::copy(base.join("classifier/config.json"), directory.path().join("config.json")).unwrap();
     let mut tensors = read_tensors(&base.join("classifier/head.safetensors"));
@@ -46,11 +54,7 @@ fn classifier_directory(name: &str) -> TempDir {
             tensors.insert(format!("transformer.{name}"), tensor);
         }
     }
-    let views: Vec<(&String, TensorView)> = tensors
-        .iter()
-        .map(|(name, (shape, bytes))| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()))
-        .collect();
-    safetensors::serialize_to_file(views, None, &directory.path().join("model.safetensors")).unwrap();
+    write_tensors(&tensors, &directory.path().join("model.safetensors"));
     directory
 }
 
@@ -295,7 +299,7 @@ fn examples(count: usize, salt: usize) -> String {
 }
 
 /// The tiny job as one of classification.
-fn workspace() -> Workspace {
+pub(crate) fn workspace() -> Workspace {
     let workspace = Workspace::new();
     edit_job(&workspace, |job| {
         job.replace("dropout_rate = 0.1", "dropout_rate = 0.1\ntask = \"sequence_classification\"")
@@ -306,7 +310,7 @@ fn workspace() -> Workspace {
     workspace
 }
 
-fn edit_job(workspace: &Workspace, change: impl FnOnce(&str) -> String) {
+pub(crate) fn edit_job(workspace: &Workspace, change: impl FnOnce(&str) -> String) {
     let job = fs::read_to_string(workspace.path().join("job.toml")).unwrap();
     workspace.write("job.toml", &change(&job));
 }

@@ -87,7 +87,7 @@ fn the_job_in_the_readme_is_valid() {
 }
 
 #[test]
-fn every_flag_in_the_readme_exists() {
+fn every_flag_in_the_readmes_exists() {
     let commands = [
         "train",
         "coordinator",
@@ -99,6 +99,8 @@ fn every_flag_in_the_readme_exists() {
         "evaluate",
         "import-args",
         "generate",
+        "embed",
+        "merge",
         "data inspect",
         "data prepare",
         "data export",
@@ -117,7 +119,7 @@ fn every_flag_in_the_readme_exists() {
         words.filter(|word| !word.starts_with("---")).map(str::to_string).collect()
     };
     let known = flags(&help);
-    for flag in flags(&read("README.md")) {
+    for flag in flags(&(read("README.md") + &read("examples/README.md"))) {
         assert!(known.contains(&flag) || FLAGS_OF_OTHERS.contains(&flag.as_str()), "{flag} is no flag of any command");
     }
 }
@@ -149,6 +151,7 @@ fn links_lead_somewhere() {
         "SECURITY.md",
         "benchmarks/README.md",
         "docs/from-hugging-face.md",
+        "examples/README.md",
     ] {
         let text = read(file);
         let folder = root().join(file).parent().unwrap().to_path_buf();

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains an adapter over a model of every family, and opens what was saved with PEFT: over the same base it must give the
-# same loss as the program, and so must the merged model.
+# same loss as the program, and so must the merged model. Likewise of a classifier, whose head comes with the adapter.
 #
 #     PYTHON=venv/bin/python tests/references/check_adapters.sh [QUINTET]
 #
@@ -71,6 +71,74 @@ print(f"{name}: loss {ours:.6f}, with PEFT {theirs:.6f}; without the adapter {ba
 PYTHON
 }
 
+cat > classes.jsonl <<'DATA'
+{"input": "h e l l o", "target": "word"}
+{"input": "t e a", "target": "word"}
+{"input": "a", "target": "letter"}
+{"input": "r e a d", "target": "word"}
+{"input": "b", "target": "letter"}
+DATA
+
+# check_classifier FAMILY TOKENIZER LORA: likewise of a classifier, over a model without a head.
+check_classifier() {
+    local name=$1 tokenizer=$2 lora=$3 run=$1-classifier
+    cat > "$run.toml" <<JOB
+output_dir = "$run"
+[model]
+pretrained = "$references/$name"
+tokenizer = "$tokenizer"
+task = "sequence_classification"
+[data]
+train = "classes.jsonl"
+input = "{input}"
+target = "{target}"
+[training]
+max_steps = 20
+global_batch_size = 5
+learning_rate = 1e-2
+[lora]
+$lora
+JOB
+    "$quintet" train "$run.toml" > "$run.log" 2>&1 || { cat "$run.log"; exit 1; }
+    local data=(--data classes.jsonl --input '{input}' --target '{target}' --metrics loss --json)
+    "$quintet" evaluate --model "$run/adapter" "${data[@]}" > evaluation.json
+    "$quintet" merge --model "$run/adapter" --output "$run/merged" > /dev/null
+    "$python" -W ignore - "$references" "$name" "$run" <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+references, name, run = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+sys.path.insert(0, str(references.parent.parent / "references"))
+import torch
+from generate import load, padded
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+rows = [json.loads(line) for line in open("classes.jsonl")]
+tokenizer = AutoTokenizer.from_pretrained(f"{run}/adapter")
+source = [tokenizer(row["input"]).input_ids for row in rows]
+labels = torch.tensor([["letter", "word"].index(row["target"]) for row in rows])
+ours = json.load(open("evaluation.json"))["loss"]
+def loss(model):
+    ids, mask = padded(source, 0), padded([[1] * len(row) for row in source], 0)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, attention_mask=mask, labels=labels).loss.item()
+def fresh():
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(references / name, num_labels=2))
+    stacks = {f"transformer.{key}": value for key, value in load(references / name).state_dict().items()}
+    missing, _ = model.load_state_dict(stacks, strict=False)
+    assert all(key.startswith("classification_head") for key in missing), missing
+    return model
+base, theirs = loss(fresh()), loss(PeftModel.from_pretrained(fresh(), f"{run}/adapter"))
+merged = AutoModelForSequenceClassification.from_pretrained(f"{run}/merged")
+assert merged.config.id2label == {0: "letter", 1: "word"}, merged.config.id2label
+if abs(theirs - ours) > 1e-5 * ours or abs(loss(merged) - ours) > 1e-5 * ours or abs(theirs - base) < 1e-2 * base:
+    sys.exit(f"{run}: loss {ours}, with PEFT {theirs}, merged {loss(merged)}, without the adapter {base}")
+print(f"{run}: loss {ours:.6f}, with PEFT {theirs:.6f}, merged {loss(merged):.6f}; without the adapter {base:.6f}")
+PYTHON
+}
+
 check byt5 byt5 'target_modules = "all-linear"'
 check t5_v1_0 wordlevel 'r = 3
 target_modules = ["q", "wi", "wo"]'
@@ -82,4 +150,8 @@ check t5_v1_1_buckets wordlevel 'target_modules = "decoder\\..*\\.(k|o)"'
 check mt5 wordlevel 'r = 2
 modules_to_save = ["lm_head"]'
 check umt5 wordlevel 'lora_dropout = 0.1'
+check_classifier t5_v1_0 wordlevel 'target_modules = "all-linear"'
+check_classifier t5_v1_1 wordlevel 'target_modules = ["q", "v"]'
+check_classifier umt5 wordlevel 'r = 2
+use_rslora = true'
 echo "all agree"

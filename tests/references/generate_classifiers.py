@@ -10,6 +10,9 @@ For every model a directory `NAME/classifier` holds
     gradients.safetensors    d loss / d parameter
     expected.json            labels of the batch's sources, logits, loss and gradient norm
 
+    lora/                    of some models: an adapter that PEFT made over the classifier and its head, which is trained whole;
+                             gradients and expected.json (loss, number of trainable parameters) as above
+
 and beside it `NAME/encoder.safetensors` the last hidden states that ...EncoderModel gives the batch's sources, one source
 after the other without padding: `last_hidden_state` [tokens, d_model].
 
@@ -23,11 +26,17 @@ from pathlib import Path
 
 import torch
 from generate import DEFAULT_OUTPUT, MODELS, load, padded, read_json, write_json
-from safetensors.torch import save_file
+from generate_adapters import KEYS
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTextEncoding
 
 CLASSES = {0: "bad", 1: "good", 2: "so-so"}
 LABELS = [2, 0, 1, 1, 0]
+ADAPTERS = {
+    "t5_v1_0": dict(r=3, lora_alpha=5, target_modules=["q", "wi"]),
+    "umt5": dict(r=2, lora_alpha=4, target_modules=["q", "v", "wo"], use_rslora=True),
+}
 
 
 def classifier(directory):
@@ -43,13 +52,17 @@ def classifier(directory):
     return model
 
 
+def run(model, directory):
+    source = read_json(directory / "batch.json")["source"]
+    ids, mask = padded(source, 0), padded([[1] * len(row) for row in source], 0)
+    return model(input_ids=ids, attention_mask=mask, labels=torch.tensor(LABELS))
+
+
 def write(directory):
     out = directory / "classifier"
     out.mkdir(exist_ok=True)
-    batch = read_json(directory / "batch.json")
     model = classifier(directory)
-    source, mask = padded(batch["source"], 0), padded([[1] * len(row) for row in batch["source"]], 0)
-    output = model(input_ids=source, attention_mask=mask, labels=torch.tensor(LABELS))
+    output = run(model, directory)
     output.loss.backward()
     with tempfile.TemporaryDirectory() as saved:
         model.save_pretrained(saved)
@@ -66,6 +79,34 @@ def write(directory):
     return output.loss.item()
 
 
+def write_adapter(directory, options):
+    out = directory / "classifier" / "lora"
+    out.mkdir(exist_ok=True)
+    config = LoraConfig(task_type="SEQ_CLS", modules_to_save=["classification_head"], **options)
+    model = get_peft_model(classifier(directory), config).train()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    generator = torch.Generator().manual_seed(2)
+    for _, parameter in sorted(trained.items()):
+        with torch.no_grad():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    loss = run(model, directory).loss
+    loss.backward()
+    with tempfile.TemporaryDirectory() as saved:
+        model.save_pretrained(saved)
+        config = read_json(Path(saved) / "adapter_config.json")
+        tensors = load_file(Path(saved) / "adapter_model.safetensors")
+    config["target_modules"].sort()  # a set, in PEFT
+    config["base_model_name_or_path"] = None  # a path of this machine
+    write_json(out / "adapter_config.json", {key: config[key] for key in KEYS})
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    gradients = {name.replace(".default", "").replace(".modules_to_save", ""): p.grad for name, p in trained.items()}
+    assert gradients.keys() == tensors.keys(), (gradients.keys(), tensors.keys())
+    save_file(gradients, out / "gradients.safetensors", metadata={"format": "pt"})
+    parameters, _ = model.get_nb_trainable_parameters()
+    write_json(out / "expected.json", {"loss": loss.item(), "trainable_parameters": parameters})
+    return loss.item()
+
+
 def write_encoder(directory):
     model = AutoModelForTextEncoding.from_pretrained(directory, attn_implementation="eager").eval()
     states = []
@@ -80,6 +121,8 @@ def main():
     output = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT_OUTPUT
     for name in MODELS:
         print(name, write(output / name), write_encoder(output / name))
+    for name, options in ADAPTERS.items():
+        print(name, "with an adapter", write_adapter(output / name, options))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 //! defaults. Every range is checked by `validate`, before anything is computed.
 
 mod lora;
+mod model;
 
 use std::path::Path;
 
@@ -9,78 +10,14 @@ use quintet_data::TrainingLength;
 use quintet_kernels::DType;
 use quintet_t5::{EarlyStopping, Generation, GenerationOptions};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
 pub use lora::LoraConfig;
+pub use model::{ModelSection, ModelTask};
 
 use crate::metrics::Metric;
 use crate::optimizer::{Hyperparameters, OptimizerKind};
 use crate::schedule::{Schedule, SchedulerType};
 use crate::{DeviceChoice, Error, Result};
-
-/// `model.task`: what the model is trained for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ModelTask {
-    /// To write the target.
-    #[default]
-    #[serde(rename = "seq2seq")]
-    Seq2Seq,
-    /// To tell which of several classes the target is.
-    SequenceClassification,
-}
-
-impl ModelTask {
-    fn is_usual(&self) -> bool {
-        *self == Self::default()
-    }
-}
-
-/// `[model]`: where the weights come from.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ModelSection {
-    /// A directory or a hub id.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pretrained: Option<String>,
-    /// The configuration of a model with fresh weights, in the keys of `config.json`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub architecture: Option<Map<String, Value>>,
-    /// A built-in tokenizer's name, a `tokenizer.json`, or a directory.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tokenizer: Option<String>,
-    /// Replaces the model configuration's.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub dropout_rate: Option<f32>,
-    #[serde(default, skip_serializing_if = "ModelTask::is_usual")]
-    pub task: ModelTask,
-}
-
-impl ModelSection {
-    /// # Errors
-    /// A user error that names the key and says what to do.
-    pub fn validate(&self) -> Result<()> {
-        match (&self.pretrained, &self.architecture) {
-            (Some(_), Some(_)) => {
-                return Err(Error::config("model", "give either pretrained or architecture, not both"));
-            }
-            (None, None) => {
-                return Err(Error::config(
-                    "model",
-                    "give pretrained (a directory or a hub id), or architecture for fresh weights",
-                ));
-            }
-            (None, Some(_)) if self.tokenizer.is_none() => {
-                return Err(Error::config("model.tokenizer", "a model with fresh weights needs one, such as \"byt5\""));
-            }
-            _ => {}
-        }
-        if let Some(rate) = self.dropout_rate {
-            check("model.dropout_rate", (0.0..1.0).contains(&rate), rate, "at least 0 and below 1")?;
-        }
-        Ok(())
-    }
-}
 
 /// In which type the model computes; sums, master weights and the optimizer's state are always f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -424,6 +361,12 @@ pub struct EvaluationConfig {
     pub max_examples: Option<u64>,
     /// Examples computed at a time; has no effect on any score.
     pub batch_size: u32,
+    /// The classifier that toxicity is measured by: a directory or a hub id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub toxicity_model: Option<String>,
+    /// Its class of what is toxic.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub toxic_label: Option<String>,
 }
 
 impl Default for EvaluationConfig {
@@ -444,6 +387,8 @@ impl Default for EvaluationConfig {
             seed: None,
             max_examples: None,
             batch_size: 32,
+            toxicity_model: None,
+            toxic_label: None,
         }
     }
 }
@@ -456,7 +401,29 @@ impl EvaluationConfig {
         if let Some(examples) = self.max_examples {
             check("evaluation.max_examples", examples > 0, examples, "at least 1; leave it out for all")?;
         }
+        self.validate_toxicity()?;
         self.generation().check_ranges().map_err(evaluation_error)
+    }
+
+    fn validate_toxicity(&self) -> Result<()> {
+        let wanted = self.metrics.contains(&Metric::Toxicity);
+        let unused = |key: &str| {
+            let problem = "has no effect without the metric toxicity; remove this, or add that to evaluation.metrics";
+            Err(Error::config(format!("evaluation.{key}"), problem))
+        };
+        match (&self.toxicity_model, &self.toxic_label) {
+            (None, _) if wanted => {
+                Err(Error::config("evaluation.toxicity_model", "must name the classifier that toxicity is measured by"))
+            }
+            (Some(_), _) if !wanted => unused("toxicity_model"),
+            (_, Some(_)) if !wanted => unused("toxic_label"),
+            _ => Ok(()),
+        }
+    }
+
+    /// The class of toxic texts.
+    pub fn toxic_label(&self) -> &str {
+        self.toxic_label.as_deref().unwrap_or("toxic")
     }
 
     /// Whether it fits the task; see [`EvaluationConfig::validate`] for the rest.
@@ -479,7 +446,7 @@ impl EvaluationConfig {
 
     /// The first key that is given and about generation.
     pub fn generation_key(&self) -> Option<String> {
-        const OTHERS: [&str; 3] = ["metrics", "max_examples", "batch_size"];
+        const OTHERS: [&str; 5] = ["metrics", "max_examples", "batch_size", "toxicity_model", "toxic_label"];
         let given = serde_json::to_value(self).ok()?;
         given.as_object()?.keys().find(|key| !OTHERS.contains(&key.as_str())).cloned()
     }
@@ -532,8 +499,9 @@ fn check(key: &'static str, holds: bool, value: impl std::fmt::Display, wanted: 
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
-    use serde_json::json;
 
     fn training(value: Value) -> TrainingConfig {
         serde_json::from_value(value).unwrap()

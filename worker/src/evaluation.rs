@@ -12,6 +12,7 @@ use crate::Result;
 use crate::config::EvaluationConfig;
 use crate::metrics::{self, Pair};
 use crate::task::Task;
+use crate::toxicity::{self, ToxicityModel};
 
 /// What an evaluation is over: the first examples of a dataset, in file order.
 pub struct EvaluationTask<'a> {
@@ -20,6 +21,7 @@ pub struct EvaluationTask<'a> {
     packer: Packer,
     config: &'a EvaluationConfig,
     task: &'a Task,
+    toxicity: Option<&'a ToxicityModel>,
 }
 
 /// One example and what the model made of it: a line of `predictions.jsonl`.
@@ -44,6 +46,8 @@ pub struct BatchEvaluation {
     pub target_tokens: u64,
     pub examples: u64,
     pub predictions: Vec<Prediction>,
+    /// Of each prediction, where that was asked for.
+    pub toxicities: Vec<f64>,
 }
 
 /// An evaluation as a whole.
@@ -53,7 +57,7 @@ pub struct Evaluation {
     pub loss: f64,
     pub examples: u64,
     pub target_tokens: u64,
-    /// By name, in the order asked for.
+    /// By name, in the order asked for, but toxicity last.
     pub metrics: Vec<(&'static str, f64)>,
     pub predictions: Vec<Prediction>,
 }
@@ -65,10 +69,11 @@ impl<'a> EvaluationTask<'a> {
         limits: Limits,
         config: &'a EvaluationConfig,
         task: &'a Task,
+        toxicity: Option<&'a ToxicityModel>,
     ) -> Self {
         let order = Order::new(dataset.len(), 0, false);
         let packer = packer(dataset, tokenizer, order, limits, task);
-        EvaluationTask { dataset, tokenizer, packer, config, task }
+        EvaluationTask { dataset, tokenizer, packer, config, task, toxicity }
     }
 
     fn examples(&self) -> u64 {
@@ -124,11 +129,16 @@ impl<'a> EvaluationTask<'a> {
             }
             (_, None) => (model.loss(weights, &batch)?, Vec::new()),
         };
+        let toxicities = match self.toxicity {
+            Some(model) => model.probabilities(&texts)?,
+            None => Vec::new(),
+        };
         Ok(BatchEvaluation {
             loss_sum: sums.loss_sum,
             target_tokens: sums.target_tokens,
             examples: examples.end - examples.start,
             predictions: examples.zip(texts).map(|(example, text)| self.prediction(example, text)).collect(),
+            toxicities,
         })
     }
 
@@ -150,16 +160,20 @@ impl<'a> EvaluationTask<'a> {
     /// The whole from the batches of all ranks, in order: the same numbers for any number of ranks.
     pub fn summarize(&self, batches: impl IntoIterator<Item = BatchEvaluation>) -> Evaluation {
         let (mut loss_sum, mut target_tokens, mut examples) = (0.0, 0, 0);
-        let mut predictions = Vec::new();
+        let (mut predictions, mut toxicities) = (Vec::new(), Vec::new());
         for batch in batches {
             loss_sum += batch.loss_sum;
             target_tokens += batch.target_tokens;
             examples += batch.examples;
             predictions.extend(batch.predictions);
+            toxicities.extend(batch.toxicities);
         }
         let loss = loss_sum / target_tokens.max(1) as f64;
         let pairs: Vec<Pair> = predictions.iter().map(Prediction::pair).collect();
-        let metrics = metrics::scores(&self.config.metrics, &pairs, Some(loss));
+        let mut metrics = metrics::scores(&self.config.metrics, &pairs, Some(loss));
+        if self.toxicity.is_some() {
+            metrics.extend(toxicity::scores(&toxicities));
+        }
         Evaluation { loss, examples, target_tokens, metrics, predictions }
     }
 }

@@ -30,6 +30,7 @@ mod selection;
 pub mod session;
 pub mod shards;
 pub mod task;
+pub mod toxicity;
 mod transfer;
 
 pub use config::{EvaluationConfig, LoraConfig, ModelSection, ModelTask, Precision, TrainingConfig};

@@ -34,6 +34,7 @@ use crate::saver::{self, Image, Saver};
 use crate::session::{self, Command, Report, Session, SessionError};
 use crate::shards::Shards;
 use crate::task::{self, Task};
+use crate::toxicity::ToxicityModel;
 use crate::{DeviceChoice, Error, Result};
 use crate::{healing, output};
 
@@ -114,6 +115,7 @@ struct Rank {
     validation: Option<Arc<Dataset>>,
     /// How an evaluation's predictions are made.
     task: Task,
+    toxicity: Option<ToxicityModel>,
     tokenizer: Arc<Tokenizer>,
     schedule: StepSchedule,
     loader: Loader,
@@ -152,9 +154,10 @@ impl Rank {
         let (fingerprint, order) = (splits.fingerprint(), splits.order());
         let schedule = job.training.steps(order.positions())?;
         let pretrained = job.model.pretrained.as_deref().map(Path::new);
-        let classes = task::classes(&job.model, pretrained, &splits)?;
+        let classes = task::classes(&job.model, job.lora.as_ref(), pretrained, &splits)?;
         let replica = new_replica(&job, &tokenizer, classes.as_deref(), schedule.total_steps)?;
         let task = Task::new(classes, &job.evaluation, replica.model().config(), pretrained)?;
+        let toxicity = ToxicityModel::of(&job.evaluation, replica.model().device())?;
         let train = Arc::new(splits.train);
         let validation = splits.validation.map(Arc::new);
         let listener = Listener::bind(job.listen)?;
@@ -169,6 +172,7 @@ impl Rank {
             replica,
             validation,
             task,
+            toxicity,
             tokenizer,
             schedule,
             loader,
@@ -574,7 +578,7 @@ impl Rank {
     fn evaluate(&mut self, session: &Session, place: &mut Place, step: u64) -> Result<()> {
         let Some(validation) = &self.validation else { return Ok(()) };
         let (limits, config) = (self.job.data.limits(), &self.job.evaluation);
-        let task = EvaluationTask::new(validation, &self.tokenizer, limits, config, &self.task);
+        let task = EvaluationTask::new(validation, &self.tokenizer, limits, config, &self.task, self.toxicity.as_ref());
         let share = task.evaluate_share(self.replica.model(), self.replica.weights(), place.rank, place.world_size)?;
         let bytes = serde_json::to_vec(&share).expect("an evaluation is plain data"); // why: no map keys, no custom types
         let waiting = session.wait();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use quintet_data::{Classes, Objective, Splits};
 use quintet_t5::{Config, Generation, Model, ModelClass, Parameters, into_classifier};
 
-use crate::config::{EvaluationConfig, ModelSection, ModelTask};
+use crate::config::{EvaluationConfig, LoraConfig, ModelSection, ModelTask};
 use crate::{Error, Result};
 
 /// How predictions are made.
@@ -44,11 +44,16 @@ impl Task {
 }
 
 /// The classes that a job's model is to tell apart, if that is its task: those of the model that it begins with, from this
-/// directory, if that is a classifier, or those that the training data has.
+/// directory, if that is a classifier, those of the adapter that it goes on with, or those that the training data has.
 ///
 /// # Errors
 /// A user error where the task, the model and the data do not fit each other.
-pub fn classes(section: &ModelSection, directory: Option<&Path>, splits: &Splits) -> Result<Option<Arc<Classes>>> {
+pub fn classes(
+    section: &ModelSection,
+    lora: Option<&LoraConfig>,
+    directory: Option<&Path>,
+    splits: &Splits,
+) -> Result<Option<Arc<Classes>>> {
     let pretrained = directory.map(quintet_t5::read_config).transpose()?;
     let class = pretrained.as_ref().map_or(ModelClass::ConditionalGeneration, Config::class);
     if class == ModelClass::Encoder {
@@ -63,9 +68,14 @@ pub fn classes(section: &ModelSection, directory: Option<&Path>, splits: &Splits
             _ => Ok(None),
         };
     }
-    let classes = match pretrained.filter(Config::is_classifier) {
-        Some(config) => {
-            let classes = Classes::new(config.labels());
+    let adapter = lora.and_then(|lora| lora.pretrained.as_deref());
+    let known = match pretrained.filter(Config::is_classifier) {
+        Some(config) => Some(config.labels()),
+        None => adapter.map(|adapter| quintet_t5::adapter_labels(Path::new(adapter))).transpose()?.flatten(),
+    };
+    let classes = match known {
+        Some(labels) => {
+            let classes = Classes::new(labels);
             classes.check(&splits.train, "data.train")?;
             classes
         }

@@ -4,24 +4,34 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use quintet_data::{Classes, Dataset, Limits, SourceList, Template};
+use quintet_data::{Classes, Dataset, Limits, SourceList, Splits, Template, Tokenizer};
 use quintet_t5::{Model, Weights};
 use quintet_worker::evaluation::EvaluationTask;
 use quintet_worker::metrics::{self, Pair};
+use quintet_worker::outbox::Outbox;
+use quintet_worker::output::write_predictions;
+use quintet_worker::toxicity::{self, ToxicityModel};
 use quintet_worker::{EvaluationConfig, Metric, ModelTask, Task};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::args::{EvaluateArguments, GenerationFlags};
+use crate::args::{EvaluateArguments, GenerationFlags, JobArguments};
 use crate::commands::{compare, open_model, print_json, require_decoder};
 use crate::device;
 use crate::error::{Failure, Result, exit};
-use crate::job::with_nearest_name;
+use crate::hub;
+use crate::job::{Job, with_nearest_name};
 use crate::prepare::working_directory;
 
 pub(crate) fn run(arguments: EvaluateArguments) -> Result<u8> {
     if !arguments.compare.is_empty() {
-        let table = compare::compare(&arguments.compare, &text_metrics(&arguments.metrics, &COMPARED)?)?;
+        let metrics = text_metrics(&arguments.metrics, &COMPARED)?;
+        if metrics.contains(&Metric::Toxicity) {
+            return Err(Failure::bad_input(
+                "--metrics: toxicity is not compared; score each file of predictions by itself",
+            ));
+        }
+        let table = compare::compare(&arguments.compare, &metrics)?;
         match arguments.json {
             true => print_json(&table),
             false => compare::print_table(&table),
@@ -29,7 +39,7 @@ pub(crate) fn run(arguments: EvaluateArguments) -> Result<u8> {
         return Ok(exit::DONE);
     }
     let result = match &arguments.predictions {
-        Some(path) => score_predictions(path, &text_metrics(&arguments.metrics, &[Metric::ExactMatch])?)?,
+        Some(path) => score_predictions(path, &arguments)?,
         None => evaluate_model(&arguments)?,
     };
     if arguments.json {
@@ -73,41 +83,36 @@ fn text_metrics(names: &[String], usual: &[Metric]) -> Result<Vec<Metric>> {
 }
 
 fn evaluate_model(arguments: &EvaluateArguments) -> Result<Value> {
-    let (Some(directory), Some(data), Some(input), Some(target)) =
-        (&arguments.model, &arguments.data, &arguments.input, &arguments.target)
-    else {
-        return Err(Failure::bad_input("give --model, --data, --input and --target, or --predictions"));
+    let asked = match &arguments.job {
+        Some(path) => Asked::by_job(path, arguments.overrides.clone())?,
+        None => Asked::by_flags(arguments)?,
     };
-    let template = |name: &str, text: &str| {
-        Template::parse(text).map_err(|error| Failure::bad_input(format!("--{name}: {error}")))
-    };
-    let (input, target) = (template("input", input)?, template("target", target)?);
-    let sources = SourceList::from(data.as_str());
-    let dataset = Arc::new(Dataset::load(&sources, &input, &target, &working_directory()?)?);
-    let mut config = EvaluationConfig {
-        metrics: parse_metrics(&arguments.metrics, &[Metric::Loss, Metric::ExactMatch])?,
-        max_examples: arguments.max_examples,
-        batch_size: arguments.batch_size,
-        ..evaluation_of(&arguments.generation)
-    };
-    config.validate()?;
-    let loaded = open_model(
-        &device::open(arguments.device)?,
-        directory,
-        arguments.adapter.as_deref(),
-        arguments.tokenizer.as_deref(),
-    )?;
-    let limits =
-        Limits { max_source_length: arguments.max_source_length, max_target_length: arguments.max_target_length };
-    require_decoder(&loaded.model)?;
-    let classes = classes_of(&loaded.model, &dataset)?;
-    if classes.is_some() {
-        config.metrics = parse_metrics(&arguments.metrics, &[Metric::Loss, Metric::Accuracy])?;
-        check_for_classifier(&config)?;
+    if arguments.output.is_some() && !asked.config.metrics.iter().any(|metric| metric.needs_predictions()) {
+        return Err(Failure::bad_input("--output: nothing predicts; add a metric of texts, such as exact_match"));
     }
+    let Some(directory) = &arguments.model else {
+        return Err(Failure::bad_input("give --model, or --predictions"));
+    };
+    let device = device::open(arguments.device)?;
+    let loaded = open_model(&device, directory, arguments.adapter.as_deref(), arguments.tokenizer.as_deref())?;
+    require_decoder(&loaded.model)?;
+    let dataset = asked.examples.dataset(&loaded.tokenizer)?;
+    let by_flags = arguments.job.is_none();
+    let targets = if by_flags { "--target" } else { "data.target" };
+    let classes = classes_of(&loaded.model, &dataset, targets)?;
+    let config = match classes {
+        Some(_) => for_classifier(asked.config, arguments)?,
+        None => asked.config,
+    };
     let task = Task::new(classes, &config, loaded.model.config(), Some(&loaded.directory))?;
-    let task = EvaluationTask::new(&dataset, &loaded.tokenizer, limits, &config, &task);
+    let toxicity = ToxicityModel::of(&config, &device).map_err(|error| named(error, by_flags))?;
+    let task = EvaluationTask::new(&dataset, &loaded.tokenizer, asked.limits, &config, &task, toxicity.as_ref());
     let evaluation = task.summarize(task.evaluate_share(&loaded.model, Weights::from(&loaded.weights), 0, 1)?);
+    if let Some(output) = &arguments.output {
+        fs::create_dir_all(output)
+            .map_err(|error| Failure::failed(format!("{}: cannot create: {error}", output.display())))?;
+        write_predictions(&Outbox::shared(output.clone()), &evaluation.predictions)?;
+    }
     Ok(json!({
         "loss": evaluation.loss,
         "examples": evaluation.examples,
@@ -116,26 +121,109 @@ fn evaluate_model(arguments: &EvaluateArguments) -> Result<Value> {
     }))
 }
 
-/// The classes of a classifier, which those of the data must be.
-fn classes_of(model: &Model, dataset: &Dataset) -> Result<Option<Arc<Classes>>> {
+/// What a model is asked, and how it is scored.
+struct Asked {
+    examples: Examples,
+    limits: Limits,
+    config: EvaluationConfig,
+}
+
+enum Examples {
+    Dataset(Arc<Dataset>),
+    /// Those that a job holds out.
+    HeldOut(Box<Splits>),
+}
+
+impl Asked {
+    fn by_flags(arguments: &EvaluateArguments) -> Result<Self> {
+        let (Some(data), Some(input), Some(target)) = (&arguments.data, &arguments.input, &arguments.target) else {
+            return Err(Failure::bad_input("give --data, --input and --target, or --job, or --predictions"));
+        };
+        let template = |name: &str, text: &str| {
+            Template::parse(text).map_err(|error| Failure::bad_input(format!("--{name}: {error}")))
+        };
+        let (input, target) = (template("input", input)?, template("target", target)?);
+        let sources = SourceList::from(data.as_str());
+        let dataset = Arc::new(Dataset::load(&sources, &input, &target, &working_directory()?)?);
+        let config = EvaluationConfig {
+            metrics: parse_metrics(&arguments.metrics, &[Metric::Loss, Metric::ExactMatch])?,
+            max_examples: arguments.max_examples,
+            batch_size: arguments.batch_size,
+            toxicity_model: toxicity_model("--toxicity-model", arguments.toxicity_model.as_ref())?,
+            toxic_label: arguments.toxic_label.clone(),
+            ..evaluation_of(&arguments.generation)
+        };
+        config.validate().map_err(|error| named(error, true))?;
+        let limits =
+            Limits { max_source_length: arguments.max_source_length, max_target_length: arguments.max_target_length };
+        Ok(Asked { examples: Examples::Dataset(dataset), limits, config })
+    }
+
+    /// As the job's own evaluations are.
+    fn by_job(path: &Path, overrides: Vec<String>) -> Result<Self> {
+        let mut job = Job::load(&JobArguments::new(path, overrides))?;
+        job.evaluation.toxicity_model =
+            toxicity_model("evaluation.toxicity_model", job.evaluation.toxicity_model.as_ref())?;
+        let splits = Splits::load(&job.data, &working_directory()?, job.training.seed)?;
+        if splits.validation.is_none() {
+            return Err(Failure::bad_input(format!(
+                "{}: there is nothing to evaluate on; give data.validation or data.validation_split",
+                path.display()
+            )));
+        }
+        Ok(Asked { examples: Examples::HeldOut(Box::new(splits)), limits: job.data.limits(), config: job.evaluation })
+    }
+}
+
+impl Examples {
+    /// Masks of span corruption, for one, need the tokenizer.
+    fn dataset(self, tokenizer: &Arc<Tokenizer>) -> Result<Arc<Dataset>> {
+        match self {
+            Examples::Dataset(dataset) => Ok(dataset),
+            Examples::HeldOut(splits) => {
+                let validation = splits.tokenized(tokenizer)?.validation;
+                validation.map(Arc::new).ok_or_else(|| Failure::failed("the examples that were held out are gone"))
+            }
+        }
+    }
+}
+
+/// The classes of a classifier, which those of the data must be, as `targets` makes them.
+fn classes_of(model: &Model, dataset: &Dataset, targets: &'static str) -> Result<Option<Arc<Classes>>> {
     if !model.config().is_classifier() {
         return Ok(None);
     }
     let classes = Classes::new(model.config().labels());
-    classes.check(dataset, "--target")?;
+    classes.check(dataset, targets)?;
     Ok(Some(Arc::new(classes)))
 }
 
-/// As a job's, under the names of the flags.
-fn check_for_classifier(config: &EvaluationConfig) -> Result<()> {
-    let in_flag = |error: quintet_worker::Error| match error {
-        quintet_worker::Error::Config { key, problem } => {
+/// What a classifier can be asked for, as a job's.
+fn for_classifier(mut config: EvaluationConfig, arguments: &EvaluateArguments) -> Result<EvaluationConfig> {
+    let by_flags = arguments.job.is_none();
+    if by_flags {
+        config.metrics = parse_metrics(&arguments.metrics, &[Metric::Loss, Metric::Accuracy])?;
+    }
+    config.validate_for(ModelTask::SequenceClassification).map_err(|error| named(error, by_flags))?;
+    Ok(config)
+}
+
+/// What is wrong with a key of `[evaluation]`, under the name of its flag, if flags asked.
+fn named(error: quintet_worker::Error, by_flags: bool) -> Failure {
+    match error {
+        quintet_worker::Error::Config { key, problem } if by_flags => {
             let flag = key.trim_start_matches("evaluation.").replace('_', "-");
-            Failure::bad_input(format!("--{flag}: {problem}"))
+            Failure::bad_input(format!("--{flag}: {}", problem.replace("evaluation.", "--")))
         }
         other => other.into(),
-    };
-    config.validate_for(ModelTask::SequenceClassification).map_err(in_flag)
+    }
+}
+
+/// The directory of the classifier that measures toxicity, of this name.
+fn toxicity_model(key: &str, name: Option<&String>) -> Result<Option<String>> {
+    let Some(name) = name else { return Ok(None) };
+    let model = hub::model(key, name, &working_directory()?)?;
+    Ok(Some(model.directory.display().to_string()))
 }
 
 /// What the flags say about generation, as a job does.
@@ -186,9 +274,24 @@ pub(crate) fn read_predictions(path: &Path) -> Result<Vec<Line>> {
     Ok(lines)
 }
 
-fn score_predictions(path: &Path, metrics: &[Metric]) -> Result<Value> {
+fn score_predictions(path: &Path, arguments: &EvaluateArguments) -> Result<Value> {
+    let metrics = text_metrics(&arguments.metrics, &[Metric::ExactMatch])?;
     let lines = read_predictions(path)?;
     let pairs: Vec<Pair> =
         lines.iter().map(|line| Pair { prediction: &line.prediction, target: &line.target }).collect();
-    Ok(json!({"examples": pairs.len(), "metrics": to_map(metrics::scores(metrics, &pairs, None))}))
+    let mut scores = metrics::scores(&metrics, &pairs, None);
+    let config = EvaluationConfig {
+        metrics,
+        toxicity_model: toxicity_model("--toxicity-model", arguments.toxicity_model.as_ref())?,
+        toxic_label: arguments.toxic_label.clone(),
+        ..EvaluationConfig::default()
+    };
+    config.validate().map_err(|error| named(error, true))?;
+    if config.toxicity_model.is_some() {
+        let model = ToxicityModel::of(&config, &device::open(arguments.device)?).map_err(|error| named(error, true))?;
+        let texts: Vec<&str> = lines.iter().map(|line| line.prediction.as_str()).collect();
+        let probabilities = model.map(|model| model.probabilities(&texts)).transpose()?;
+        scores.extend(toxicity::scores(&probabilities.unwrap_or_default()));
+    }
+    Ok(json!({"examples": pairs.len(), "metrics": to_map(scores)}))
 }

@@ -1,6 +1,5 @@
 //! `quintet generate`: text out of a model, or how probable given texts are.
 
-use std::fs;
 use std::io::Write;
 
 use quintet_t5::{Generated, Generation, GenerationOptions, Generator, Sources};
@@ -9,7 +8,7 @@ use serde_json::json;
 use crate::args::{GenerateArguments, GenerationFlags};
 use crate::commands::classify::classify;
 use crate::commands::evaluate::evaluation_of;
-use crate::commands::{Loaded, open_model, print_json, require_decoder};
+use crate::commands::{Loaded, open_model, print_json, read_inputs, require_decoder};
 use crate::device;
 use crate::error::{Failure, Result, exit};
 
@@ -18,7 +17,7 @@ const BATCHES_SORTED: usize = 32;
 
 pub(crate) fn run(arguments: GenerateArguments) -> Result<u8> {
     check(&arguments)?;
-    let inputs = read_inputs(&arguments)?;
+    let inputs = read_inputs(arguments.input.as_deref(), arguments.input_file.as_deref())?;
     let adapter = arguments.adapter.as_deref();
     let loaded =
         open_model(&device::open(arguments.device)?, &arguments.model, adapter, arguments.tokenizer.as_deref())?;
@@ -121,21 +120,6 @@ impl GenerationFlags {
     }
 }
 
-fn read_inputs(arguments: &GenerateArguments) -> Result<Vec<String>> {
-    match (&arguments.input, &arguments.input_file) {
-        (Some(input), _) => Ok(vec![input.clone()]),
-        (None, Some(path)) => {
-            let text = fs::read_to_string(path)
-                .map_err(|error| Failure::bad_input(format!("{}: cannot read: {error}", path.display())))?;
-            if text.is_empty() {
-                return Err(Failure::bad_input(format!("{}: holds no inputs; an input is a line", path.display())));
-            }
-            Ok(text.lines().map(str::to_string).collect())
-        }
-        (None, None) => Err(Failure::bad_input("give --input or --input-file")),
-    }
-}
-
 /// Generates and prints.
 struct Writer<'a> {
     loaded: &'a Loaded,
@@ -171,7 +155,7 @@ impl Writer<'_> {
         let (mut tokens, mut printed) = (Vec::new(), String::new());
         self.batch(&[&ids], &[0], &mut |token| {
             tokens.push(token);
-            let text = self.loaded.tokenizer.decode(&tokens);
+            let text = self.text(input, &tokens);
             // A character may take several tokens; until they are there, its place is held by another.
             if let Some(news) = text.strip_prefix(&printed).filter(|news| !news.ends_with('\u{fffd}')) {
                 print!("{news}");
@@ -179,7 +163,7 @@ impl Writer<'_> {
                 printed = text;
             }
         })?;
-        let text = self.loaded.tokenizer.decode(&tokens);
+        let text = self.text(input, &tokens);
         println!("{}", text.strip_prefix(&printed).unwrap_or_default());
         Ok(())
     }
@@ -194,8 +178,16 @@ impl Writer<'_> {
         Ok(self.generator.generate(sources, &mut |_, _, token| on_token(token))?)
     }
 
+    /// With sentinels where the input has some, because what comes would otherwise be one text out of several gaps.
+    fn text(&self, input: &str, tokens: &[u32]) -> String {
+        match input.contains("<extra_id_") {
+            true => self.loaded.tokenizer.decode_spans(tokens),
+            false => self.loaded.tokenizer.decode(tokens),
+        }
+    }
+
     fn print(&self, input: &str, outputs: &[Generated]) {
-        let text = |output: &Generated| self.loaded.tokenizer.decode(&output.token_ids);
+        let text = |output: &Generated| self.text(input, &output.token_ids);
         if self.json {
             let outputs: Vec<_> = outputs
                 .iter()

@@ -3,6 +3,7 @@
 use std::fs;
 
 use quintet_kernels::Device;
+use quintet_t5::into_encoder;
 
 use crate::args::MergeArguments;
 use crate::commands::open_model;
@@ -14,7 +15,10 @@ pub(crate) fn run(arguments: MergeArguments) -> Result<u8> {
         return Err(Failure::bad_input(format!("--output {}: is there already; choose another", output.display())));
     }
     let adapter = arguments.adapter.as_deref();
-    let loaded = open_model(&Device::cpu(), &arguments.model, adapter, arguments.tokenizer.as_deref())?;
+    let mut loaded = open_model(&Device::cpu(), &arguments.model, adapter, arguments.tokenizer.as_deref())?;
+    if arguments.encoder_only {
+        (loaded.model, loaded.weights) = into_encoder(loaded.model, loaded.weights)?;
+    }
     if !loaded.model.config().tie_word_embeddings && loaded.model.config().head_scale() != 1.0 {
         let problem = "adapts a head that is tied to the embedding, which no model directory can hold merged";
         return Err(Failure::bad_input(format!("the adapter {problem}; use it with --adapter")));

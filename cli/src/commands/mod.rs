@@ -7,6 +7,7 @@ pub(crate) mod compare;
 pub(crate) mod coordinator;
 pub(crate) mod data;
 pub(crate) mod doctor;
+pub(crate) mod embed;
 pub(crate) mod evaluate;
 pub(crate) mod generate;
 pub(crate) mod import_args;
@@ -80,6 +81,22 @@ fn open_model(device: &Device, directory: &Path, adapter: Option<&Path>, tokeniz
         (model, weights) = with_adapter(model, weights, adapter)?;
     }
     Ok(Loaded { directory, model, weights, tokenizer: Arc::new(tokenizer) })
+}
+
+/// The inputs that flags give: one, or the lines of a file.
+fn read_inputs(input: Option<&str>, file: Option<&Path>) -> Result<Vec<String>> {
+    match (input, file) {
+        (Some(input), _) => Ok(vec![input.to_string()]),
+        (None, Some(path)) => {
+            let text = std::fs::read_to_string(path)
+                .map_err(|error| Failure::bad_input(format!("{}: cannot read: {error}", path.display())))?;
+            if text.is_empty() {
+                return Err(Failure::bad_input(format!("{}: holds no inputs; an input is a line", path.display())));
+            }
+            Ok(text.lines().map(str::to_string).collect())
+        }
+        (None, None) => Err(Failure::bad_input("give --input or --input-file")),
+    }
 }
 
 /// Refuses a model that does not write.

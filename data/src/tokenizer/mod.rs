@@ -237,6 +237,12 @@ impl Tokenizer {
         }
     }
 
+    /// The text of tokens with the sentinels among them, which say what fills which gap of an input that has some.
+    pub fn decode_spans(&self, ids: &[u32]) -> String {
+        let kept: Vec<u32> = ids.iter().copied().filter(|id| ![self.pad_id(), self.eos_id()].contains(id)).collect();
+        self.decode_all(&kept)
+    }
+
     /// The text of tokens with special tokens, for people to see where they are.
     pub(crate) fn decode_all(&self, ids: &[u32]) -> String {
         match &self.0 {

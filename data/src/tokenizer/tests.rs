@@ -260,3 +260,15 @@ fn a_folder_that_cannot_be_written_is_no_user_error() {
     let tokenizer = from_spec(TokenizerSpec::ByT5, &[], None).unwrap();
     assert!(!tokenizer.save(Path::new("/nonexistent/folder")).unwrap_err().is_user_error());
 }
+
+#[test]
+fn what_fills_the_gaps_of_a_text_is_told_apart() {
+    let byt5 = from_spec(TokenizerSpec::ByT5, &[], None).unwrap();
+    for tokenizer in [unigram(200), byt5] {
+        let mut ids = vec![tokenizer.pad_id()];
+        ids.extend(tokenizer.encode("<extra_id_0> kato<extra_id_1> mi", 40).unwrap());
+        assert!(!tokenizer.decode(&ids).contains('<'));
+        let text = tokenizer.decode_spans(&ids);
+        assert_eq!(text.replace(' ', ""), "<extra_id_0>kato<extra_id_1>mi", "{text}");
+    }
+}

@@ -43,6 +43,8 @@ pub enum Metric {
     ChrfPlusPlus,
     PhonemeErrorRate,
     WordErrorRate,
+    /// By a classifier; not from these contributions.
+    Toxicity,
 }
 
 impl Metric {
@@ -64,6 +66,7 @@ impl Metric {
             Self::ChrfPlusPlus => "chrf++",
             Self::PhonemeErrorRate => "phoneme_error_rate",
             Self::WordErrorRate => "word_error_rate",
+            Self::Toxicity => "toxicity",
         }
     }
 
@@ -79,7 +82,8 @@ impl Metric {
 
     /// Whether more is better.
     pub fn greater_is_better(self) -> bool {
-        !matches!(self, Self::Loss | Self::Perplexity | Self::PhonemeErrorRate | Self::WordErrorRate)
+        use Metric::{Loss, Perplexity, PhonemeErrorRate, Toxicity, WordErrorRate};
+        !matches!(self, Loss | Perplexity | PhonemeErrorRate | WordErrorRate | Toxicity)
     }
 }
 
@@ -106,10 +110,10 @@ enum Kind {
 }
 
 impl Contributions {
-    /// None for what does not follow from texts.
+    /// None for what does not follow from texts alone.
     pub fn new(metric: Metric, pairs: &[Pair]) -> Option<Self> {
         Some(Self(match metric {
-            Metric::Loss | Metric::Perplexity => return None,
+            Metric::Loss | Metric::Perplexity | Metric::Toxicity => return None,
             Metric::ExactMatch => Kind::Mean(each(pairs, squad::exact_match)),
             Metric::F1 => Kind::Mean(each(pairs, squad::f1)),
             Metric::Accuracy => Kind::Mean(each(pairs, labels::is_right)),
@@ -176,11 +180,11 @@ fn sum<T: Default + Copy + AddAssign>(examples: &[T], sample: impl Iterator<Item
     sum
 }
 
-/// The scores asked for, by name, except the loss. `loss` is the mean over target tokens, where it is known.
+/// The scores asked for, by name, except the loss and toxicity. `loss` is the mean over target tokens, where it is known.
 pub fn scores(wanted: &[Metric], pairs: &[Pair], loss: Option<f64>) -> Vec<(&'static str, f64)> {
     let score = |&metric: &Metric| {
         let value = match metric {
-            Metric::Loss => None,
+            Metric::Loss | Metric::Toxicity => None,
             Metric::Perplexity => loss.map(f64::exp),
             _ => Contributions::new(metric, pairs).map(|contributions| contributions.score()),
         };

@@ -66,8 +66,8 @@ impl Machine<'_> {
         Ok(settled)
     }
 
-    /// The directory of a model, given the job's key, and what the coordinator and people call it: this machine's own, one of the hub at the commit that the coordinator chose, or the
-    /// coordinator's.
+    /// The directory of a model, given the job's key, and what the coordinator and people call it: this machine's own, one
+    /// of the hub at the commit that the coordinator chose, or the coordinator's.
     fn model(&self, name: &str, (key, artifact, what): (&str, &str, &str), settled: &mut Settled) -> Result<PathBuf> {
         let directory = self.base.join(name);
         let why = match hub::has_commit(name) {

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 /// Items a leaf.
 pub(crate) const LEAF_ITEMS: u64 = 8;
 /// Of a tree that is kept, the nodes that are less than so many levels above the leaves are hashed anew when asked for.
-const BLOCK_LEVELS: u32 = 4;
+const BLOCK_LEVELS: u32 = 2;
 const BLOCK_LEAVES: u64 = 1 << BLOCK_LEVELS;
 
 /// Keeps the hashes of leaves, nodes and whole trees apart.

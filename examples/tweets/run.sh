@@ -3,7 +3,7 @@
 # fine-tuning, LoRA, and all of them compared on the same tweets. Started again, it goes on where it was stopped; remove
 # runs/pretrain and runs/tweets to begin anew.
 #
-#     examples/tweets/run.sh [--set section.key=value]…      # settings for every training
+#     examples/tweets/run.sh [--set section.key=value]…      # settings for every step
 #
 # Needs pip and tar for the texts, and the network for these alone.
 set -euo pipefail
@@ -23,7 +23,7 @@ train runs/tweets/instruct/model examples/tweets/instruct.toml "$@"
 for shots in 0 1 4; do
     step "tweets with $shots examples in the prompt"
     quintet evaluate --job examples/tweets/finetune.toml --model runs/tweets/instruct/model \
-        --set data.num_shots=$shots --output "runs/tweets/$shots-shot"
+        --set data.num_shots=$shots "$@" --output "runs/tweets/$shots-shot"
 done
 
 step "fine-tuning"

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use quintet_data::{Schedule, Shelf, TrainingLength};
 use quintet_proto::v1::coordinator_client::CoordinatorClient;
-use quintet_proto::v1::{Actions, Finished, Lease, MicroBatch, Ready, Saved, StepDone};
+use quintet_proto::v1::{Actions, Finished, Lease, MicroBatch, Publication, Ready, Saved, StepDone};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Channel;
@@ -324,6 +324,39 @@ async fn strangers_are_refused_and_the_run_goes_on() {
     let worker = Worker::join(&served.url, hello()).await.unwrap();
     assert_eq!(worker.work(schedule).await.exit_code, exit_code::DONE);
     served.outcome.await.unwrap().unwrap();
+}
+
+/// How each of the calls for files is answered that asks for what is not there, or leads out of the run.
+async fn calls_for_files(client: &mut CoordinatorClient<Channel>, run_token: &[u8]) -> [tonic::Code; 4] {
+    let (run_token, artifact, name) = (run_token.to_vec(), "../model".to_owned(), "../config.json".to_owned());
+    let leaves = LeavesRequest { run_token: run_token.clone(), store: 0, numbers: vec![0] };
+    let list = ListRequest { run_token: run_token.clone(), artifact: artifact.clone() };
+    let read = ReadRequest { run_token: run_token.clone(), artifact: artifact.clone(), name, offset: 0 };
+    let publication = Publication { run_token, artifact, ..Publication::default() };
+    let parts = tokio_stream::iter([Part { content: Some(Content::Publication(publication)) }]);
+    [
+        client.leaves(leaves).await.unwrap_err().code(),
+        client.list(list).await.unwrap_err().code(),
+        client.read(read).await.map(|_| ()).unwrap_err().code(),
+        client.publish(parts).await.unwrap_err().code(),
+    ]
+}
+
+/// How [`calls_for_files`] of a worker are answered.
+const NOTHING_THERE: [tonic::Code; 4] =
+    [tonic::Code::NotFound, tonic::Code::NotFound, tonic::Code::NotFound, tonic::Code::InvalidArgument];
+
+#[tokio::test]
+async fn strangers_neither_read_nor_write_files() {
+    let directory = tempfile::tempdir().unwrap();
+    let served = start(settings(1, 3), directory.path()).await;
+    let mut client = CoordinatorClient::connect(served.url.clone()).await.unwrap();
+    for token in [&[][..], &TOKEN[..31], &[0; 32]] {
+        assert_eq!(calls_for_files(&mut client, token).await, [tonic::Code::Unauthenticated; 4]);
+    }
+    assert_eq!(calls_for_files(&mut client, &TOKEN).await, NOTHING_THERE);
+    let rude = tokio_stream::iter([Part { content: Some(Content::Data(vec![1])) }]);
+    assert_eq!(client.publish(rude).await.unwrap_err().code(), tonic::Code::InvalidArgument);
 }
 
 #[tokio::test]

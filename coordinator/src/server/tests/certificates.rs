@@ -90,6 +90,15 @@ async fn who_has_no_certificate_or_another_gets_no_work() {
     assert_eq!(status.code(), Code::PermissionDenied);
     assert!(status.message().ends_with("does not permit what takes a worker"), "{status}");
 
+    // Nor files.
+    for (tls, code) in
+        [(Arc::clone(&pinned), Code::Unauthenticated), (reader.coordinator_client().unwrap(), Code::PermissionDenied)]
+    {
+        assert_eq!(calls_for_files(&mut dial(&served, tls).await.unwrap(), &[]).await, [code; 4]);
+    }
+    let worker = credentials(&authority, Role::Worker, now).coordinator_client().unwrap();
+    assert_eq!(calls_for_files(&mut dial(&served, worker).await.unwrap(), &[]).await, NOTHING_THERE);
+
     // TLS itself refuses these: the connection is over before a request is heard.
     let expired = credentials(&authority, Role::Worker, now - 3 * HOUR);
     let stranger = credentials(&other, Role::Worker, now);

@@ -10,8 +10,8 @@ A coordinator and two workers by hand, on loopback, train a small model, and a l
 
 - By default: how long the run stands still when something dies, from kill -9 (or SIGSTOP) to the next committed step.
 - With --goodput: committed steps while a worker is killed now and then (a Poisson process; one number is the mean time
-  between kills in seconds) and started again at once, as a share of those of the same time without kills, which is
-  measured before and after.
+  between kills in seconds) and started again at once; to be compared with those of the same time without kills, which
+  is measured before and after each.
 - With --checkpoints: by how much longer a cycle of steps with a checkpoint takes than its steps take at their usual
   pace, so that both the copy, for which training waits, and the writing beside it count.
 
@@ -100,13 +100,16 @@ class Run:
                 raise SystemExit("the run does not go on")
             time.sleep(0.002)
 
-    def world(self):
+    def last(self, key):
         with open(self.ledger, "rb") as ledger:
-            return json.loads(ledger.read().rsplit(b"\n", 2)[-2])["workers"]
+            return json.loads(ledger.read().rsplit(b"\n", 2)[-2])[key]
 
-    def wait_until_full(self):
-        while self.world() < 2:
-            time.sleep(0.02)
+    def wait_until_full(self, since=0):
+        """Until two workers have committed a step in a generation after `since`: both hold the state."""
+        while self.last("workers") < 2 or self.last("generation") <= since:
+            if self.coordinator.poll() is not None:
+                raise SystemExit("the run has ended")
+            time.sleep(0.005)
 
     def standstill(self, act):
         """Seconds from `act` to the next step."""
@@ -165,8 +168,9 @@ def stop_worker(run):
 def goodput(run, means, seconds):
     """Rows of committed steps a second, by the mean time between kills; 0 is no kills."""
     run.wait_for(run.committed() + 50)
-    for mean in [0, *means, 0]:
-        run.wait_until_full()
+    killed_in = 0
+    for mean in [0, *(row for mean in means for row in (mean, 0))]:
+        run.wait_until_full(killed_in)
         began, first, kills = time.monotonic(), run.committed(), 0
         next_kill = began + random.expovariate(1 / mean) if mean else float("inf")
         while time.monotonic() < began + seconds:
@@ -175,8 +179,8 @@ def goodput(run, means, seconds):
                 continue
             next_kill += random.expovariate(1 / mean)
             # One that is left must hold the state; a kill that comes earlier waits for it.
-            run.wait_until_full()
-            index, kills = random.randrange(2), kills + 1
+            run.wait_until_full(killed_in)
+            index, kills, killed_in = random.randrange(2), kills + 1, run.last("generation")
             run.workers[index].kill()
             run.workers[index].wait()
             run.workers[index] = run.start_worker()

@@ -193,7 +193,7 @@ pub(crate) struct EvaluateArguments {
     /// An adapter of that model, in PEFT's layout.
     #[arg(long, value_name = "DIR", requires = "model")]
     pub(crate) adapter: Option<PathBuf>,
-    /// Evaluate on what this job file holds out, as the job does: its templates, prompts, filters and [evaluation].
+    /// Evaluate on what this job file holds out, as the job does: its templates, prompts, filters and evaluation.
     #[arg(
         long,
         value_name = "FILE",

@@ -57,8 +57,8 @@ pub const TOXICITY_MODEL: &str = "toxicity";
 pub(crate) const CHECKPOINTS: &str = "checkpoints/";
 
 impl Share {
-    /// The run's examples, the directories of [`MODEL`], [`ADAPTER`] and [`TOXICITY_MODEL`] as far as there are any, and that of the run, in
-    /// which a [`PROBE`] is written.
+    /// The run's examples, the directories of [`MODEL`], [`ADAPTER`] and [`TOXICITY_MODEL`] as far as there are any, and
+    /// that of the run, in which a [`PROBE`] is written.
     ///
     /// # Errors
     /// [`Error::File`]; no random numbers.

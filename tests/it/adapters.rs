@@ -248,9 +248,10 @@ fn bf16_follows_f32() {
         let pairs = exact.download().unwrap().into_iter().zip(gradients.download().unwrap());
         let dot: f64 = pairs.map(|(a, b)| f64::from(a) * f64::from(b)).sum();
         let norms = ops::global_norm(exact.view()).unwrap() * ops::global_norm(gradients.view()).unwrap();
-        // Random adapters are steeper than trained weights, and relu has kinks: torch in bf16 is the measure.
+        // Random adapters are steeper than trained weights, and relu has kinks: torch in bf16 is the measure, and a quarter
+        // more, because both are roundings of one gradient that fall differently.
         let peer = adapted.number("bf16_cosine");
-        assert!(1.0 - dot / norms <= 2.0 * (1.0 - peer), "{}: cosine {}; torch: {peer}", adapted.name, dot / norms);
+        assert!(1.0 - dot / norms <= 1.25 * (1.0 - peer), "{}: cosine {}; torch: {peer}", adapted.name, dot / norms);
     }
 }
 

@@ -4,10 +4,10 @@
 //! Lines become durable in the coordinator's record ([`crate::journal`]), with one sync for all of
 //! an entry; the files themselves are synced now and then, and at the end. Whoever opens a run
 //! that was cut off writes their ends anew from the record, so that the three always agree. A run
-//! that is resumed from a checkpoint cuts both files back to its step.
+//! that is resumed from a checkpoint cuts both files back to its step: on record first, so that a
+//! crash on the way is one like any other.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -54,9 +54,7 @@ impl RunFiles {
         if fs::metadata(&ledger).is_ok_and(|metadata| metadata.len() > 0) {
             return Err(Error::RunExists { directory: directory.to_owned() });
         }
-        replace(&ledger, "")?;
-        replace(&directory.join(METRICS), "")?;
-        Self::open(directory, identity, None)
+        Self::open(directory, Content::new(identity, 0, Tail::default(), Tail::default()))
     }
 
     /// Files of a run that goes on from committed step `step`, cut back to it, and the last
@@ -66,30 +64,9 @@ impl RunFiles {
     /// [`Error::Damaged`] when the ledger does not hold every step up to `step`, or a line other
     /// than a torn last one is not ours; [`Error::File`]. The files are then as they were.
     pub fn resume(directory: &Path, step: u64, identity: &Identity) -> Result<(Self, u64, u64)> {
-        let recorded = repair(directory)?.and_then(|content| content.record);
-        let (ledger, metrics) = (directory.join(LEDGER), directory.join(METRICS));
-        let records = read::<CommitRecord>(&ledger)?;
-        let events = read::<EventStep>(&metrics)?;
-        let generations = records.iter().map(|(record, _)| record.generation);
-        let generation = generations.chain(recorded.map(|record| record.generation)).max().unwrap_or(0);
-        let (mut kept, mut next, mut of_step) = (String::new(), 1, 0);
-        for (record, line) in records.iter().take_while(|(record, _)| record.step <= step) {
-            if record.step != next {
-                let problem = format!("expected step {next}, found {}", record.step);
-                return Err(Error::Damaged { path: ledger, line: next as usize, problem });
-            }
-            (next, of_step) = (next + 1, record.generation);
-            kept.extend([line, "\n"]);
-        }
-        if next != step + 1 {
-            let problem = format!("the checkpoint's step {step} is not recorded");
-            return Err(Error::Damaged { path: ledger, line: next as usize, problem });
-        }
-        replace(&ledger, &kept)?;
-        let events = events.iter().filter(|(event, _)| event.step <= step);
-        let kept: String = events.flat_map(|(_, line)| [line, "\n"]).collect();
-        replace(&metrics, &kept)?;
-        Ok((Self::open(directory, identity, None)?, generation, of_step))
+        let (content, of_step) = cut_back(directory, step, identity)?;
+        let generation = content.generation();
+        Ok((Self::open(directory, content)?, generation, of_step))
     }
 
     /// The run of a coordinator that was killed, as it was; `None` where there is none.
@@ -97,9 +74,9 @@ impl RunFiles {
     /// # Errors
     /// [`Error::File`].
     pub fn take_over(directory: &Path) -> Result<Option<CutOff>> {
-        let Some(content) = repair(directory)? else { return Ok(None) };
+        let Some(content) = Journal::read(directory)? else { return Ok(None) };
         let (Some(record), Some(identity)) = (content.record.clone(), content.identity()) else { return Ok(None) };
-        let files = Self::open(directory, &identity, Some(record.clone()))?;
+        let files = Self::open(directory, content)?;
         Ok(Some(CutOff { files, record, identity }))
     }
 
@@ -130,11 +107,12 @@ impl RunFiles {
         Ok(lines.into_iter().filter_map(evaluation).collect())
     }
 
-    fn open(directory: &Path, identity: &Identity, record: Option<Record>) -> Result<Self> {
-        let ledger = Lines::open(directory.join(LEDGER))?;
-        let metrics = Lines::open(directory.join(METRICS))?;
-        let content = Content::new(identity, record, ledger.no_tail(), metrics.no_tail());
-        let journal = Journal::open(directory, &content)?;
+    /// The files as `content` has them, which is on record before they are.
+    fn open(directory: &Path, mut content: Content) -> Result<Self> {
+        let mut journal = Journal::open(directory, &content)?;
+        let [ledger, metrics] = apply(directory, &content)?;
+        (content.ledger, content.metrics) = (ledger.no_tail(), metrics.no_tail());
+        journal.write(&content)?;
         Ok(Self { directory: directory.to_owned(), journal, content, ledger, metrics })
     }
 
@@ -196,10 +174,40 @@ fn line(value: &impl Serialize) -> String {
     serde_json::to_string(value).map(|text| text + "\n").unwrap_or_default()
 }
 
-/// Writes the ends of a run's files as its record has them, and answers the record.
-fn repair(directory: &Path) -> Result<Option<Content>> {
-    let Some(content) = Journal::read(directory)? else { return Ok(None) };
-    for (name, tail) in [(LEDGER, &content.ledger), (METRICS, &content.metrics)] {
+/// What to put on record for a run to go on from `step`, and the generation of that step.
+fn cut_back(directory: &Path, step: u64, identity: &Identity) -> Result<(Content, u64)> {
+    let recorded = Journal::read(directory)?;
+    if let Some(content) = &recorded {
+        apply(directory, content)?;
+    }
+    let [ledger, metrics] = [LEDGER, METRICS].map(|name| directory.join(name));
+    let records = read::<CommitRecord>(&ledger)?;
+    let events = read::<EventStep>(&metrics)?;
+    let generations = records.iter().map(|(record, _)| record.generation);
+    let generation = generations.chain(recorded.map(|content| content.generation())).max().unwrap_or(0);
+    let (mut commits, mut next, mut of_step) = (String::new(), 1, 0);
+    for (record, line) in records.iter().take_while(|(record, _)| record.step <= step) {
+        if record.step != next {
+            let problem = format!("expected step {next}, found {}", record.step);
+            return Err(Error::Damaged { path: ledger, line: next as usize, problem });
+        }
+        (next, of_step) = (next + 1, record.generation);
+        commits.extend([line, "\n"]);
+    }
+    if next != step + 1 {
+        let problem = format!("the checkpoint's step {step} is not recorded");
+        return Err(Error::Damaged { path: ledger, line: next as usize, problem });
+    }
+    let kept = events.iter().filter(|(event, _)| event.step <= step);
+    let kept: String = kept.flat_map(|(_, line)| [line, "\n"]).collect();
+    let ledger = Tail::between(&read_text(&ledger)?, &commits);
+    let metrics = Tail::between(&read_text(&metrics)?, &kept);
+    Ok((Content::new(identity, generation, ledger, metrics), of_step))
+}
+
+/// Gives a run's files the ends that its record has; the files.
+fn apply(directory: &Path, content: &Content) -> Result<[Lines; 2]> {
+    let end = |name: &str, tail: &Tail| {
         let path = directory.join(name);
         let mut lines = Lines::open(path.clone())?;
         if lines.bytes < tail.offset {
@@ -210,8 +218,12 @@ fn repair(directory: &Path) -> Result<Option<Content>> {
         lines.write(&tail.text)?;
         lines.bytes += tail.text.len() as u64;
         lines.sync()?;
-    }
-    Ok(Some(content))
+        Ok(lines)
+    };
+    let files = [end(LEDGER, &content.ledger)?, end(METRICS, &content.metrics)?];
+    // Names that are new are safe only when the directory is.
+    File::open(directory).and_then(|names| names.sync_all()).map_err(Error::file("sync", directory))?;
+    Ok(files)
 }
 
 /// A file of JSON lines that grows.
@@ -256,33 +268,24 @@ struct EventStep {
     step: u64,
 }
 
-/// The lines of a file, parsed and verbatim. A file that is absent is empty; what follows the last
-/// line's end is a write cut short by a crash and does not count.
-fn read<T: DeserializeOwned>(path: &Path) -> Result<Vec<(T, String)>> {
-    let text = match fs::read_to_string(path) {
+/// A file's whole lines. One that is absent is empty; what follows the last line's end is a write cut short by a crash
+/// and does not count.
+fn read_text(path: &Path) -> Result<String> {
+    let mut text = match fs::read_to_string(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
         text => text.map_err(Error::file("read", path))?,
     };
-    let whole = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
+    text.truncate(text.rfind('\n').map_or(0, |end| end + 1));
+    Ok(text)
+}
+
+/// The lines of a file, parsed and verbatim.
+fn read<T: DeserializeOwned>(path: &Path) -> Result<Vec<(T, String)>> {
     let parse = |(index, line): (usize, &str)| match serde_json::from_str(line) {
         Ok(value) => Ok((value, line.to_owned())),
         Err(error) => Err(Error::Damaged { path: path.to_owned(), line: index + 1, problem: error.to_string() }),
     };
-    whole.lines().enumerate().map(parse).collect()
-}
-
-/// Replaces a file's content at once: written beside, synced, renamed.
-fn replace(path: &Path, content: &str) -> Result<()> {
-    let beside = path.with_extension("jsonl.tmp");
-    let write = || {
-        let mut file = File::create(&beside)?;
-        file.write_all(content.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&beside, path)?;
-        // The new name is safe only when the directory is.
-        File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
-    };
-    write().map_err(Error::file("write", path))
+    read_text(path)?.lines().enumerate().map(parse).collect()
 }
 
 #[cfg(test)]

@@ -52,6 +52,9 @@ pub(crate) struct Content {
     collective_token: String,
     /// None before the first generation.
     pub(crate) record: Option<Record>,
+    /// Of a run that goes on from a checkpoint: the newest generation it had before, to which none may fall back.
+    #[serde(default)]
+    past_generation: u64,
     pub(crate) ledger: Tail,
     pub(crate) metrics: Tail,
 }
@@ -64,10 +67,25 @@ pub(crate) struct Tail {
     pub(crate) text: String,
 }
 
+impl Tail {
+    /// What makes `wanted` of a file that holds `present`.
+    pub(crate) fn between(present: &str, wanted: &str) -> Self {
+        let lines = present.split_inclusive('\n').zip(wanted.split_inclusive('\n'));
+        let common: usize = lines.take_while(|(a, b)| a == b).map(|(line, _)| line.len()).sum();
+        Self { offset: common as u64, text: wanted[common..].to_owned() }
+    }
+}
+
 impl Content {
-    pub(crate) fn new(identity: &Identity, record: Option<Record>, ledger: Tail, metrics: Tail) -> Self {
+    /// Of a run whose generations follow `past_generation`.
+    pub(crate) fn new(identity: &Identity, past_generation: u64, ledger: Tail, metrics: Tail) -> Self {
         let (run_token, collective_token) = (identity.run_token.to_hex(), identity.collective_token.to_hex());
-        Self { run_token, collective_token, record, ledger, metrics }
+        Self { run_token, collective_token, record: None, past_generation, ledger, metrics }
+    }
+
+    /// The newest there was.
+    pub(crate) fn generation(&self) -> u64 {
+        self.record.as_ref().map_or(self.past_generation, |record| record.generation)
     }
 
     /// None where the file was written by somebody else.
@@ -229,7 +247,7 @@ mod tests {
         let tail = Tail { offset: 3 * step, text: "line\n".to_owned() };
         let identity =
             Identity { run_token: Secret::from_bytes([1; 32]), collective_token: Secret::from_bytes([2; 32]) };
-        Content::new(&identity, Some(record), tail.clone(), tail)
+        Content { record: Some(record), ..Content::new(&identity, 0, tail.clone(), tail) }
     }
 
     #[test]

@@ -154,6 +154,35 @@ fn a_run_that_was_cut_off_is_taken_over_as_the_record_has_it() {
 }
 
 #[test]
+fn a_crash_while_files_are_cut_back_is_one_like_any_other() {
+    let [whole, cut] = [50, 20].map(|steps| {
+        let directory = tempfile::tempdir().unwrap();
+        drop(run_of(directory.path(), steps));
+        directory
+    });
+    // Of the two files, none, the first, or both are as they shall be.
+    for done in 0..3 {
+        let directory = tempfile::tempdir().unwrap();
+        drop(run_of(directory.path(), 50));
+        // The second crash finds what the first left.
+        for crash in 0..2 {
+            let (content, _) = cut_back(directory.path(), 20, &identity()).unwrap();
+            drop(Journal::open(directory.path(), &content).unwrap());
+            for (index, name) in [LEDGER, METRICS].into_iter().enumerate() {
+                let expected = text(if index < done || crash == 1 { cut.path() } else { whole.path() }, name);
+                fs::write(directory.path().join(name), expected).unwrap();
+            }
+            assert!(RunFiles::take_over(directory.path()).unwrap().is_none(), "there is nothing to take over");
+        }
+        let (_, generation, of_step) = RunFiles::resume(directory.path(), 20, &identity()).unwrap();
+        assert_eq!((generation, of_step), (5, 3), "generations never fall");
+        for name in [LEDGER, METRICS] {
+            assert_eq!(text(directory.path(), name), text(cut.path(), name));
+        }
+    }
+}
+
+#[test]
 fn a_run_that_ended_is_not_taken_over() {
     let directory = tempfile::tempdir().unwrap();
     assert!(RunFiles::take_over(directory.path()).unwrap().is_none());

@@ -566,9 +566,14 @@ pub(crate) struct BenchStepArguments {
     pub(crate) precision: Option<String>,
     #[arg(long)]
     pub(crate) gradient_checkpointing: bool,
-    /// Train LoRA adapters of this rank, of q and v, instead of the model.
+    /// Train LoRA adapters of this rank instead of the model.
     #[arg(long, value_name = "R")]
     pub(crate) lora_r: Option<usize>,
+    /// What has adapters: a pattern, or all-linear; by default q and v.
+    #[arg(long, requires = "lora_r", value_name = "PATTERN")]
+    pub(crate) lora_target_modules: Option<String>,
+    #[arg(long, requires = "lora_r", default_value_t = 0.0)]
+    pub(crate) lora_dropout: f32,
     /// Threads to compute with; all cores by default.
     #[arg(long)]
     pub(crate) threads: Option<usize>,

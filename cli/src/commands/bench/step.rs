@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use quintet_kernels::{DType, Device, inventory, ops};
-use quintet_t5::{Batch, BatchShape, training_flops};
+use quintet_t5::{Batch, BatchShape, TargetModules, training_flops};
 use quintet_worker::adapter::{Adapter, Base};
 use quintet_worker::collective::Collective;
 use quintet_worker::gradient::StepGradient;
@@ -50,7 +50,9 @@ pub(super) fn run(arguments: &BenchStepArguments) -> Result<()> {
     let adapter = match arguments.lora_r {
         None => None,
         Some(r) => {
-            let lora = LoraConfig { r: Some(r), ..LoraConfig::default() };
+            let target_modules = arguments.lora_target_modules.clone().map(TargetModules::Pattern);
+            let lora_dropout = Some(arguments.lora_dropout);
+            let lora = LoraConfig { r: Some(r), lora_dropout, target_modules, ..LoraConfig::default() };
             let fingerprint = weights.digest()?.to_hex().to_string();
             let base = Base { name: arguments.model.clone(), fingerprint };
             Some(Adapter::open(&lora, &model, &weights, base, training.seed)?)
@@ -84,6 +86,8 @@ pub(super) fn run(arguments: &BenchStepArguments) -> Result<()> {
         "gradient_checkpointing": arguments.gradient_checkpointing,
         "parameters": parameters,
         "lora_r": arguments.lora_r,
+        "lora_target_modules": arguments.lora_target_modules,
+        "lora_dropout": arguments.lora_dropout,
         "trainable_parameters": trainable,
         "batch_size": arguments.batch_size,
         "source_length": arguments.source_length,

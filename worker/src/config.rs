@@ -452,7 +452,7 @@ impl EvaluationConfig {
     }
 
     /// What it says about generation. One prediction an example.
-    fn generation(&self) -> GenerationOptions {
+    pub fn generation(&self) -> GenerationOptions {
         GenerationOptions {
             max_new_tokens: self.max_new_tokens,
             min_new_tokens: self.min_new_tokens,

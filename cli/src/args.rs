@@ -257,8 +257,9 @@ pub(crate) struct EvaluateArguments {
     pub(crate) json: bool,
 }
 
+/// A model with its tokenizer.
 #[derive(Args)]
-pub(crate) struct GenerateArguments {
+pub(crate) struct ModelArguments {
     /// A model directory in Hugging Face's layout, a repository of the hub, or an adapter that names its model.
     #[arg(long, value_name = "DIR")]
     pub(crate) model: PathBuf,
@@ -268,11 +269,27 @@ pub(crate) struct GenerateArguments {
     /// A tokenizer other than the model's.
     #[arg(long)]
     pub(crate) tokenizer: Option<String>,
+}
+
+/// What a model is given.
+#[derive(Args)]
+pub(crate) struct InputArguments {
     #[arg(long, required_unless_present = "input_file")]
     pub(crate) input: Option<String>,
     /// One input a line.
     #[arg(long, value_name = "FILE", conflicts_with = "input")]
     pub(crate) input_file: Option<PathBuf>,
+    /// Longer inputs are cut.
+    #[arg(long, default_value_t = 512)]
+    pub(crate) max_source_length: usize,
+}
+
+#[derive(Args)]
+pub(crate) struct GenerateArguments {
+    #[command(flatten)]
+    pub(crate) model: ModelArguments,
+    #[command(flatten)]
+    pub(crate) inputs: InputArguments,
     #[command(flatten)]
     pub(crate) generation: GenerationFlags,
     /// Outputs for each input: of beams or samples.
@@ -281,9 +298,6 @@ pub(crate) struct GenerateArguments {
     /// Score this text instead of generating, by its log probability given the input; may be given several times.
     #[arg(long, value_name = "TEXT", conflicts_with = "stream")]
     pub(crate) candidates: Vec<String>,
-    /// Longer inputs are cut.
-    #[arg(long, default_value_t = 512)]
-    pub(crate) max_source_length: usize,
     /// Inputs generated at a time; inputs of similar length are put together.
     #[arg(long, default_value_t = 32)]
     pub(crate) batch_size: usize,
@@ -347,23 +361,10 @@ pub(crate) struct ImportArguments {
 
 #[derive(Args)]
 pub(crate) struct EmbedArguments {
-    /// A model directory in Hugging Face's layout, a repository of the hub, or an adapter that names its model.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) model: PathBuf,
-    /// An adapter of that model, in PEFT's layout.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) adapter: Option<PathBuf>,
-    /// A tokenizer other than the model's.
-    #[arg(long)]
-    pub(crate) tokenizer: Option<String>,
-    #[arg(long, required_unless_present = "input_file")]
-    pub(crate) input: Option<String>,
-    /// One input a line.
-    #[arg(long, value_name = "FILE", conflicts_with = "input")]
-    pub(crate) input_file: Option<PathBuf>,
-    /// Longer inputs are cut.
-    #[arg(long, default_value_t = 512)]
-    pub(crate) max_source_length: usize,
+    #[command(flatten)]
+    pub(crate) model: ModelArguments,
+    #[command(flatten)]
+    pub(crate) inputs: InputArguments,
     /// Inputs computed at a time.
     #[arg(long, default_value_t = 32)]
     pub(crate) batch_size: usize,
@@ -376,15 +377,8 @@ pub(crate) struct EmbedArguments {
 
 #[derive(Args)]
 pub(crate) struct MergeArguments {
-    /// A model directory in Hugging Face's layout, or an adapter that names its model.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) model: PathBuf,
-    /// An adapter of that model, in PEFT's layout.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) adapter: Option<PathBuf>,
-    /// A tokenizer other than the model's.
-    #[arg(long)]
-    pub(crate) tokenizer: Option<String>,
+    #[command(flatten)]
+    pub(crate) model: ModelArguments,
     /// Keep the encoder alone, as transformers' T5EncoderModel.
     #[arg(long)]
     pub(crate) encoder_only: bool,

@@ -11,7 +11,7 @@ use std::time::SystemTime;
 
 use quintet_data::{LEAVES_MAX, Shelf};
 use quintet_proto::v1::{self, LeavesReply, ListReply, Part, Piece, Publication, Published};
-use quintet_proto::{HASH_BYTES, PIECE_BYTES};
+use quintet_proto::{HASH_BYTES, PIECE_BYTES, is_file_name};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
@@ -199,9 +199,10 @@ pub(crate) fn checkpoint_name(name: &str) -> Answer<&str> {
 
 /// The name of a file in a directory, and not the way out of it.
 pub(crate) fn file_name(name: &str) -> Answer<&str> {
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-    let is_one = (1..=128).contains(&name.len()) && !name.starts_with('.') && name.bytes().all(is_plain);
-    if is_one { Ok(name) } else { Err(Status::invalid_argument(format!("{name:?} is no name of a file here"))) }
+    match is_file_name(name) {
+        true => Ok(name),
+        false => Err(Status::invalid_argument(format!("{name:?} is no name of a file here"))),
+    }
 }
 
 /// The files of a directory that others need, by name.

@@ -22,6 +22,12 @@ pub const PIECE_BYTES: usize = 1 << 20;
 /// Length of the digests of files and examples, in bytes.
 pub const HASH_BYTES: usize = 32;
 
+/// Whether a `File` may have this name: that of a file in a directory, and not the way out of it.
+pub fn is_file_name(name: &str) -> bool {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    (1..=128).contains(&name.len()) && !name.starts_with('.') && name.bytes().all(is_plain)
+}
+
 /// Version 1 of the contract.
 #[allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, reason = "generated code")]
 pub mod v1 {

@@ -1,8 +1,12 @@
 //! Runs on several hosts, whose network and disks fail, end with the bits of a run that nothing happened to.
 
+use std::path::Path;
 use std::sync::LazyLock;
+use std::time::Instant;
 
-use crate::harness::Process;
+use serde_json::{Value, json};
+
+use crate::harness::{Process, announce};
 use crate::jobs::{RunOutput, Workspace};
 use crate::network::{Link, Network, fill_disk, join_tokens, mount_small_disk, with_own_mounts};
 
@@ -48,6 +52,23 @@ impl Cluster {
         Some(Cluster { network, workspace, coordinator, workers, tokens })
     }
 
+    /// Cuts links, and says how long it takes until those that are left commit a step without the others.
+    fn measure_cut(&mut self, event: &str, host: usize, others: &[usize]) {
+        let ledger = self.workspace.output("run").path("ledger.jsonl");
+        let (_, before) = lines_and_generation(&ledger);
+        let began = Instant::now();
+        self.network.change(host, others, CUT);
+        loop {
+            // Those that were under way may still be committed, by all.
+            let (lines, generation) = lines_and_generation(&ledger);
+            if generation > before {
+                break;
+            }
+            assert!(self.coordinator.wait_for_lines(&ledger, lines + 1));
+        }
+        announce(&format!("MEASURED {}", json!({ "event": event, "seconds": began.elapsed().as_secs_f64() })));
+    }
+
     /// Coordinator and workers come to a good end; where the run is.
     fn end(self) -> Workspace {
         self.coordinator.wait().expect(0);
@@ -57,6 +78,25 @@ impl Cluster {
         assert_undisturbed(&self.workspace.output("run"));
         self.workspace
     }
+}
+
+/// How many lines a ledger has, and the generation of the last.
+fn lines_and_generation(ledger: &Path) -> (usize, Option<u64>) {
+    let text = std::fs::read_to_string(ledger).unwrap();
+    // What follows the last end of a line is being written.
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    let last: Option<Value> = whole.lines().last().map(|line| serde_json::from_str(line).unwrap());
+    (whole.lines().count(), last.and_then(|line| line["generation"].as_u64()))
+}
+
+#[test]
+fn a_host_that_is_cut_off_is_gone_on_without() {
+    let Some(mut cluster) = Cluster::start(2, "") else { return };
+    let others = cluster.network.others(2);
+    cluster.measure_cut("host cut off", 2, &others);
+    // It cannot hear how the run ends.
+    cluster.workers.pop().unwrap().kill();
+    cluster.end();
 }
 
 #[test]
@@ -74,7 +114,7 @@ fn a_host_that_is_cut_off_is_waited_for_where_none_can_be_spared() {
 #[test]
 fn two_hosts_that_cannot_reach_each_other_do_not_end_the_run() {
     let Some(mut cluster) = Cluster::start(3, "") else { return };
-    cluster.network.change(2, &[3], CUT);
+    cluster.measure_cut("link between two workers cut", 2, &[3]);
     cluster.coordinator.wait_for("no connection between it and worker ");
     let workspace = cluster.end();
     let run = workspace.output("run");

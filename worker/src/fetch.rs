@@ -14,8 +14,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use quintet_proto::HASH_BYTES;
-use quintet_proto::v1;
+use quintet_proto::{HASH_BYTES, is_file_name, v1};
 
 use crate::remote::Remote;
 use crate::{Error, Result};
@@ -86,13 +85,9 @@ fn digest(files: &[v1::File]) -> blake3::Hash {
 
 /// Refuses a list that leads out of its directory, or is no model's or checkpoint's.
 fn check(artifact: &str, files: &[v1::File]) -> Result<()> {
-    let is_name = |name: &str| {
-        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-        (1..=128).contains(&name.len()) && !name.starts_with('.') && name.bytes().all(is_plain)
-    };
     let problem = if files.is_empty() {
         "there are none".to_owned()
-    } else if let Some(file) = files.iter().find(|file| !is_name(&file.name) || file.digest.len() != HASH_BYTES) {
+    } else if let Some(file) = files.iter().find(|file| !is_file_name(&file.name) || file.digest.len() != HASH_BYTES) {
         format!("{:?} is no file that could be kept here", file.name)
     } else if files.len() > FILES_MAX
         || files.iter().fold(0, |sum: u64, file| sum.saturating_add(file.bytes)) > BYTES_MAX

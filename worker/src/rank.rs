@@ -4,32 +4,32 @@
 //! newer generation or the end arrives. When the stream to the coordinator breaks, the rank keeps what it holds and
 //! connects again: the coordinator may come back, or only the connection may have been lost.
 
+mod start;
+mod step;
+
 use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use quintet_data::{
-    Catalogue, Classes, DataConfig, Dataset, Loader, PackedBatch, Schedule as StepSchedule, Splits, StoreAbout,
-    Tokenizer, share,
-};
-use quintet_kernels::{Device, WaitLimits, ops};
-use quintet_proto::v1::{Actions, Commit, Evaluated, Failed, Finished, Lease, Linked, MicroBatch, NotFinite, Plan};
-use quintet_proto::v1::{Ready, SaveFailed, Saved, State, StateLost, StepDone, StepFailed, Stop};
-use quintet_t5::{Model, Parameters};
+use quintet_data::{Classes, DataConfig, Dataset, Loader, Schedule as StepSchedule, StoreAbout, Tokenizer};
+use quintet_kernels::{Device, WaitLimits};
+use quintet_proto::v1::{Actions, Commit, Evaluated, Failed, Finished, Lease, Linked, NotFinite, Plan};
+use quintet_proto::v1::{Ready, SaveFailed, Saved, State, StateLost, StepFailed, Stop};
+use quintet_t5::Parameters;
 
+use self::start::{load_data, new_replica};
+use self::step::Attempt;
 use crate::access::Access;
-use crate::adapter::{Adapter, Base};
-use crate::checkpoint::{Loaded, Progress};
+use crate::checkpoint::Progress;
 use crate::collective::{Collective, Interrupter, Listener, Membership, Mesh};
-use crate::config::{EvaluationConfig, LoraConfig, ModelSection, ModelTask, Precision, TrainingConfig};
+use crate::config::{EvaluationConfig, LoraConfig, ModelSection, TrainingConfig};
 use crate::evaluation::{self, BatchEvaluation, EvaluationTask};
 use crate::gradient::StepGradient;
 use crate::outbox::Outbox;
 use crate::remote::Remote;
-use crate::replica::{self, Replica, Update};
+use crate::replica::{Replica, Update};
 use crate::saver::{self, Image, Saver};
 use crate::session::{self, Command, Report, Session, SessionError};
 use crate::shards::Shards;
@@ -137,13 +137,6 @@ struct Place {
     world_size: u32,
     collective: Collective,
     shards: Shards,
-}
-
-/// What a step's attempt came to.
-enum Attempt {
-    Done(StepDone),
-    /// Not finite: where.
-    Poisoned(String),
 }
 
 impl Rank {
@@ -407,131 +400,6 @@ impl Rank {
         Ok(session.send(report)?)
     }
 
-    /// Computes and reduces the gradient of a lease's step.
-    fn attempt(&mut self, session: &Session, place: &mut Place, lease: &Lease) -> Result<Attempt> {
-        let started = Instant::now();
-        let plan = self.schedule.step(lease.step);
-        let range = lease.first_micro_batch..lease.last_exclusive;
-        self.gradient.begin(range.clone(), plan.micro_batches)?;
-        let mut reports = Vec::with_capacity(range.len());
-        for index in range {
-            if session.is_void(place.generation) {
-                return Err(Error::Interrupted);
-            }
-            session.count_progress();
-            let packed = self.next_batch(lease.step, index)?;
-            let batch = evaluation::upload(self.replica.model(), &packed)?;
-            let is_last = index + 1 == lease.last_exclusive;
-            let sums =
-                self.gradient.compute(&self.replica, &mut place.collective, (lease.step, index), &batch, is_last)?;
-            if !sums.loss_sum.is_finite() {
-                return Ok(Attempt::Poisoned(format!("the loss of micro-batch {index}")));
-            }
-            reports.push(MicroBatch {
-                index,
-                loss_sum: sums.loss_sum,
-                target_tokens: sums.target_tokens,
-                source_tokens: batch.source_tokens() as u64,
-                examples: batch.examples() as u64,
-            });
-        }
-        // Before the sum, so that a bad number tells whose it is. A rank alone sees it in the norm, for no pass over memory,
-        // and so do ranks whose sum is under way already; what overflows under a loss scale is skipped by all ranks, who
-        // see it there too.
-        let is_whole = place.world_size == 1 || place.collective.overlaps();
-        if !is_whole
-            && self.replica.loss_scaler().is_none()
-            && let Some(index) = self.gradient.find_not_finite()?
-        {
-            return Ok(Attempt::Poisoned(format!("the gradient of {}", self.tensor_at(index))));
-        }
-        let waiting = session.wait();
-        let target_tokens = self.global_target_tokens(place, lease.step, &reports)?;
-        let ranges: Vec<Range<u32>> =
-            (0..place.world_size).map(|rank| share(plan.micro_batches, rank, place.world_size)).collect();
-        self.gradient.reduce(&mut place.collective, lease.step, &ranges, &place.shards)?;
-        let norm = self.gradient.norm(&mut place.collective, lease.step, &place.shards)?;
-        drop(waiting);
-        let Some(update) = self.replica.plan_update(norm, target_tokens) else {
-            return Ok(Attempt::Poisoned(self.poisoned_total(place)?));
-        };
-        self.pending = Some((State { step: lease.step, generation: place.generation }, update));
-        Ok(Attempt::Done(StepDone {
-            generation: place.generation,
-            step: lease.step,
-            grad_norm: match update {
-                Update::Apply(mean) => mean.norm,
-                Update::Skip => f64::NAN,
-            },
-            skipped: update == Update::Skip,
-            loss_scale: self.replica.loss_scaler().map(|scaler| scaler.scale()),
-            learning_rate: self.replica.learning_rate(lease.step),
-            micro_batches: reports,
-            step_seconds: started.elapsed().as_secs_f64(),
-            peak_memory_bytes: crate::memory::peak_bytes(self.replica.model().device()),
-            weights_digest: self.digest.take().map(|digest| digest.as_bytes().to_vec()),
-        }))
-    }
-
-    /// What of the reduced gradient is not finite, as far as this rank sees it.
-    fn poisoned_total(&self, place: &Place) -> Result<String> {
-        for part in place.shards.parts(place.rank) {
-            let start = part.start;
-            if let Some(index) = ops::find_not_finite(self.gradient.total().columns(part))? {
-                return Ok(format!("the global gradient of {}", self.tensor_at(start + index)));
-            }
-        }
-        // Squares of f32 do not overflow the norm's f64, so there is one.
-        Ok("the global gradient, in a part that other workers hold,".to_owned())
-    }
-
-    /// The name of the tensor that has element `index` of the arena.
-    fn tensor_at(&self, index: usize) -> &str {
-        let mut tensors = self.replica.master().layout().tensors().iter();
-        tensors.find(|tensor| tensor.range.contains(&index)).map_or("the padding", |tensor| &tensor.name)
-    }
-
-    /// Target tokens of the whole step, over all ranks.
-    fn global_target_tokens(&self, place: &mut Place, step: u64, reports: &[MicroBatch]) -> Result<u64> {
-        let mine: u64 = reports.iter().map(|report| report.target_tokens).sum();
-        let all = place.collective.all_gather_bytes(step, &mine.to_le_bytes())?;
-        let counts = all.iter().map(|bytes| bytes.as_slice().try_into().map_or(0, u64::from_le_bytes));
-        Ok(counts.sum())
-    }
-
-    /// Asks for this lease's micro-batches, and for those that the next step will most likely lease to this rank.
-    fn request_ahead(&mut self, place: &Place, lease: &Lease) {
-        let mut wanted: Vec<(u64, u32)> =
-            (lease.first_micro_batch..lease.last_exclusive).map(|index| (lease.step, index)).collect();
-        if lease.step < self.schedule.total_steps {
-            let next = self.schedule.step(lease.step + 1);
-            wanted.extend(share(next.micro_batches, place.rank, place.world_size).map(|index| (next.step, index)));
-        }
-        if !self.requested.iter().zip(&wanted).all(|(have, want)| have == want) {
-            self.forget_requests();
-        }
-        for &(step, index) in &wanted[self.requested.len().min(wanted.len())..] {
-            let plan = self.schedule.step(step);
-            self.loader.request(plan.epoch, plan.micro_batch(index));
-            self.requested.push_back((step, index));
-        }
-    }
-
-    fn forget_requests(&mut self) {
-        self.loader.clear();
-        self.requested.clear();
-    }
-
-    fn next_batch(&mut self, step: u64, index: u32) -> Result<PackedBatch> {
-        let requested = self.requested.pop_front();
-        assert_eq!(requested, Some((step, index)), "batches arrive in the order of their requests");
-        self.loader.next().map_err(|error| match error {
-            // It is found out whether the coordinator comes back.
-            quintet_data::Error::Origin { problem, is_lost: true } => SessionError::Disconnected(problem).into(),
-            other => other.into(),
-        })
-    }
-
     /// The weights of the best evaluation's checkpoint, where they are not those at hand.
     fn read_best(&self, step: u64) -> Result<Option<Parameters>> {
         if step == 0 || step == self.replica.step() {
@@ -602,78 +470,6 @@ impl Rank {
         }))?;
         Ok(())
     }
-}
-
-/// The run's data: of this machine's files where they are the same, else of the coordinator's.
-fn load_data(job: &mut RankJob) -> Result<Splits> {
-    let why = match Splits::load(&job.data, &job.base_dir, job.training.seed) {
-        Ok(splits) if splits.fingerprint() == job.dataset_fingerprint => return Ok(splits),
-        Ok(_) => "this machine has other data".to_owned(),
-        Err(error) => error.to_string(),
-    };
-    let catalogue = Catalogue { stores: job.stores.clone(), origin: job.remote.clone() };
-    // Which classes there are, all targets tell.
-    let whole = job.model.task != ModelTask::Seq2Seq;
-    let splits = Splits::fetched(&job.data, &job.base_dir, job.training.seed, &catalogue, whole)?;
-    job.through_coordinator.push(format!("reads the data from here ({why})"));
-    Ok(splits)
-}
-
-/// The replica of a rank, in the state to start with.
-fn new_replica(job: &RankJob, tokenizer: &Tokenizer, classes: Option<&Classes>, total_steps: u64) -> Result<Replica> {
-    let device = job.device.open()?;
-    let seed = job.training.seed;
-    let (base, weights) = replica::load_model(&device, &job.model, tokenizer, seed)?;
-    let base_fingerprint = job.lora.as_ref().map(|_| weights.digest()).transpose()?;
-    let (model, parameters) = task::model_for(classes, base, weights, seed)?;
-    let precision = job.training.precision.unwrap_or(Precision::default_on(job.device));
-    // A class counts as one token.
-    let target_length = classes.map_or(job.data.max_target_length as u64, |_| 1);
-    let tokens_max = u64::from(job.training.global_batch_size) * target_length;
-    let adapter = open_adapter(job, &model, &parameters, base_fingerprint)?;
-    let mut replica = Replica::new(model, parameters, adapter, &job.training, precision, total_steps, tokens_max)?;
-    if let Some(start) = job.start.filter(|start| start.step > 0) {
-        restore(job, start.step, &mut replica)?;
-    }
-    Ok(replica)
-}
-
-/// What a LoRA run trains; `fingerprint` is that of its base.
-fn open_adapter(
-    job: &RankJob,
-    model: &Model,
-    weights: &Parameters,
-    fingerprint: Option<blake3::Hash>,
-) -> Result<Option<Adapter>> {
-    let (Some(lora), Some(fingerprint)) = (&job.lora, fingerprint) else { return Ok(None) };
-    let name = job.base_name.clone().unwrap_or_default();
-    let base = Base { name, fingerprint: fingerprint.to_hex().to_string() };
-    Adapter::open(lora, model, weights, base, job.training.seed).map(Some)
-}
-
-/// Takes over the checkpoint that the coordinator resumes from.
-fn restore(job: &RankJob, step: u64, replica: &mut Replica) -> Result<()> {
-    job.output.with_checkpoint(step, |loaded| restore_from(job, loaded, replica))
-}
-
-fn restore_from(job: &RankJob, loaded: Loaded, replica: &mut Replica) -> Result<()> {
-    if loaded.progress.job_fingerprint != job.fingerprint {
-        let problem = "belongs to a job with other data, model or training settings".to_string();
-        return Err(Error::Checkpoint { path: loaded.path, problem });
-    }
-    let step = loaded.progress.step;
-    let optimizer = loaded.optimizer;
-    replica.restore(
-        step,
-        loaded.progress.loss_scaler,
-        |name, shape, values| loaded.model.read(name, shape, values),
-        Box::new(move |name, shape, range, values| optimizer.read_range(name, shape, range, values)),
-    )?;
-    if replica.digest()?.to_hex().as_str() != loaded.progress.weights_digest {
-        let problem = "holds weights that do not match their digest".to_string();
-        return Err(Error::Checkpoint { path: loaded.path, problem });
-    }
-    Ok(())
 }
 
 fn address(text: &str) -> Result<SocketAddr> {

@@ -14,7 +14,7 @@ pub(crate) fn classify(arguments: &GenerateArguments, loaded: &Loaded, inputs: &
     refuse_what_is_of_generation(arguments)?;
     let labels = loaded.model.config().labels();
     for inputs in inputs.chunks(arguments.batch_size) {
-        let (weights, length) = (Weights::from(&loaded.weights), arguments.max_source_length);
+        let (weights, length) = (Weights::from(&loaded.weights), arguments.inputs.max_source_length);
         let scores = log_probabilities(&loaded.model, weights, &loaded.tokenizer, inputs, length)?;
         for (input, scores) in inputs.iter().zip(scores) {
             let mut order: Vec<usize> = (0..labels.len()).collect();

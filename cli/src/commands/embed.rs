@@ -4,7 +4,7 @@ use quintet_t5::Model;
 use serde_json::json;
 
 use crate::args::EmbedArguments;
-use crate::commands::{Loaded, open_model, print_json, read_inputs};
+use crate::commands::{Loaded, print_json};
 use crate::device;
 use crate::error::{Failure, Result, exit};
 
@@ -12,11 +12,10 @@ pub(crate) fn run(arguments: EmbedArguments) -> Result<u8> {
     if arguments.batch_size == 0 {
         return Err(Failure::bad_input("--batch-size: is 0, must be at least 1"));
     }
-    let inputs = read_inputs(arguments.input.as_deref(), arguments.input_file.as_deref())?;
-    let device = device::open(arguments.device)?;
-    let loaded = open_model(&device, &arguments.model, arguments.adapter.as_deref(), arguments.tokenizer.as_deref())?;
+    let inputs = arguments.inputs.read()?;
+    let loaded = arguments.model.open(&device::open(arguments.device)?)?;
     for inputs in inputs.chunks(arguments.batch_size) {
-        let embeddings = embed(&loaded, inputs, arguments.max_source_length)?;
+        let embeddings = embed(&loaded, inputs, arguments.inputs.max_source_length)?;
         for (input, embedding) in inputs.iter().zip(embeddings) {
             if arguments.json {
                 print_json(&json!({"input": input, "embedding": embedding}));

@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::args::{GenerateArguments, GenerationFlags};
 use crate::commands::classify::classify;
 use crate::commands::evaluate::evaluation_of;
-use crate::commands::{Loaded, open_model, print_json, read_inputs, require_decoder};
+use crate::commands::{Loaded, print_json, require_decoder};
 use crate::device;
 use crate::error::{Failure, Result, exit};
 
@@ -17,10 +17,8 @@ const BATCHES_SORTED: usize = 32;
 
 pub(crate) fn run(arguments: GenerateArguments) -> Result<u8> {
     check(&arguments)?;
-    let inputs = read_inputs(arguments.input.as_deref(), arguments.input_file.as_deref())?;
-    let adapter = arguments.adapter.as_deref();
-    let loaded =
-        open_model(&device::open(arguments.device)?, &arguments.model, adapter, arguments.tokenizer.as_deref())?;
+    let inputs = arguments.inputs.read()?;
+    let loaded = arguments.model.open(&device::open(arguments.device)?)?;
     require_decoder(&loaded.model)?;
     if loaded.model.config().is_classifier() {
         classify(&arguments, &loaded, &inputs)?;
@@ -31,8 +29,10 @@ pub(crate) fn run(arguments: GenerateArguments) -> Result<u8> {
         return Ok(exit::DONE);
     }
     let defaults = GenerationOptions::from_pretrained(&loaded.directory)?;
-    let flags =
-        GenerationOptions { num_return_sequences: arguments.num_return_sequences, ..arguments.generation.options() };
+    let flags = GenerationOptions {
+        num_return_sequences: arguments.num_return_sequences,
+        ..evaluation_of(&arguments.generation).generation()
+    };
     let generation = flags.or(defaults).resolve(loaded.model.config()).map_err(flag_error)?;
     arguments.generation.check_use(&generation)?;
     let stream_tokens = arguments.stream && inputs.len() == 1 && !arguments.json;
@@ -44,7 +44,7 @@ pub(crate) fn run(arguments: GenerateArguments) -> Result<u8> {
     let generator = Generator::new(&loaded.model, &loaded.weights, generation);
     let writer = Writer { loaded: &loaded, generator, json: arguments.json };
     if stream_tokens {
-        writer.stream(&inputs[0], arguments.max_source_length)?;
+        writer.stream(&inputs[0], arguments.inputs.max_source_length)?;
     } else {
         writer.all(&arguments, &inputs)?;
     }
@@ -52,7 +52,8 @@ pub(crate) fn run(arguments: GenerateArguments) -> Result<u8> {
 }
 
 fn check(arguments: &GenerateArguments) -> Result<()> {
-    for (flag, value) in [("--batch-size", arguments.batch_size), ("--max-source-length", arguments.max_source_length)]
+    for (flag, value) in
+        [("--batch-size", arguments.batch_size), ("--max-source-length", arguments.inputs.max_source_length)]
     {
         if value == 0 {
             return Err(Failure::bad_input(format!("{flag}: is 0, must be at least 1")));
@@ -60,7 +61,7 @@ fn check(arguments: &GenerateArguments) -> Result<()> {
     }
     let options = GenerationOptions {
         num_return_sequences: arguments.num_return_sequences.filter(|&count| count == 0),
-        ..arguments.generation.options()
+        ..evaluation_of(&arguments.generation).generation()
     };
     options.check_ranges().map_err(flag_error)
 }
@@ -76,24 +77,6 @@ pub(crate) fn flag_error(error: quintet_t5::Error) -> Failure {
 }
 
 impl GenerationFlags {
-    pub(crate) fn options(&self) -> GenerationOptions {
-        GenerationOptions {
-            max_new_tokens: self.max_new_tokens,
-            min_new_tokens: self.min_new_tokens,
-            num_beams: self.num_beams,
-            length_penalty: self.length_penalty,
-            early_stopping: self.early_stopping,
-            no_repeat_ngram_size: self.no_repeat_ngram_size,
-            repetition_penalty: self.repetition_penalty,
-            do_sample: self.do_sample,
-            temperature: self.temperature,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            seed: self.seed,
-            ..GenerationOptions::default()
-        }
-    }
-
     /// The first flag that is given.
     pub(crate) fn first_given(&self) -> Option<String> {
         let key = evaluation_of(self).generation_key()?;
@@ -132,7 +115,7 @@ impl Writer<'_> {
     fn all(&self, arguments: &GenerateArguments, inputs: &[String]) -> Result<()> {
         let sorted = arguments.batch_size.saturating_mul(if arguments.stream { 1 } else { BATCHES_SORTED });
         for (first, inputs) in (0..).step_by(sorted).zip(inputs.chunks(sorted)) {
-            let encode = |input: &String| self.loaded.tokenizer.encode(input, arguments.max_source_length);
+            let encode = |input: &String| self.loaded.tokenizer.encode(input, arguments.inputs.max_source_length);
             let ids: Vec<Vec<u32>> = inputs.iter().map(encode).collect::<quintet_data::Result<_>>()?;
             // Of similar length together: a batch takes as long as its longest.
             let mut order: Vec<usize> = (0..inputs.len()).collect();
@@ -207,7 +190,7 @@ fn score_candidates(arguments: &GenerateArguments, loaded: &Loaded, inputs: &[St
     let encode = |text: &String| loaded.tokenizer.encode(text, usize::MAX);
     let targets: Vec<Vec<u32>> = arguments.candidates.iter().map(encode).collect::<quintet_data::Result<_>>()?;
     for input in inputs {
-        let source = loaded.tokenizer.encode(input, arguments.max_source_length)?;
+        let source = loaded.tokenizer.encode(input, arguments.inputs.max_source_length)?;
         let scores = loaded.model.score_targets(&loaded.weights, &source, &targets)?;
         let mut order: Vec<usize> = (0..targets.len()).collect();
         order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));

@@ -6,7 +6,6 @@ use quintet_kernels::Device;
 use quintet_t5::into_encoder;
 
 use crate::args::MergeArguments;
-use crate::commands::open_model;
 use crate::error::{Failure, Result, exit};
 
 pub(crate) fn run(arguments: MergeArguments) -> Result<u8> {
@@ -14,8 +13,7 @@ pub(crate) fn run(arguments: MergeArguments) -> Result<u8> {
     if output.exists() {
         return Err(Failure::bad_input(format!("--output {}: is there already; choose another", output.display())));
     }
-    let adapter = arguments.adapter.as_deref();
-    let mut loaded = open_model(&Device::cpu(), &arguments.model, adapter, arguments.tokenizer.as_deref())?;
+    let mut loaded = arguments.model.open(&Device::cpu())?;
     if arguments.encoder_only {
         (loaded.model, loaded.weights) = into_encoder(loaded.model, loaded.weights)?;
     }

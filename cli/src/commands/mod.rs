@@ -26,6 +26,7 @@ use quintet_kernels::Device;
 use quintet_t5::{Model, ModelClass, Parameters, with_adapter};
 use quintet_worker::ModelSection;
 
+use crate::args::{InputArguments, ModelArguments};
 use crate::error::{Failure, Result};
 use crate::hub;
 
@@ -83,19 +84,27 @@ fn open_model(device: &Device, directory: &Path, adapter: Option<&Path>, tokeniz
     Ok(Loaded { directory, model, weights, tokenizer: Arc::new(tokenizer) })
 }
 
-/// The inputs that flags give: one, or the lines of a file.
-fn read_inputs(input: Option<&str>, file: Option<&Path>) -> Result<Vec<String>> {
-    match (input, file) {
-        (Some(input), _) => Ok(vec![input.to_string()]),
-        (None, Some(path)) => {
-            let text = std::fs::read_to_string(path)
-                .map_err(|error| Failure::bad_input(format!("{}: cannot read: {error}", path.display())))?;
-            if text.is_empty() {
-                return Err(Failure::bad_input(format!("{}: holds no inputs; an input is a line", path.display())));
+impl ModelArguments {
+    fn open(&self, device: &Device) -> Result<Loaded> {
+        open_model(device, &self.model, self.adapter.as_deref(), self.tokenizer.as_deref())
+    }
+}
+
+impl InputArguments {
+    /// The inputs: one, or the lines of a file.
+    fn read(&self) -> Result<Vec<String>> {
+        match (&self.input, &self.input_file) {
+            (Some(input), _) => Ok(vec![input.clone()]),
+            (None, Some(path)) => {
+                let text = std::fs::read_to_string(path)
+                    .map_err(|error| Failure::bad_input(format!("{}: cannot read: {error}", path.display())))?;
+                if text.is_empty() {
+                    return Err(Failure::bad_input(format!("{}: holds no inputs; an input is a line", path.display())));
+                }
+                Ok(text.lines().map(str::to_string).collect())
             }
-            Ok(text.lines().map(str::to_string).collect())
+            (None, None) => Err(Failure::bad_input("give --input or --input-file")),
         }
-        (None, None) => Err(Failure::bad_input("give --input or --input-file")),
     }
 }
 

@@ -170,6 +170,39 @@ fn a_classifiers_adapter_is_the_same_for_any_number_of_workers_and_is_used_merge
     assert_refused(&workspace.train("refused", "data.train=other.jsonl"), 2, &needles, "other classes");
 }
 
+/// PEFT always names `classifier` and `score` among what it saves, which T5 has not, and by itself not T5's head.
+#[test]
+fn pefts_adapter_of_a_classifier_is_trained_on_with_or_without_a_head_of_its_own() {
+    let (workspace, base) = (workspace(), classifier_directory("byt5"));
+    let targets = ["bad", "good", "so-so"].iter().cycle().zip(0..);
+    let lines = targets.map(|(target, number)| format!("{{\"source\": \"{number}\", \"target\": {target:?}}}\n"));
+    for (file, count) in [("train.jsonl", 37), ("validation.jsonl", 9)] {
+        workspace.write(file, &lines.clone().take(count).collect::<String>());
+    }
+    edit_job(&workspace, |job| {
+        let fresh = job.lines().find(|line| line.starts_with("architecture")).unwrap();
+        let job = job.replace(fresh, &format!("pretrained = {:?}", base.path().display().to_string()));
+        format!("{job}\n[lora]\npretrained = \"peft\"\n")
+    });
+    let (adapter, stored) = (workspace.path().join("peft"), adapter_directory("byt5"));
+    fs::create_dir(&adapter).unwrap();
+    let mut config = read_json(&stored.join("adapter_config.json"));
+    let mut tensors = read_tensors(&stored.join("adapter_model.safetensors"));
+    for run in ["own", "bases"] {
+        if run == "bases" {
+            config["modules_to_save"] = json!(["classifier", "score"]);
+            tensors.retain(|name, _| !name.contains("classification_head"));
+        }
+        workspace.write("peft/adapter_config.json", &config.to_string());
+        crate::classification::write_tensors(&tensors, &adapter.join("adapter_model.safetensors"));
+        let further = workspace.trained(run, "training.max_steps=2");
+        let saved = read_json(&further.path("adapter/adapter_config.json"));
+        assert_eq!(saved["modules_to_save"], config["modules_to_save"], "{run}");
+        let saved = read_tensors(&further.path("adapter/adapter_model.safetensors"));
+        assert!(saved.len() == tensors.len() && saved.keys().all(|name| tensors.contains_key(name)), "{run}");
+    }
+}
+
 #[test]
 fn an_adapter_that_lost_its_head_is_refused() {
     let (directory, name) = (tempfile::tempdir().unwrap(), "t5_v1_0");

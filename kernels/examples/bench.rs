@@ -73,7 +73,7 @@ fn main() -> ExitCode {
             if !json {
                 println!("\n{} {dtype:?} on {}, {} threads", model.name, device.name(), rayon::current_num_threads());
             }
-            let mask = Dropout { probability: 0.1, seed: 1, stream: 2 };
+            let mask = Dropout::new(0.1, 1, 2);
             Bench { device: device.clone(), dtype, mask, model: model.name, json, only: only.clone() }.run(model);
         }
     }

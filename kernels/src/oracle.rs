@@ -46,7 +46,7 @@ pub(crate) fn dropout_factor(mask: Dropout, index: u64) -> f64 {
     }
     let half = (index / 16 % 8) as usize;
     let number = f64::from(x[half % 4] >> (half / 4 * 16) & 0xffff) / 65536.0;
-    let dropped_share = (f64::from(mask.probability) * 65536.0).round() / 65536.0;
+    let dropped_share = mask.dropped_share();
     if number < dropped_share { 0.0 } else { 1.0 / (1.0 - dropped_share) }
 }
 
@@ -464,7 +464,7 @@ mod tests {
                 heads: 2,
                 size: 2,
                 causal,
-                mask: Dropout { probability: 0.3, seed: 4, stream: 5 },
+                mask: Dropout::new(0.3, 4, 5),
             };
             let d_out = normals(&mut random, 5 * 4);
             let gradients = inputs.backward(&d_out, None);

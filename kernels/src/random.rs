@@ -12,12 +12,12 @@ use crate::simd::multiversion;
 /// Which elements to drop: a pure function of the key, the stream and the element's index.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
-    /// The share of elements that become zero, to a 65536th; the others are divided by `1 -` that share.
-    pub probability: f32,
-    /// The key of the generator: one per run and step.
-    pub seed: u64,
-    /// Tells apart micro-batches and places in the model.
-    pub stream: u64,
+    pub(crate) seed: u64,
+    pub(crate) stream: u64,
+    /// Numbers below this drop their element.
+    pub(crate) threshold: u32,
+    /// What a kept element is multiplied with: the reciprocal of the share that is kept.
+    pub(crate) scale: f32,
 }
 
 /// Elements whose numbers are computed together: 16 Philox blocks of 4 words of 2 numbers.
@@ -32,26 +32,32 @@ const DECISION_BITS: u32 = 16;
 
 impl Dropout {
     /// Keeps everything.
-    pub const NONE: Dropout = Dropout { probability: 0.0, seed: 0, stream: 0 };
+    pub const NONE: Dropout = Dropout::new(0.0, 0, 0);
+
+    /// `probability` is the share of elements that become zero, to a 65536th; the others are divided by `1 -` that share.
+    /// `seed` is the generator's key, one per run and step; `stream` tells apart micro-batches and places in the model.
+    ///
+    /// # Panics
+    /// If the probability is not in `[0, 1)`.
+    pub const fn new(probability: f32, seed: u64, stream: u64) -> Self {
+        assert!(0.0 <= probability && probability < 1.0, "dropout probability");
+        let numbers = 1 << DECISION_BITS;
+        // To the nearest, and less than all.
+        let nearest = (probability as f64 * numbers as f64 + 0.5) as u32;
+        let threshold = if nearest < numbers { nearest } else { numbers - 1 };
+        Dropout { seed, stream, threshold, scale: (numbers as f64 / (numbers - threshold) as f64) as f32 }
+    }
 
     pub fn is_none(&self) -> bool {
-        self.probability == 0.0
+        self.threshold == 0
     }
 
-    /// Numbers below this drop their element.
-    pub(crate) fn threshold(&self) -> u32 {
-        assert!((0.0..1.0).contains(&self.probability), "dropout probability {}", self.probability);
-        let numbers = 1 << DECISION_BITS;
-        ((f64::from(self.probability) * f64::from(numbers)).round() as u32).min(numbers - 1)
+    /// The share of elements that become zero, to the last bit of what decides.
+    pub(crate) fn dropped_share(&self) -> f64 {
+        f64::from(self.threshold) / f64::from(1 << DECISION_BITS)
     }
 
-    /// What a kept element is multiplied with: the reciprocal of the share that is kept.
-    pub(crate) fn scale(&self) -> f32 {
-        let numbers = 1 << DECISION_BITS;
-        (f64::from(numbers) / f64::from(numbers - self.threshold())) as f32
-    }
-
-    /// The factor of each element from index `first` on: 0 where it is dropped, else [`Dropout::scale`].
+    /// The factor of each element from index `first` on: 0 where it is dropped, else the scale.
     ///
     /// Element `e` belongs to block `16 · (e / 128) + e mod 16`, and to its half-word `h = e / 16 mod 8`: the low half of
     /// word `h`, or the high half of word `h − 4`. A vector of blocks then gives whole vectors of consecutive elements.
@@ -60,7 +66,6 @@ impl Dropout {
             factors.fill(1.0);
             return;
         }
-        let threshold = self.threshold();
         let group = GROUP as u64;
         let mut element = first;
         let mut rest = factors;
@@ -69,10 +74,10 @@ impl Dropout {
             let count = rest.len().min(GROUP - skip);
             let (now, later) = rest.split_at_mut(count);
             if count == GROUP {
-                group_factors(self.seed, self.stream, element / group, threshold, self.scale(), now);
+                group_factors(self.seed, self.stream, element / group, self.threshold, self.scale, now);
             } else {
                 let mut all = [0.0; GROUP];
-                group_factors(self.seed, self.stream, element / group, threshold, self.scale(), &mut all);
+                group_factors(self.seed, self.stream, element / group, self.threshold, self.scale, &mut all);
                 now.copy_from_slice(&all[skip..skip + count]);
             }
             element += count as u64;
@@ -83,15 +88,26 @@ impl Dropout {
     /// Calls `f(columns, factors)` for pieces of columns `0..cols` of row `row` of a `[_, cols]` tensor, whose elements
     /// are numbered row by row.
     #[inline(always)]
-    pub(crate) fn for_each_piece(&self, row: usize, cols: usize, mut f: impl FnMut(Range<usize>, &[f32])) {
+    pub(crate) fn for_each_piece(&self, row: usize, cols: usize, f: impl FnMut(Range<usize>, &[f32])) {
+        self.for_each_piece_of(row * cols, 0..cols, f);
+    }
+
+    /// Likewise of some columns of a row that begins with element `first`.
+    #[inline(always)]
+    pub(crate) fn for_each_piece_of(
+        &self,
+        first: usize,
+        columns: Range<usize>,
+        mut f: impl FnMut(Range<usize>, &[f32]),
+    ) {
         let mut factors = [1.0; PIECE];
-        for start in (0..cols).step_by(PIECE) {
-            let columns = start..cols.min(start + PIECE);
-            let factors = &mut factors[..columns.len()];
+        for start in columns.clone().step_by(PIECE) {
+            let piece = start..columns.end.min(start + PIECE);
+            let factors = &mut factors[..piece.len()];
             if !self.is_none() {
-                self.factors((row * cols + start) as u64, factors);
+                self.factors((first + start) as u64, factors);
             }
-            f(columns, factors);
+            f(piece, factors);
         }
     }
 }
@@ -182,7 +198,7 @@ mod tests {
 
     #[test]
     fn factors_do_not_depend_on_where_a_run_begins() {
-        let mask = Dropout { probability: 0.3, seed: 7, stream: 9 };
+        let mask = Dropout::new(0.3, 7, 9);
         let mut whole = [0.0; 300];
         mask.factors(0, &mut whole);
         for (first, length) in [(0, 1), (5, 59), (63, 2), (64, 64), (70, 200), (128, 128), (127, 2), (299, 1)] {
@@ -197,7 +213,7 @@ mod tests {
         let count = 1 << 18;
         let draw = |seed, stream, first| {
             let mut factors = vec![0.0; count];
-            Dropout { probability: 0.1, seed, stream }.factors(first, &mut factors);
+            Dropout::new(0.1, seed, stream).factors(first, &mut factors);
             factors
         };
         let base = draw(1, 2, 0);

@@ -71,7 +71,7 @@ impl<'a> Pass<'a> {
             return Dropout::NONE;
         }
         let stream = u64::from(self.masks.micro_batch) << 32 | number;
-        Dropout { probability, seed: self.masks.seed, stream }
+        Dropout::new(probability, self.masks.seed, stream)
     }
 
     /// The mask before an adapter; its numbers never meet those of [`Site::number`].

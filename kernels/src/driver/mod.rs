@@ -293,7 +293,7 @@ impl From<f32> for Argument {
 
 /// What `DROPOUT_PARAMETERS` of random.cuh takes.
 pub(crate) fn dropout_arguments(mask: Dropout) -> [Argument; 4] {
-    [mask.seed.into(), mask.stream.into(), mask.threshold().into(), mask.scale().into()]
+    [mask.seed.into(), mask.stream.into(), mask.threshold.into(), mask.scale.into()]
 }
 
 /// Whether rows can be read and written in vectors of 16 bytes and in groups of 8 elements: their addresses and lengths

@@ -1,10 +1,12 @@
 //! Dropout, and the addition of a sub-layer's output to the residual stream.
 
+use std::ops::Range;
+
 use super::elementwise::Elementwise;
 use super::{check_dtype, check_shape};
 use crate::driver::Gpu;
 use crate::float::{Float, with_float};
-use crate::parallel::{SharedMut, for_each_row_block, rows_per_task};
+use crate::parallel::{SharedMut, for_each_task};
 use crate::simd::multiversion;
 use crate::{Device, Dropout, Result, View, ViewMut};
 
@@ -23,16 +25,34 @@ pub fn residual_forward(x: View, delta: View, mask: Dropout, y: ViewMut) -> Resu
 }
 
 fn residual_cpu<T: Float>(x: View, delta: View, mask: Dropout, y: ViewMut) {
+    let ([x, delta], y) = as_one_row([x, delta], y);
     let y = SharedMut::<T>::new(y);
-    for_each_row_block(x.rows(), rows_per_task(x.cols()), x.cols().div_ceil(2), |_, rows| {
-        for row in rows {
-            let (x, delta) = (x.row::<T>(row), delta.row::<T>(row));
-            mask.for_each_piece(row, y.cols(), |columns, factors| {
-                // SAFETY: a row belongs to one task.
-                let y = unsafe { y.row(row, columns.clone()) };
-                add_scaled(&x[columns.clone()], &delta[columns], factors, y);
-            });
-        }
+    for_each_span(x.rows(), x.cols(), |row, span| {
+        let (x, delta) = (x.row::<T>(row), delta.row::<T>(row));
+        mask.for_each_piece_of(row * y.cols(), span, |columns, factors| {
+            // SAFETY: an element belongs to one task.
+            let y = unsafe { y.row(row, columns.clone()) };
+            add_scaled(&x[columns.clone()], &delta[columns], factors, y);
+        });
+    });
+}
+
+/// Tensors of one shape, of which none has gaps, as single rows: many short ones would cost more than their elements.
+fn as_one_row<'a, 'b, const N: usize>(x: [View<'a>; N], y: ViewMut<'b>) -> ([View<'a>; N], ViewMut<'b>) {
+    let elements = y.rows() * y.cols();
+    if !y.view().is_contiguous() || !x.iter().all(View::is_contiguous) {
+        return (x, y);
+    }
+    (x.map(|x| x.reshape(0, 1, elements)), y.reshape(0, 1, elements))
+}
+
+/// Runs `task(row, columns)` for all elements of a tensor, in parallel if it is worth it.
+fn for_each_span(rows: usize, cols: usize, task: impl Fn(usize, Range<usize>) + Sync + Send) {
+    const SPAN: usize = 16_384;
+    let spans = cols.div_ceil(SPAN);
+    for_each_task(rows * spans, rows * cols.div_ceil(2), |index| {
+        let start = index % spans * SPAN;
+        task(index / spans, start..cols.min(start + SPAN));
     });
 }
 
@@ -56,15 +76,14 @@ pub fn dropout(x: View, mask: Dropout, y: ViewMut) -> Result<()> {
 }
 
 fn dropout_cpu<T: Float>(x: View, mask: Dropout, y: ViewMut) {
+    let ([x], y) = as_one_row([x], y);
     let y = SharedMut::<T>::new(y);
-    for_each_row_block(x.rows(), rows_per_task(x.cols()), x.cols().div_ceil(2), |_, rows| {
-        for row in rows {
-            let x = x.row::<T>(row);
-            mask.for_each_piece(row, y.cols(), |columns, factors| {
-                // SAFETY: a row belongs to one task.
-                scale(&x[columns.clone()], factors, unsafe { y.row(row, columns) });
-            });
-        }
+    for_each_span(x.rows(), x.cols(), |row, span| {
+        let x = x.row::<T>(row);
+        mask.for_each_piece_of(row * y.cols(), span, |columns, factors| {
+            // SAFETY: an element belongs to one task.
+            scale(&x[columns.clone()], factors, unsafe { y.row(row, columns) });
+        });
     });
 }
 

@@ -5,7 +5,7 @@ use crate::ops::{self, CrossEntropy, IGNORED_LABEL, RelativeBuckets};
 use crate::oracle;
 use crate::{DType, Device, Dropout, Result};
 
-pub(super) const MASK: Dropout = Dropout { probability: 0.1, seed: 11, stream: 12 };
+pub(super) const MASK: Dropout = Dropout::new(0.1, 11, 12);
 
 pub(super) fn all(bench: &mut Bench) -> Result<()> {
     for (rows, cols) in [(1, 1), (3, 70), (200, 96), (130, 513), (37, 768)] {

@@ -345,7 +345,7 @@ fn kernels_drop_what_the_cpu_drops() {
     let device = Device::emulated(5).unwrap();
     let count = 8 * COUNT;
     for probability in [0.0, 0.1, 0.9] {
-        let mask = Dropout { probability, seed: 1 << 40 | 7, stream: 1 << 50 | 9 };
+        let mask = Dropout::new(probability, 1 << 40 | 7, 1 << 50 | 9);
         let mut outputs = [(); 2].map(|()| device.empty(DType::F32, 1, count).unwrap());
         let [y, z] = outputs.each_mut().map(|output| Argument::from(&output.view_mut()));
         let [seed, stream, threshold, scale] = dropout_arguments(mask);

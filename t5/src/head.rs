@@ -4,7 +4,7 @@
 //! `h · wᵀ + low · bᵀ = [h, low] · [w, b]ᵀ`, with the adapter's `low = scale · dropout(h) · aᵀ`.
 
 use quintet_kernels::ops::{self, CrossEntropy};
-use quintet_kernels::{DType, Device, Tensor, View};
+use quintet_kernels::{DType, Device, Dropout, Tensor, View};
 
 use crate::Result;
 use crate::arena::{Adapter, Slot};
@@ -54,9 +54,9 @@ impl Wide {
     /// None where the head has no adapter.
     fn new(pass: &Pass, h: View, head: Slot) -> Result<Option<Self>> {
         let Some((_, adapter)) = pass.weights.adapters(head).next() else { return Ok(None) };
-        let dropped = pass.adapter_dropout(h, adapter)?;
-        let low = pass.low(dropped.as_ref().map_or(h, Tensor::view), adapter)?;
-        let b = pass.weights.adapter_slot(adapter.b, h.dtype());
+        let ops::Lora { a, b, scale, mask, .. } = pass.lora(h, adapter);
+        let mut low = pass.empty(h.rows(), a.rows())?;
+        ops::linear_forward_scaled(dropped(pass, h, mask)?.view(), a, scale, low.view_mut())?;
         let h = beside(pass, h, low.view())?;
         let w = beside(pass, pass.weights.slot(head), b)?;
         Ok(Some(Wide { adapter, h, w }))
@@ -91,11 +91,17 @@ impl Wide {
         let one = pass.cast(one.view(), h.dtype())?;
         let mut d_low = pass.empty(h.rows(), rank.len())?;
         ops::linear_forward_scaled(d_wide.view().columns(rank), one.view(), adapter.scale, d_low.view_mut())?;
-        let dropped = pass.adapter_dropout(h, adapter)?;
-        let x = dropped.as_ref().map_or(h, Tensor::view);
-        ops::linear_backward_weight(d_low.view(), x, backward.gradients.slot_mut(adapter.a))?;
-        backward.adapter_input_backward(adapter, &d_low, d_h)
+        let ops::Lora { a, mask, .. } = pass.lora(h, adapter);
+        let x = dropped(pass, h, mask)?;
+        ops::linear_backward_weight(d_low.view(), x.view(), backward.gradients.slot_mut(adapter.a))?;
+        Ok(ops::lora_backward_input(d_low.view(), a, mask, d_h.view_mut())?)
     }
+}
+
+fn dropped(pass: &Pass, h: View, mask: Dropout) -> Result<Tensor> {
+    let mut dropped = pass.empty(h.rows(), h.cols())?;
+    ops::dropout(h, mask, dropped.view_mut())?;
+    Ok(dropped)
 }
 
 /// `[left, right]`

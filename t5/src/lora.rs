@@ -284,31 +284,15 @@ impl Pass<'_> {
     /// Adds to `y` what the adapters of `w` make of `x`.
     pub(crate) fn adapt(&self, x: View, w: Slot, mut y: ViewMut) -> Result<()> {
         for (columns, adapter) in self.weights.adapters(w) {
-            let dropped = self.adapter_dropout(x, adapter)?;
-            let low = self.low(dropped.as_ref().map_or(x, Tensor::view), adapter)?;
-            let b = self.weights.adapter_slot(adapter.b, x.dtype());
-            ops::linear_forward(low.view(), b, y.reborrow().columns(columns), true)?;
+            ops::lora_forward(self.lora(x, adapter), y.reborrow().columns(columns))?;
         }
         Ok(())
     }
 
-    /// `dropout(x)`, or nothing where it is `x` itself.
-    pub(crate) fn adapter_dropout(&self, x: View, adapter: Adapter) -> Result<Option<Tensor>> {
-        let mask = self.adapter_mask(adapter);
-        if mask.is_none() {
-            return Ok(None);
-        }
-        let mut dropped = self.device.empty(x.dtype(), x.rows(), x.cols())?;
-        ops::dropout(x, mask, dropped.view_mut())?;
-        Ok(Some(dropped))
-    }
-
-    /// `scale · x · aᵀ`, `[N,r]`
-    pub(crate) fn low(&self, x: View, adapter: Adapter) -> Result<Tensor> {
-        let a = self.weights.adapter_slot(adapter.a, x.dtype());
-        let mut low = self.device.empty(x.dtype(), x.rows(), a.rows())?;
-        ops::linear_forward_scaled(x, a, adapter.scale, low.view_mut())?;
-        Ok(low)
+    /// An adapter with its input.
+    pub(crate) fn lora<'x>(&'x self, x: View<'x>, adapter: Adapter) -> ops::Lora<'x> {
+        let [a, b] = [adapter.a, adapter.b].map(|slot| self.weights.adapter_slot(slot, x.dtype()));
+        ops::Lora { x, a, b, scale: adapter.scale, mask: self.adapter_mask(adapter) }
     }
 }
 
@@ -319,58 +303,14 @@ impl BackwardPass<'_> {
         arena.place(w).is_some() || arena.adapters(w).next().is_some()
     }
 
-    /// Adds to the gradients of the adapters of `w`; the gradients of their `scale · dropout(x) · aᵀ`, times the scale.
-    pub(crate) fn adapter_parameters(&mut self, w: Slot, d_y: View, x: View) -> Result<Vec<Tensor>> {
+    /// Reverses [`Pass::adapt`]: adds to the gradients of the adapters of `w`, and to that of their input.
+    pub(crate) fn adapt(&mut self, w: Slot, d_y: View, x: View, d_x: &mut Tensor) -> Result<()> {
         let pass = self.pass;
-        let mut d_lows = Vec::new();
         for (columns, adapter) in pass.weights.adapters(w) {
-            let d_y = d_y.columns(columns);
-            let dropped = pass.adapter_dropout(x, adapter)?;
-            let x = dropped.as_ref().map_or(x, Tensor::view);
-            let low = pass.low(x, adapter)?;
-            ops::linear_backward_weight(d_y, low.view(), self.gradients.slot_mut(adapter.b))?;
-            d_lows.push(self.low_backward(adapter, d_y, x)?);
-        }
-        Ok(d_lows)
-    }
-
-    /// From the gradient of what an adapter adds: that of `a`, and `scale · d_y · b`.
-    pub(crate) fn low_backward(&mut self, adapter: Adapter, d_y: View, x: View) -> Result<Tensor> {
-        let b = self.pass.weights.adapter_slot(adapter.b, d_y.dtype());
-        let mut d_low = self.pass.device.empty(d_y.dtype(), d_y.rows(), b.cols())?;
-        ops::linear_backward_input_scaled(d_y, b, adapter.scale, d_low.view_mut())?;
-        ops::linear_backward_weight(d_low.view(), x, self.gradients.slot_mut(adapter.a))?;
-        Ok(d_low)
-    }
-
-    /// Adds what flows through the adapters of `w` to the gradient of their input.
-    pub(crate) fn adapter_input(&self, w: Slot, d_lows: &[Tensor], d_x: &mut Tensor) -> Result<()> {
-        for ((_, adapter), d_low) in self.pass.weights.adapters(w).zip(d_lows) {
-            self.adapter_input_backward(adapter, d_low, d_x)?;
+            let (d_a, d_b) = self.gradients.two_slots_mut(adapter.a, adapter.b);
+            let gradients = ops::LoraGradients { d_a, d_b, d_x: d_x.view_mut() };
+            ops::lora_backward(pass.lora(x, adapter), d_y.columns(columns), gradients)?;
         }
         Ok(())
-    }
-
-    pub(crate) fn adapter_input_backward(&self, adapter: Adapter, d_low: &Tensor, d_x: &mut Tensor) -> Result<()> {
-        let pass = self.pass;
-        let a = pass.weights.adapter_slot(adapter.a, d_low.dtype());
-        let mask = pass.adapter_mask(adapter);
-        if mask.is_none() {
-            return Ok(ops::linear_backward_input(d_low.view(), a, d_x.view_mut(), true)?);
-        }
-        let (rows, cols, dtype) = (d_x.rows(), d_x.cols(), d_x.dtype());
-        // Sums of f16 would saturate, and hide that the loss scale is too large.
-        let sum_dtype = if dtype == DType::F16 { DType::F32 } else { dtype };
-        let mut delta = pass.device.empty(sum_dtype, rows, cols)?;
-        ops::linear_backward_input(d_low.view(), a, delta.view_mut(), false)?;
-        let mut sum = pass.device.empty(sum_dtype, rows, cols)?;
-        if sum_dtype == dtype {
-            ops::residual_forward(d_x.view(), delta.view(), mask, sum.view_mut())?;
-            *d_x = sum;
-            return Ok(());
-        }
-        let before = pass.cast(d_x.view(), sum_dtype)?;
-        ops::residual_forward(before.view(), delta.view(), mask, sum.view_mut())?;
-        Ok(ops::cast(sum.view(), d_x.view_mut())?)
     }
 }

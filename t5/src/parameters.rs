@@ -296,6 +296,12 @@ impl Parameters {
         self.values.view_mut().reshape(slot.offset, slot.rows, slot.cols)
     }
 
+    /// Two slots of this arena, of which the first ends before the second begins.
+    pub(crate) fn two_slots_mut(&mut self, first: Slot, second: Slot) -> (ViewMut<'_>, ViewMut<'_>) {
+        let (before, after) = self.values.view_mut().split_columns(second.start());
+        (before.reshape(first.offset, first.rows, first.cols), after.reshape(0, second.rows, second.cols))
+    }
+
     /// What this arena has in the place of a matrix of the model: nothing where that is frozen.
     pub(crate) fn place_mut(&mut self, slot: Slot) -> Option<ViewMut<'_>> {
         let place = self.arena.place(slot)?;

@@ -186,48 +186,35 @@ impl BackwardPass<'_> {
 
     /// As [`BackwardPass::linear`], into `d_x`, or added to it.
     pub(crate) fn linear_into(&mut self, w: Slot, d_y: View, x: View, d_x: &mut Tensor, add: bool) -> Result<()> {
-        let d_lows = self.linear_parameters(w, d_y, x)?;
-        self.linear_input(w, d_y, &d_lows, d_x, add)
+        self.weight(w, d_y, x)?;
+        ops::linear_backward_input(d_y, self.pass.weights.slot(w), d_x.view_mut(), add)?;
+        self.adapt(w, d_y, x, d_x)
+    }
+
+    /// `d_w += d_yᵀ · x`, unless `w` is frozen.
+    fn weight(&mut self, w: Slot, d_y: View, x: View) -> Result<()> {
+        Ok(self.gradients.place_mut(w).map_or(Ok(()), |d_w| ops::linear_backward_weight(d_y, x, d_w))?)
     }
 
     /// Reverses `linear(norm(x))`, and adds what flows through the norm to the gradient `d` of the residual stream.
     pub(crate) fn normed_linear(&mut self, w: Slot, d_y: View, norm: Norm, d: &mut Tensor) -> Result<()> {
         let pass = self.pass;
-        let d_lows = match self.trains(w) {
-            true => {
-                let (normed, _) = pass.norm(norm.x, norm.weight)?;
-                self.linear_parameters(w, d_y, normed.view())?
-            }
-            false => Vec::new(),
-        };
-        let mut d_normed = pass.empty(d_y.rows(), w.cols())?;
-        self.linear_input(w, d_y, &d_lows, &mut d_normed, false)?;
+        let normed = if self.trains(w) { Some(pass.norm(norm.x, norm.weight)?.0) } else { None };
+        // Who trains nothing asks for no input.
+        let x = normed.as_ref().map_or(norm.x, Tensor::view);
+        let d_normed = self.linear(w, d_y, x)?;
+        drop(normed);
         self.norm(norm, d_normed.view(), d)
-    }
-
-    /// `d_w += d_yᵀ · x` unless `w` is frozen, and likewise of its adapters. What [`BackwardPass::linear_input`] needs of
-    /// those.
-    fn linear_parameters(&mut self, w: Slot, d_y: View, x: View) -> Result<Vec<Tensor>> {
-        if let Some(d_w) = self.gradients.place_mut(w) {
-            ops::linear_backward_weight(d_y, x, d_w)?;
-        }
-        self.adapter_parameters(w, d_y, x)
-    }
-
-    /// `d_y · w`, the gradient of a linear layer's input.
-    fn linear_input(&self, w: Slot, d_y: View, d_lows: &[Tensor], d_x: &mut Tensor, add: bool) -> Result<()> {
-        ops::linear_backward_input(d_y, self.pass.weights.slot(w), d_x.view_mut(), add)?;
-        self.adapter_input(w, d_lows, d_x)
     }
 
     /// Reverses [`Pass::linear_in_f32`].
     pub(crate) fn linear_in_f32(&mut self, w: Slot, d_y: View, x: View) -> Result<Tensor> {
         let pass = self.pass;
         let (d_y, x) = (pass.cast(d_y, DType::F32)?, pass.cast(x, DType::F32)?);
-        let d_lows = self.linear_parameters(w, d_y.view(), x.view())?;
+        self.weight(w, d_y.view(), x.view())?;
         let mut d_x = pass.device.empty(DType::F32, x.rows(), x.cols())?;
         ops::linear_backward_input(d_y.view(), pass.weights.master_slot(w), d_x.view_mut(), false)?;
-        self.adapter_input(w, &d_lows, &mut d_x)?;
+        self.adapt(w, d_y.view(), x.view(), &mut d_x)?;
         pass.cast(d_x.view(), pass.weights.dtype())
     }
 

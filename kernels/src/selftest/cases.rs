@@ -19,6 +19,10 @@ pub(super) fn all(bench: &mut Bench) -> Result<()> {
         bench.shape = format!("{rows}x{inputs}->{outputs}");
         linear(bench, rows, inputs, outputs)?;
     }
+    for (rows, inputs, outputs, rank) in [(1, 5, 3, 1), (97, 33, 65, 3), (200, 128, 96, 16)] {
+        bench.shape = format!("{rows}x{inputs}->{rank}->{outputs}");
+        lora(bench, rows, inputs, outputs, rank)?;
+    }
     // Rows that several warps have, unevenly; more of them than there are blocks to sum over them.
     for (rows, cols) in [(3, 4096), (9, 2050), (4500, 24)] {
         bench.shape = format!("{rows}x{cols}");
@@ -233,6 +237,51 @@ fn linear(bench: &mut Bench, rows: usize, inputs: usize, outputs: usize) -> Resu
     ops::linear_backward_weight(d_y, x.tensor.view(), d_w.view_mut())?;
     let want = oracle::add(&old, &oracle::matmul(&oracle::transpose(&d_y_exact, outputs), &x.exact, rows));
     bench.compare("linear_backward_weight", &d_w, &want, rows + 1, 0)?;
+    Ok(())
+}
+
+fn lora(bench: &mut Bench, rows: usize, inputs: usize, outputs: usize, rank: usize) -> Result<()> {
+    // Of a fused layer, an adapter has some columns.
+    let (gap, scale) = (3, 0.75);
+    let columns = gap..gap + outputs;
+    let wide = outputs + 2 * gap;
+    let inner = |wide_rows: &[f64]| -> Vec<f64> {
+        wide_rows.chunks(wide).flat_map(|row| row[columns.clone()].to_vec()).collect()
+    };
+    for mask in [Dropout::NONE, MASK] {
+        let x = bench.input(rows, inputs, 1.0)?;
+        let a = bench.input(rank, inputs, (inputs as f32).powf(-0.5))?;
+        let b = bench.input(outputs, rank, (rank as f32).powf(-0.5))?;
+        let lora = ops::Lora { x: x.tensor.view(), a: a.tensor.view(), b: b.tensor.view(), scale, mask };
+        let factors = oracle::dropout_factors(mask, rows * inputs);
+        let dropped = oracle::multiply(&x.exact, &factors);
+        let scaled = |values: Vec<f64>| -> Vec<f64> { values.iter().map(|value| f64::from(scale) * value).collect() };
+        let low = scaled(oracle::matmul(&dropped, &oracle::transpose(&a.exact, inputs), inputs));
+
+        let Input { tensor: mut y, exact: old } = bench.input(rows, wide, 1.0)?;
+        ops::lora_forward(lora, y.view_mut().columns(columns.clone()))?;
+        let product = oracle::matmul(&low, &oracle::transpose(&b.exact, rank), rank);
+        let mut want = old;
+        for (row, product) in want.chunks_mut(wide).zip(product.chunks(outputs)) {
+            row[columns.clone()].iter_mut().zip(product).for_each(|(want, product)| *want += product);
+        }
+        bench.compare("lora_forward", &y, &want, inputs + rank, 3)?;
+
+        let d_y = bench.input(rows, wide, 1.0)?;
+        let d_y_exact = inner(&d_y.exact);
+        let d_low = scaled(oracle::matmul(&d_y_exact, &b.exact, outputs));
+        let Input { tensor: mut d_a, exact: old_a } = bench.typed_input(DType::F32, rank, inputs, 1.0)?;
+        let Input { tensor: mut d_b, exact: old_b } = bench.typed_input(DType::F32, outputs, rank, 1.0)?;
+        let Input { tensor: mut d_x, exact: old_x } = bench.input(rows, inputs, 1.0)?;
+        let gradients = ops::LoraGradients { d_a: d_a.view_mut(), d_b: d_b.view_mut(), d_x: d_x.view_mut() };
+        ops::lora_backward(lora, d_y.tensor.view().columns(columns.clone()), gradients)?;
+        let want = oracle::matmul(&oracle::transpose(&d_low, rank), &dropped, rows);
+        bench.compare("lora_backward d_a", &d_a, &oracle::add(&old_a, &want), outputs + rows, 2)?;
+        let want = oracle::matmul(&oracle::transpose(&d_y_exact, outputs), &low, rows);
+        bench.compare("lora_backward d_b", &d_b, &oracle::add(&old_b, &want), inputs + rows, 2)?;
+        let want = oracle::multiply(&oracle::matmul(&d_low, &a.exact, rank), &factors);
+        bench.compare("lora_backward d_x", &d_x, &oracle::add(&old_x, &want), outputs + rank, 3)?;
+    }
     Ok(())
 }
 

@@ -29,7 +29,7 @@ pub(crate) enum Command {
     /// Join tokens for a run that listens beyond this machine, one a line.
     Tokens(TokensArguments),
     /// Loss and metrics of a model on a file, or of predictions.
-    Evaluate(EvaluateArguments),
+    Evaluate(Box<EvaluateArguments>),
     /// Text out of a model.
     Generate(GenerateArguments),
     /// A job file from the arguments of a Hugging Face training.
@@ -218,6 +218,9 @@ pub(crate) struct EvaluateArguments {
     /// Template of the target.
     #[arg(long, value_name = "TEMPLATE", required_unless_present_any = ["predictions", "compare", "job"])]
     pub(crate) target: Option<String>,
+    /// Only records that fulfil this, as data.where of a job.
+    #[arg(long = "where", value_name = "CONDITION", requires = "data")]
+    pub(crate) condition: Option<String>,
     /// Score lines of {"prediction", "target"} without a model.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "data", "input", "target"])]
     pub(crate) predictions: Option<PathBuf>,

@@ -33,7 +33,7 @@ fn main() -> ExitCode {
         Command::Launch(arguments) => commands::launch::run(arguments),
         Command::Worker(arguments) => commands::worker::run(arguments),
         Command::Tokens(arguments) => commands::tokens::run(arguments),
-        Command::Evaluate(arguments) => on_threads(None, || commands::evaluate::run(arguments)),
+        Command::Evaluate(arguments) => on_threads(None, || commands::evaluate::run(*arguments)),
         Command::Generate(arguments) => on_threads(None, || commands::generate::run(arguments)),
         Command::ImportArgs(arguments) => commands::import_args::run(arguments),
         Command::Embed(arguments) => on_threads(None, || commands::embed::run(arguments)),

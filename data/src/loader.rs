@@ -261,7 +261,7 @@ mod tests {
         fs::write(directory.path().join("a.csv"), format!("x,y\n{rows}")).unwrap();
         let template = |text| Template::parse(text).unwrap();
         let sources = SourceList::from("a.csv");
-        let dataset = Dataset::load(&sources, &template("{x}"), &template("{y}"), directory.path()).unwrap();
+        let dataset = Dataset::load(&sources, &template("{x}"), &template("{y}"), None, directory.path()).unwrap();
         let tokenizer = Tokenizer::from_spec(&TokenizerSpec::ByT5, [].into_iter(), None).unwrap();
         Packer::new(Arc::new(dataset), Arc::new(tokenizer), Order::new(examples, 1, shuffle), LIMITS)
     }

@@ -38,6 +38,9 @@ pub struct Config {
     /// Everything else in the file, written back as it was.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
+    /// What the `generation_config.json` beside the file says, written back as it was.
+    #[serde(skip)]
+    pub generation: Map<String, Value>,
 }
 
 /// Which of the family a checkpoint is; they share code, and UMT5 has a bias table in every layer.
@@ -112,6 +115,7 @@ impl Default for Config {
             eos_token_id: 1,
             decoder_start_token_id: 0,
             extra: Map::new(),
+            generation: Map::new(),
         }
     }
 }

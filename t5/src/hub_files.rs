@@ -40,12 +40,22 @@ fn open(device: &Device, directory: &Path) -> Result<(Model, WeightFiles)> {
 }
 
 const CONFIG_FILE: &str = "config.json";
+pub(crate) const GENERATION_FILE: &str = "generation_config.json";
 
 /// The configuration of a directory's model, as it is written there.
 pub fn read_config(directory: &Path) -> Result<Config> {
     let path = directory.join(CONFIG_FILE);
-    let text = fs::read_to_string(&path).map_err(|error| file_error(&path, format!("cannot read: {error}")))?;
-    parse_config(&path, &text)
+    let mut config = parse_config(&path, &read_text(&path)?)?;
+    let path = directory.join(GENERATION_FILE);
+    if path.is_file() {
+        let keys = serde_json::from_str(&read_text(&path)?);
+        config.generation = keys.map_err(|error| file_error(&path, format!("not a JSON object: {error}")))?;
+    }
+    Ok(config)
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    fs::read_to_string(path).map_err(|error| file_error(path, format!("cannot read: {error}")))
 }
 
 fn parse_config(path: &Path, text: &str) -> Result<Config> {
@@ -316,13 +326,17 @@ pub fn save_pretrained(model: &Model, parameters: &Parameters, directory: &Path)
     write_weights(parameters, &json!({"format": "pt"}), &directory.join("model.safetensors"))
 }
 
+/// What the model that this one was made from says there, and the tokens that transformers must know.
 fn write_generation_config(config: &Config, directory: &Path) -> Result<()> {
-    let generation = json!({
-        "decoder_start_token_id": config.decoder_start_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.pad_token_id,
-    });
-    write_json(&directory.join("generation_config.json"), &generation)
+    let mut keys = config.generation.clone();
+    for (key, id) in [
+        ("decoder_start_token_id", config.decoder_start_token_id),
+        ("eos_token_id", config.eos_token_id),
+        ("pad_token_id", config.pad_token_id),
+    ] {
+        keys.entry(key).or_insert(id.into());
+    }
+    write_json(&directory.join(GENERATION_FILE), &keys.into())
 }
 
 pub(crate) fn write_json(path: &Path, value: &Value) -> Result<()> {

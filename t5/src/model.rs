@@ -153,6 +153,19 @@ impl Model {
         sums(&losses)
     }
 
+    /// The logits `[target tokens, vocab_size]` of a batch as in evaluation, row after row, which no loss ever has in memory.
+    ///
+    /// # Panics
+    /// If the model has no output head.
+    pub fn logits<'a>(&'a self, weights: impl Into<Weights<'a>>, batch: &Batch) -> Result<Vec<f32>> {
+        let pass = self.inference_pass(weights.into());
+        let decoded = self.forward(&pass, batch, Keep::Nothing)?.decoded;
+        let mut logits = self.device.empty(DType::F32, decoded.rows(), self.config.vocab_size)?;
+        pass.linear_into(decoded.view(), self.layout.head(), logits.view_mut())?;
+        let scale = self.config.head_scale();
+        Ok(logits.download::<f32>()?.into_iter().map(|logit| logit * scale).collect())
+    }
+
     /// Of a classifier: the loss as in evaluation, and the logits `[examples, classes]`, row after row.
     ///
     /// # Panics

@@ -200,6 +200,16 @@ fn a_wrong_command_line_is_refused() {
             2,
             &["--model: absent is no directory with a config.json"],
         ),
+        (
+            "evaluate --model . --data train.jsonl --input {source} --target {target} --where source>",
+            2,
+            &["--where: expected a field or a value"],
+        ),
+        (
+            "evaluate --model . --data train.jsonl --input {source} --target {target} --where length>3",
+            2,
+            &["--where: names the field \"length\", which no record of --data has; they have: source, target"],
+        ),
         ("evaluate --predictions absent.jsonl", 2, &["absent.jsonl: cannot read"]),
         ("evaluate --predictions train.jsonl", 2, &["train.jsonl:1: ", "\"prediction\"", "\"target\""]),
         ("evaluate --predictions train.jsonl --metrics blue", 2, &["--metrics: ", "`blue`", "`bleu`"]),

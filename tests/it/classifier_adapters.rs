@@ -1,4 +1,5 @@
-//! LoRA of classifiers: against PEFT's numbers (`tests/references/generate_classifiers.py` made them), and as jobs.
+//! LoRA of classifiers: against PEFT's numbers (`tests/references/generate_classifiers.py` and, of adapters that were
+//! trained here, `generate_trained_adapters.sh` made them), and as jobs.
 
 use std::fs;
 use std::path::PathBuf;
@@ -8,13 +9,14 @@ use quintet_t5::{AdapterFiles, Batch, Config, Model, TrainOptions, Weights};
 use quintet_t5::{into_classifier, load_pretrained, save_adapter, with_adapter};
 use serde_json::{Value, json};
 
+use crate::adapters::assert_saved_again;
 use crate::bad_input::assert_refused;
 use crate::classification::{classifier_directory, edit_job, read_json, read_tensors, workspace};
 use crate::harness::{references, run};
 use crate::jobs::Workspace;
-use crate::parity::{assert_close, concatenate, floats, mean, relative_distance};
+use crate::parity::{assert_close, assert_same_logits, concatenate, floats, mean, relative_distance};
 
-const NAMES: [&str; 2] = ["t5_v1_0", "umt5"];
+const NAMES: [&str; 6] = ["t5_v1_0", "t5_v1_1", "t5_v1_1_buckets", "byt5", "mt5", "umt5"];
 
 fn adapter_directory(name: &str) -> PathBuf {
     references().join(name).join("classifier/lora")
@@ -22,17 +24,19 @@ fn adapter_directory(name: &str) -> PathBuf {
 
 /// The batch of a stored classifier.
 fn batch(name: &str) -> Batch {
-    let stored = references().join(name);
-    let source: Vec<Vec<u32>> =
-        serde_json::from_value(read_json(&stored.join("batch.json"))["source"].clone()).unwrap();
-    let labels: Vec<u32> =
-        serde_json::from_value(read_json(&stored.join("classifier/expected.json"))["labels"].clone()).unwrap();
-    let (ids, offsets) = concatenate(&source);
-    Batch::classification(&Device::cpu(), &ids, &offsets, &labels, 0, 1).unwrap()
+    let labels = read_json(&references().join(name).join("classifier/expected.json"))["labels"].clone();
+    batch_of(name, &serde_json::from_value::<Vec<u32>>(labels).unwrap())
+}
+
+/// The sources of a stored model's batch, with these labels.
+fn batch_of(name: &str, labels: &[u32]) -> Batch {
+    let batch = read_json(&references().join(name).join("batch.json"));
+    let (ids, offsets) = concatenate(&serde_json::from_value::<Vec<Vec<u32>>>(batch["source"].clone()).unwrap());
+    Batch::classification(&Device::cpu(), &ids, &offsets, labels, 0, 1).unwrap()
 }
 
 #[test]
-fn losses_and_every_gradient_are_those_of_peft() {
+fn logits_losses_and_every_gradient_are_those_of_peft() {
     for name in NAMES {
         let expected = read_json(&adapter_directory(name).join("expected.json"));
         let (model, base) = load_pretrained(&Device::cpu(), classifier_directory(name).path()).unwrap();
@@ -41,6 +45,9 @@ fn losses_and_every_gradient_are_those_of_peft() {
         let adapter = files.load(&Device::cpu(), &fingerprint).unwrap();
         assert_eq!(json!(adapter.layout().parameter_count()), expected["trainable_parameters"], "{name}");
         let weights = Weights::from(&adapter).over(Weights::from(&base));
+        let (_, logits) = model.classify(weights, &batch(name)).unwrap();
+        let want: Vec<Vec<f32>> = serde_json::from_value(expected["logits"].clone()).unwrap();
+        assert_same_logits(&format!("{name}/classifier/lora"), &logits, &want.concat());
         let mut gradients = weights.zero_gradients().unwrap();
         let options = TrainOptions {
             seed: 0,
@@ -78,6 +85,25 @@ fn losses_and_every_gradient_are_those_of_peft() {
         assert_eq!(Config::labels(merged.config()), ["LABEL_0", "LABEL_1", "LABEL_2"], "{name}");
         let loss = Model::loss(&merged, &weights, &batch(name)).unwrap();
         assert_close(name, loss.loss_sum, sums.loss_sum, 1e-5);
+    }
+}
+
+#[test]
+fn peft_gives_the_same_logits_with_a_classifiers_adapter_that_was_trained_here() {
+    for name in NAMES {
+        let stored = references().join(name).join("classifier/trained");
+        let labels = quintet_t5::adapter_labels(&stored).unwrap().unwrap();
+        assert_eq!(labels, ["letter", "word"], "{name}");
+        let (model, base) = load_pretrained(&Device::cpu(), &references().join(name)).unwrap();
+        let fingerprint = base.digest().unwrap().to_hex().to_string();
+        let (model, base) = into_classifier(model, base, &labels, 0).unwrap();
+        let files = AdapterFiles::open(&model, &stored).unwrap();
+        let adapter = files.load(&Device::cpu(), &fingerprint).unwrap();
+        let weights = Weights::from(&adapter).over(Weights::from(&base));
+        let (_, logits) = model.classify(weights, &batch_of(name, &[0; 5])).unwrap();
+        let want = floats(&read_tensors(&stored.join("logits.safetensors"))["logits"].1);
+        assert_same_logits(&format!("{name}/classifier/trained"), &logits, &want);
+        assert_saved_again(&model, &files.spec, &adapter, &fingerprint, &stored);
     }
 }
 
@@ -142,6 +168,39 @@ fn a_classifiers_adapter_is_the_same_for_any_number_of_workers_and_is_used_merge
     workspace.write("other.jsonl", other);
     let needles = ["data.train: example 1 has the class \"dees\"", "\"bees\", \"seas\""];
     assert_refused(&workspace.train("refused", "data.train=other.jsonl"), 2, &needles, "other classes");
+}
+
+/// PEFT always names `classifier` and `score` among what it saves, which T5 has not, and by itself not T5's head.
+#[test]
+fn pefts_adapter_of_a_classifier_is_trained_on_with_or_without_a_head_of_its_own() {
+    let (workspace, base) = (workspace(), classifier_directory("byt5"));
+    let targets = ["bad", "good", "so-so"].iter().cycle().zip(0..);
+    let lines = targets.map(|(target, number)| format!("{{\"source\": \"{number}\", \"target\": {target:?}}}\n"));
+    for (file, count) in [("train.jsonl", 37), ("validation.jsonl", 9)] {
+        workspace.write(file, &lines.clone().take(count).collect::<String>());
+    }
+    edit_job(&workspace, |job| {
+        let fresh = job.lines().find(|line| line.starts_with("architecture")).unwrap();
+        let job = job.replace(fresh, &format!("pretrained = {:?}", base.path().display().to_string()));
+        format!("{job}\n[lora]\npretrained = \"peft\"\n")
+    });
+    let (adapter, stored) = (workspace.path().join("peft"), adapter_directory("byt5"));
+    fs::create_dir(&adapter).unwrap();
+    let mut config = read_json(&stored.join("adapter_config.json"));
+    let mut tensors = read_tensors(&stored.join("adapter_model.safetensors"));
+    for run in ["own", "bases"] {
+        if run == "bases" {
+            config["modules_to_save"] = json!(["classifier", "score"]);
+            tensors.retain(|name, _| !name.contains("classification_head"));
+        }
+        workspace.write("peft/adapter_config.json", &config.to_string());
+        crate::classification::write_tensors(&tensors, &adapter.join("adapter_model.safetensors"));
+        let further = workspace.trained(run, "training.max_steps=2");
+        let saved = read_json(&further.path("adapter/adapter_config.json"));
+        assert_eq!(saved["modules_to_save"], config["modules_to_save"], "{run}");
+        let saved = read_tensors(&further.path("adapter/adapter_model.safetensors"));
+        assert!(saved.len() == tensors.len() && saved.keys().all(|name| tensors.contains_key(name)), "{run}");
+    }
 }
 
 #[test]

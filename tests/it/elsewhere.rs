@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
+use crate::classification::{classifier_directory, edit_job};
 use crate::harness::{Process, quintet, references};
 use crate::jobs::{EXAMPLES, RunOutput, Workspace, words};
 
@@ -169,7 +170,7 @@ fn whoever_dies_the_run_goes_on_without_shared_files() {
 }
 
 #[test]
-fn adapters_and_classes_come_from_the_coordinator_too() {
+fn adapters_classes_and_the_model_of_toxicity_come_from_the_coordinator_too() {
     // What the adapter is trained further from, the machine does not have either.
     let first = fine_tuning("[lora]\nr = 4\n");
     let adapter = first.trained("first", "training.max_steps=2").path("adapter");
@@ -180,10 +181,19 @@ fn adapters_and_classes_come_from_the_coordinator_too() {
     let lines = (0..EXAMPLES).map(|number| format!("{{\"source\": \"{number}\", \"target\": \"{}\"}}\n", number % 3));
     classes.write("train.jsonl", &lines.clone().collect::<String>());
     classes.write("validation.jsonl", &lines.take(9).collect::<String>());
-    let job = fs::read_to_string(classes.path().join("job.toml")).unwrap();
-    let job = job.replace("metrics = [\"exact_match\"]\nmax_new_tokens = 8", "metrics = [\"accuracy\"]");
-    classes.write("job.toml", &job.replace("[model]", "[model]\ntask = \"sequence_classification\""));
-    for workspace in [&further, &classes] {
+    edit_job(&classes, |job| {
+        job.replace("metrics = [\"exact_match\"]\nmax_new_tokens = 8", "metrics = [\"accuracy\"]")
+            .replace("[model]", "[model]\ntask = \"sequence_classification\"")
+    });
+    // What measures toxicity.
+    let judged = Workspace::new();
+    copy(classifier_directory("byt5").path(), &judged.path().join("judge"));
+    judged.write("judge/tokenizer_config.json", r#"{"tokenizer_class": "ByT5Tokenizer"}"#);
+    edit_job(&judged, |job| {
+        let toxicity = "metrics = [\"toxicity\"]\ntoxicity_model = \"judge\"\ntoxic_label = \"bad\"";
+        job.replace("metrics = [\"exact_match\"]", toxicity)
+    });
+    for workspace in [&further, &classes, &judged] {
         let local = workspace.trained("local", "");
         let mut coordinator = Coordinator::start(workspace, "127.0.0.1:0", "--workers 1");
         let machine = Machine::new();

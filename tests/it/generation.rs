@@ -2,6 +2,7 @@
 //! what must not matter: the batch, the device, the number of workers.
 
 use std::fs;
+use std::path::Path;
 
 use quintet_kernels::Device;
 use quintet_t5::{Generated, GenerationOptions};
@@ -244,4 +245,22 @@ fn the_models_file_says_what_the_flags_leave_open() {
     file(r#"{"forced_bos_token_id": 4}"#);
     let ended = generate("").expect(2);
     assert!(ended.error().contains("forced_bos_token_id = 4 is not supported"), "{}", ended.error());
+}
+
+#[test]
+fn what_a_model_says_of_generation_survives_its_fine_tuning() {
+    let workspace = Workspace::fine_tuning(Path::new("base"), "");
+    fs::create_dir(workspace.path().join("base")).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(references().join("byt5").join(file), workspace.path().join("base").join(file)).unwrap();
+    }
+    let mut said = json!({"num_beams": 2, "max_length": 9, "eos_token_id": [1, 5], "cache_implementation": "static"});
+    workspace.write("base/generation_config.json", &said.to_string());
+    let run = workspace.trained("run", "training.max_steps=2 training.warmup_steps=1");
+    (said["decoder_start_token_id"], said["pad_token_id"]) = (json!(0), json!(0));
+    let saved = fs::read(run.path("model/generation_config.json")).unwrap();
+    assert_eq!(serde_json::from_slice::<Value>(&saved).unwrap(), said);
+    workspace.write("base/generation_config.json", "[]");
+    let ended = workspace.train("refused", "").expect(2);
+    assert!(ended.error().contains("generation_config.json: not a JSON object"), "{}", ended.error());
 }

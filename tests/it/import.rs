@@ -95,6 +95,29 @@ fn an_adapter_and_a_generation_become_sections() {
 }
 
 #[test]
+fn a_classifiers_adapter_becomes_a_job_of_classification() {
+    let of_peft =
+        |task: &str, saved: Value| json!({"peft_type": "LORA", "task_type": task, "r": 4, "modules_to_save": saved});
+    for (saved, kept, notes) in [
+        (json!(["classifier", "score"]), Value::Null, 1),
+        (json!(["classification_head", "classifier", "score"]), json!(["classification_head"]), 1),
+        (json!(["score", "lm_head"]), json!(["lm_head"]), 1),
+        (json!(["classification_head"]), json!(["classification_head"]), 0),
+    ] {
+        let (_, ended) = import(&[of_peft("SEQ_CLS", saved)], &["--json"]);
+        let document: Value = serde_json::from_str(&ended.expect(0).stdout).unwrap();
+        assert_eq!(document["job"]["model"]["task"], "sequence_classification");
+        assert_eq!(document["job"]["lora"]["modules_to_save"], kept);
+        assert_eq!(document["not_converted"], json!([]));
+        let said = document["notes"].as_array().unwrap();
+        assert_eq!(said.len(), notes, "{said:?}");
+        assert!(said.iter().all(|note| note.as_str().unwrap().contains("classifier and score")), "{said:?}");
+    }
+    let (_, ended) = import(&[of_peft("TOKEN_CLS", Value::Null)], &[]);
+    assert!(ended.expect(0).stderr.contains("not converted: task_type = \"TOKEN_CLS\": "));
+}
+
+#[test]
 fn what_is_as_by_default_is_not_worth_a_word() {
     let defaults: Value = serde_json::from_str(&read("cli/src/commands/import_args/defaults.json")).unwrap();
     let mut training = defaults["training"].clone();

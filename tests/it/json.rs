@@ -39,9 +39,11 @@ fn a_trained_model_evaluates_and_generates() {
     // The saved model scores as the run did, batch by batch or not.
     let evaluate = "evaluate --model run/model --data validation.jsonl --input {source} --target {target} --json \
                     --max-source-length 40 --max-target-length 20 --metrics loss,exact_match,perplexity --max-new-tokens 8";
-    let evaluate =
-        run(workspace.path(), evaluate.split_whitespace().map(|w| if w == "{source}" { "say: {source}" } else { w }));
-    let evaluation = documents(&evaluate.expect(0)).remove(0);
+    let evaluate = |more: &[&str]| {
+        let words = evaluate.split_whitespace().map(|w| if w == "{source}" { "say: {source}" } else { w });
+        documents(&run(workspace.path(), words.chain(more.iter().copied())).expect(0)).remove(0)
+    };
+    let evaluation = evaluate(&[]);
     assert_keys(&evaluation, "loss examples target_tokens metrics");
     assert_eq!(evaluation["examples"], 9);
     assert_eq!(evaluation["metrics"]["exact_match"], last["metrics"]["exact_match"]);
@@ -49,6 +51,12 @@ fn a_trained_model_evaluates_and_generates() {
     assert_eq!(perplexity, evaluation["loss"].as_f64().unwrap().exp());
     let (loss, during) = (evaluation["loss"].as_f64().unwrap(), last["eval_loss"].as_f64().unwrap());
     assert!((loss - during).abs() < 1e-5 * during, "{loss} and {during}");
+
+    // Of some records; both parts together are all.
+    let [some, others] = ["len(source) > 8", "len(source) <= 8"].map(|condition| evaluate(&["--where", condition]));
+    let sum = |part: &Value| part["loss"].as_f64().unwrap() * part["target_tokens"].as_f64().unwrap();
+    assert!(some["examples"].as_u64().unwrap() > 0 && others["examples"].as_u64().unwrap() > 0);
+    assert!((sum(&some) + sum(&others) - sum(&evaluation)).abs() < 1e-5 * sum(&evaluation));
 
     let predictions = workspace.output("run").lines("predictions.jsonl");
     let inputs: String = predictions.iter().map(|line| format!("{}\n", line["input"].as_str().unwrap())).collect();

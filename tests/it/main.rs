@@ -1,6 +1,6 @@
 //! The integration tests, one binary: layers against Hugging Face's numbers, then real processes.
 #![expect(clippy::unwrap_used, reason = "all of this is tests, the functions beside them too")]
-#![expect(clippy::print_stderr, reason = "a check that cannot be made here says so")]
+#![expect(clippy::print_stderr, reason = "a check that cannot be made here says so, and others what they measured")]
 
 mod adapters;
 mod bad_input;

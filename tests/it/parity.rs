@@ -162,6 +162,32 @@ pub(crate) fn global_norm(arena: &Parameters) -> f64 {
     ops::global_norm(arena.view()).unwrap()
 }
 
+/// Of the angle between two gradients.
+pub(crate) fn cosine(a: &Parameters, b: &Parameters) -> f64 {
+    let pairs = a.download().unwrap().into_iter().zip(b.download().unwrap());
+    pairs.map(|(a, b)| f64::from(a) * f64::from(b)).sum::<f64>() / (global_norm(a) * global_norm(b))
+}
+
+/// Whether gradients in bf16 lie as near to those in f32 as torch's own do, by 1 − cosine. A quarter more is allowed, because
+/// both are roundings of one gradient that fall differently.
+#[track_caller]
+pub(crate) fn assert_rounds_as_torch(what: &str, distance: f64, peer: f64) {
+    assert!(distance <= 1.25 * peer, "{what}: bf16 is {distance:e} from f32; torch: {peer:e}");
+}
+
+/// Whether logits are those of a reference: none further off than 1e-5 of the largest, which is some tens of f32's
+/// roundings, as many as lie one behind the other in a pass.
+#[track_caller]
+pub(crate) fn assert_same_logits(what: &str, got: &[f32], want: &[f32]) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    assert!(got.iter().all(|logit| logit.is_finite()), "{what}");
+    let largest = |values: Vec<f32>| values.into_iter().fold(0.0_f32, |most, value| most.max(value.abs()));
+    let off = largest(got.iter().zip(want).map(|(got, want)| got - want).collect());
+    let most = largest(want.to_vec());
+    eprintln!("{what}: logits up to {most:.3}, {off:.1e} apart at most");
+    assert!(off <= 1e-5 * most, "{what}: logits up to {most} are off by {off:e}");
+}
+
 /// ‖got·scale − want‖ / ‖want‖
 pub(crate) fn relative_distance(got: &[f32], scale: f64, want: &[f32]) -> f64 {
     assert_eq!(got.len(), want.len());
@@ -350,10 +376,8 @@ fn bf16_follows_f32() {
         let (rounded_sums, gradients) = reference.train(&rounded, &batch, PLAIN);
         assert_close(reference.name, rounded_sums.loss_sum, sums.loss_sum, 0.02);
         assert_ne!(rounded_sums.loss_sum, sums.loss_sum, "{}: bf16 rounds", reference.name);
-        let pairs = exact.download().unwrap().into_iter().zip(gradients.download().unwrap());
-        let dot: f64 = pairs.map(|(a, b)| f64::from(a) * f64::from(b)).sum();
-        let norms = global_norm(&exact) * global_norm(&gradients);
-        assert!(dot / norms > 0.99, "{}: cosine {}", reference.name, dot / norms);
+        let cosine = cosine(&exact, &gradients);
+        assert!(cosine > 0.99, "{}: cosine {cosine}", reference.name);
     }
 }
 

@@ -7,47 +7,13 @@
 # PYTHON has torch and transformers (4.57 or 5.x: run it with both). QUINTET is the program; by default
 # target/release/quintet. Ends with 0 if all agree.
 set -euo pipefail
-
-root=$(cd "$(dirname "$0")/../.." && pwd)
-quintet=$(realpath "${1:-${CARGO_TARGET_DIR:-$root/target}/release/quintet}")
-python=${PYTHON:-python3}
-references=$root/tests/data/references
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-cd "$work"
-
-# Letters and sounds as words of their own; few enough for the vocabulary of every reference.
-cat > data.jsonl <<'DATA'
-{"input": "h e l l o", "target": "HH AH L OW"}
-{"input": "w o r l d", "target": "W ER L D"}
-{"input": "t e a", "target": "T IY"}
-{"input": "a", "target": "AH"}
-{"input": "l e t t e r s", "target": "L EH T ER Z"}
-{"input": "r e a d", "target": "R EH D"}
-{"input": "t o w e l", "target": "T AW AH L"}
-{"input": "d o o r", "target": "D AO R"}
-DATA
+source "$(dirname "$0")/setup.sh"
 
 # check NAME TOKENIZER MODEL: trains a few steps of MODEL, a line of the job's [model], and compares.
 check() {
     local name=$1 tokenizer=$2 model=$3
-    cat > "$name.toml" <<JOB
-output_dir = "$name"
-[model]
-$model
-tokenizer = "$tokenizer"
-dropout_rate = 0.1
-[data]
-train = "data.jsonl"
-input = "{input}"
-target = "{target}"
-[training]
-max_steps = 40
-global_batch_size = 8
-micro_batch_size = 4
-learning_rate = 1e-2
-JOB
-    "$quintet" train "$name.toml" > "$name.log" 2>&1 || { cat "$name.log"; exit 1; }
+    train "$name" target "$model
+tokenizer = \"$tokenizer\""
     "$quintet" evaluate --model "$name/model" --data data.jsonl --input '{input}' --target '{target}' \
         --metrics loss --json > evaluation.json
     "$python" -c 'import json; [print(json.loads(line)["input"]) for line in open("data.jsonl")]' > inputs.txt

@@ -6,6 +6,8 @@ For every model a directory `NAME/lora` holds
 
     adapter_config.json, adapter_model.safetensors   as PEFT saves them; B is random too, so that everything has a gradient
     gradients.safetensors                            d loss / d parameter, under the names of the adapter's file
+    logits.safetensors                               `logits` [rows, vocabulary] of the last target token of each row of the
+                                                     model's batch, which depends on all before it
     expected.json                                    loss, number of trainable parameters, the losses of ten AdamW steps on
                                                      the model's batch, each before its update, and the cosine of the
                                                      gradient in bf16 (weights and all) to that in f32
@@ -64,12 +66,24 @@ def steps(directory, options, batch, dtype):
     return losses
 
 
+@torch.no_grad()
+def last_logits(model, batch):
+    """Of the last target token of each row."""
+    logits = forward(model, batch)[0].logits
+    return torch.stack([logits[row, len(labels) - 1] for row, labels in enumerate(batch["labels"])])
+
+
+def cosine(model, gradients):
+    """Of the angle between the gradient in a model and another, of the same parameters in the same order."""
+    theirs = torch.cat([parameter.grad.double().flatten() for parameter in trainable(model).values()])
+    exact = torch.cat([gradient.double().flatten() for gradient in gradients.values()])
+    return torch.nn.functional.cosine_similarity(theirs, exact, dim=0).item()
+
+
 def bf16_cosine(directory, options, batch, gradients):
     model = adapted(directory, options).to(torch.bfloat16)
     forward(model, batch)[0].loss.backward()
-    ours = torch.cat([parameter.grad.double().flatten() for parameter in trainable(model).values()])
-    exact = torch.cat([gradient.double().flatten() for gradient in gradients.values()])
-    return torch.nn.functional.cosine_similarity(ours, exact, dim=0).item()
+    return cosine(model, gradients)
 
 
 def write(directory, options):
@@ -91,6 +105,7 @@ def write(directory, options):
     # With an adapter of the head PEFT saves the frozen head too.
     assert gradients.keys() == {name for name in tensors if ".base_layer." not in name}, (gradients.keys(), tensors.keys())
     save_file(gradients, out / "gradients.safetensors", metadata={"format": "pt"})
+    save_file({"logits": last_logits(model, batch)}, out / "logits.safetensors", metadata={"format": "pt"})
     single, double = (steps(directory, options, batch, dtype) for dtype in (torch.float32, torch.float64))
     spread = max(abs(a - b) / b for a, b in zip(single, double))
     assert spread < SPREAD_MAX and single[-1] < single[0], (spread, single)

@@ -8,10 +8,11 @@ For every model a directory `NAME/classifier` holds
     config.json              as `save_pretrained` writes it for a ...ForSequenceClassification
     head.safetensors         the tensors of the head; all others are the model's, under the prefix `transformer.`
     gradients.safetensors    d loss / d parameter
-    expected.json            labels of the batch's sources, logits, loss and gradient norm
+    expected.json            labels of the batch's sources, logits, loss and gradient norm; and for some other batches the
+                             mean distance, 1 - cosine, of the gradient in bf16 (weights and all) from that in f32
 
-    lora/                    of some models: an adapter that PEFT made over the classifier and its head, which is trained whole;
-                             gradients and expected.json (loss, number of trainable parameters) as above
+    lora/                    an adapter that PEFT made over the classifier and its head, which is trained whole; gradients
+                             and expected.json (loss, number of trainable parameters, logits) as above
 
 and beside it `NAME/encoder.safetensors` the last hidden states that ...EncoderModel gives the batch's sources, one source
 after the other without padding: `last_hidden_state` [tokens, d_model].
@@ -26,15 +27,20 @@ from pathlib import Path
 
 import torch
 from generate import DEFAULT_OUTPUT, MODELS, load, padded, read_json, write_json
-from generate_adapters import KEYS
+from generate_adapters import KEYS, cosine, trainable
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTextEncoding
 
 CLASSES = {0: "bad", 1: "good", 2: "so-so"}
 LABELS = [2, 0, 1, 1, 0]
+BF16_BATCHES = 8
 ADAPTERS = {
     "t5_v1_0": dict(r=3, lora_alpha=5, target_modules=["q", "wi"]),
+    "t5_v1_1": dict(r=2, lora_alpha=3, target_modules=["k", "o"]),
+    "t5_v1_1_buckets": dict(r=1, lora_alpha=2, target_modules=["EncDecAttention.v", "wi_0"]),
+    "byt5": dict(r=2, lora_alpha=1, target_modules=["q", "wo"]),
+    "mt5": dict(r=1, lora_alpha=3, target_modules="all-linear"),
     "umt5": dict(r=2, lora_alpha=4, target_modules=["q", "v", "wo"], use_rslora=True),
 }
 
@@ -52,17 +58,40 @@ def classifier(directory):
     return model
 
 
-def run(model, directory):
-    source = read_json(directory / "batch.json")["source"]
+def run(model, source, labels=LABELS):
     ids, mask = padded(source, 0), padded([[1] * len(row) for row in source], 0)
-    return model(input_ids=ids, attention_mask=mask, labels=torch.tensor(LABELS))
+    return model(input_ids=ids, attention_mask=mask, labels=torch.tensor(labels))
+
+
+def gradients_of(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def bf16_reference(directory):
+    """Of several batches: of five examples alone the distance is what their roundings happen to make of it."""
+    generator = torch.Generator().manual_seed(5)
+    eos, vocabulary = 1, read_json(directory / "config.json")["vocab_size"]
+
+    def draw(least, end, count):
+        return torch.randint(least, end, (count,), generator=generator).tolist()
+
+    batches, distances = [], []
+    for _ in range(BF16_BATCHES):
+        source = [draw(2, vocabulary, length) + [eos] for length in draw(3, 12, len(LABELS))]
+        labels = draw(0, len(CLASSES), len(LABELS))
+        exact, rounded = classifier(directory), classifier(directory).to(torch.bfloat16)
+        for model in (exact, rounded):
+            run(model, source, labels).loss.backward()
+        batches.append({"source": source, "labels": labels})
+        distances.append(1 - cosine(rounded, gradients_of(exact)))
+    return {"batches": batches, "distance": sum(distances) / len(distances)}
 
 
 def write(directory):
     out = directory / "classifier"
     out.mkdir(exist_ok=True)
     model = classifier(directory)
-    output = run(model, directory)
+    output = run(model, read_json(directory / "batch.json")["source"])
     output.loss.backward()
     with tempfile.TemporaryDirectory() as saved:
         model.save_pretrained(saved)
@@ -71,11 +100,11 @@ def write(directory):
     named = dict(model.named_parameters())
     head = {name: p.detach().clone() for name, p in named.items() if name.startswith("classification_head")}
     save_file(head, out / "head.safetensors", metadata={"format": "pt"})
-    gradients = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+    gradients = gradients_of(model)
     norm = math.sqrt(sum(g.double().pow(2).sum().item() for g in gradients.values()))
     save_file(gradients, out / "gradients.safetensors", metadata={"format": "pt"})
     expected = {"labels": LABELS, "loss": output.loss.item(), "logits": output.logits.tolist(), "grad_norm": norm}
-    write_json(out / "expected.json", expected)
+    write_json(out / "expected.json", {**expected, "bf16": bf16_reference(directory)})
     return output.loss.item()
 
 
@@ -84,13 +113,13 @@ def write_adapter(directory, options):
     out.mkdir(exist_ok=True)
     config = LoraConfig(task_type="SEQ_CLS", modules_to_save=["classification_head"], **options)
     model = get_peft_model(classifier(directory), config).train()
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = trainable(model)
     generator = torch.Generator().manual_seed(2)
     for _, parameter in sorted(trained.items()):
         with torch.no_grad():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    loss = run(model, directory).loss
-    loss.backward()
+    output = run(model, read_json(directory / "batch.json")["source"])
+    output.loss.backward()
     with tempfile.TemporaryDirectory() as saved:
         model.save_pretrained(saved)
         config = read_json(Path(saved) / "adapter_config.json")
@@ -103,8 +132,9 @@ def write_adapter(directory, options):
     assert gradients.keys() == tensors.keys(), (gradients.keys(), tensors.keys())
     save_file(gradients, out / "gradients.safetensors", metadata={"format": "pt"})
     parameters, _ = model.get_nb_trainable_parameters()
-    write_json(out / "expected.json", {"loss": loss.item(), "trainable_parameters": parameters})
-    return loss.item()
+    expected = {"loss": output.loss.item(), "trainable_parameters": parameters, "logits": output.logits.tolist()}
+    write_json(out / "expected.json", expected)
+    return output.loss.item()
 
 
 def write_encoder(directory):

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use quintet_data::{Classes, Dataset, Limits, SourceList, Splits, Template, Tokenizer};
+use quintet_data::{Classes, Dataset, Filter, Limits, SourceList, Splits, Template, Tokenizer};
 use quintet_t5::{Model, Weights};
 use quintet_worker::evaluation::EvaluationTask;
 use quintet_worker::metrics::{self, Pair};
@@ -144,7 +144,13 @@ impl Asked {
         };
         let (input, target) = (template("input", input)?, template("target", target)?);
         let sources = SourceList::from(data.as_str());
-        let dataset = Arc::new(Dataset::load(&sources, &input, &target, &working_directory()?)?);
+        let filter = arguments.condition.as_deref().map(Filter::parse).transpose();
+        let filter = filter.map_err(|error| Failure::bad_input(format!("--where: {error}")))?;
+        let dataset = Dataset::load(&sources, &input, &target, filter, &working_directory()?);
+        let dataset = Arc::new(dataset.map_err(|error| {
+            let failure = Failure::from(error);
+            Failure { message: failure.message.replace("data.where", "--where"), ..failure }
+        })?);
         let config = EvaluationConfig {
             metrics: parse_metrics(&arguments.metrics, &[Metric::Loss, Metric::ExactMatch])?,
             max_examples: arguments.max_examples,

@@ -182,12 +182,20 @@ impl Splits {
 }
 
 impl Dataset {
-    /// Reads and renders the examples of `sources`; relative paths are relative to `base`.
+    /// Reads and renders the examples of `sources`, of the records that `filter` keeps; relative paths are relative to
+    /// `base`.
     ///
     /// # Errors
-    /// A source that cannot be read or a record that lacks a template's field, by file and line.
-    pub fn load(sources: &SourceList, input: &Template, target: &Template, base: &Path) -> Result<Self> {
-        let renderer = Renderer::plain(input.clone(), target.clone());
+    /// A source that cannot be read or a record that lacks a template's field, by file and line; a filter, as data.where,
+    /// that keeps none.
+    pub fn load(
+        sources: &SourceList,
+        input: &Template,
+        target: &Template,
+        filter: Option<Filter>,
+        base: &Path,
+    ) -> Result<Self> {
+        let renderer = Renderer::plain(input.clone(), target.clone(), filter);
         let sources = resolve_sources(sources.entries(), base, "validation")
             .or_else(|_| resolve_sources(sources.entries(), base, "train"))?;
         let place = Place { folder: None, kind: "examples", key: Key::from_bytes([0; 32]), memory_bytes: MEMORY_BYTES };
@@ -376,8 +384,8 @@ impl Renderer {
         })
     }
 
-    fn plain(input: Template, target: Template) -> Self {
-        let (filter, class_field, max_examples) = (None, None, None);
+    fn plain(input: Template, target: Template, filter: Option<Filter>) -> Self {
+        let (class_field, max_examples) = (None, None);
         let (lengths, label_names) = (LengthFilter::default(), LabelNames::new());
         Self { input, target: Some(target), filter, lengths, label_names, class_field, max_examples }
     }

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::hub_files::GENERATION_FILE;
 use crate::{Config, Error, Result};
 
 /// What a file, a job or a command line says about generation; what it leaves open, another may say.
@@ -123,7 +124,7 @@ impl GenerationOptions {
     /// # Errors
     /// A user error where the file is no such configuration, or asks for what is not supported.
     pub fn from_pretrained(directory: &Path) -> Result<Self> {
-        let path = directory.join("generation_config.json");
+        let path = directory.join(GENERATION_FILE);
         if !path.is_file() {
             return Ok(Self::default());
         }

@@ -61,16 +61,20 @@ const TRAINING_HANDLED: [&str; 24] = [
     "generation_config",
 ];
 
-const LORA: [(&str, &str, &str); 6] = [
+const LORA: [(&str, &str, &str); 5] = [
     ("r", "lora", "r"),
     ("lora_alpha", "lora", "lora_alpha"),
     ("lora_dropout", "lora", "lora_dropout"),
     ("target_modules", "lora", "target_modules"),
     ("use_rslora", "lora", "use_rslora"),
-    ("modules_to_save", "lora", "modules_to_save"),
 ];
 
-const LORA_HANDLED: [&str; 5] = ["base_model_name_or_path", "peft_type", "peft_version", "task_type", "inference_mode"];
+/// Keys that say nothing of the training, or that [`lora`] looks at itself.
+const LORA_HANDLED: [&str; 6] =
+    ["base_model_name_or_path", "peft_type", "peft_version", "task_type", "inference_mode", "modules_to_save"];
+
+/// What PEFT adds to `modules_to_save` of every classifier; T5 has no module of these names.
+const OTHERS_HEADS: [&str; 2] = ["classifier", "score"];
 
 const GENERATION: [(&str, &str, &str); 11] = [
     ("max_new_tokens", "evaluation", "max_new_tokens"),
@@ -108,9 +112,7 @@ pub(super) fn file(draft: &mut Draft, keys: &Map<String, Value>) -> Result<(), S
             return Err(format!("an adapter of type {}; only LORA has a counterpart", keys["peft_type"]));
         }
         table(draft, keys, "lora", &LORA, &LORA_HANDLED);
-        if let Some(base) = keys.get("base_model_name_or_path").and_then(Value::as_str) {
-            draft.set("model", "pretrained", base);
-        }
+        lora(draft, keys);
     } else if has("per_device_train_batch_size") || has("num_train_epochs") || has("learning_rate") {
         table(draft, keys, "training", &TRAINING, &TRAINING_HANDLED);
         training(draft, keys);
@@ -156,6 +158,27 @@ fn is_neutral(key: &str, value: &Value) -> bool {
         "early_stopping_threshold" => value == 0.0,
         "load_best_model_at_end" | "gradient_checkpointing" | "use_rslora" => value == false,
         _ => false,
+    }
+}
+
+fn lora(draft: &mut Draft, keys: &Map<String, Value>) {
+    if let Some(base) = text(keys, "base_model_name_or_path") {
+        draft.set("model", "pretrained", base);
+    }
+    match text(keys, "task_type") {
+        None | Some("SEQ_2_SEQ_LM") => {}
+        Some("SEQ_CLS") => draft.set("model", "task", "sequence_classification"),
+        Some(_) => draft.refuse("task_type", &keys["task_type"], "the tasks here are SEQ_2_SEQ_LM and SEQ_CLS"),
+    }
+    let names = keys.get("modules_to_save").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str);
+    let (others, own): (Vec<&str>, Vec<&str>) = names.partition(|name| OTHERS_HEADS.contains(name));
+    if !others.is_empty() {
+        let note = "modules_to_save: without classifier and score, which PEFT adds for every classifier and T5 does not \
+                    have; its head, classification_head, is always trained and saved here";
+        draft.notes.push(note.into());
+    }
+    if !own.is_empty() {
+        draft.set("lora", "modules_to_save", own);
     }
 }
 

@@ -296,7 +296,7 @@ def steps_under_kills(run, mean, kills):
 
 
 def checkpoints(arguments):
-    for model, cycle, count in [("small", 100, 4), ("t5-small", 8, 3)]:
+    for model, cycle, count in [("small", 50, 10), ("t5-small", 8, 3)]:
         pairs = []
         for number in range(arguments.rounds):
             # A machine that gets slower or faster all the while does so to both.

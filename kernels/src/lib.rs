@@ -34,7 +34,6 @@ pub use driver::cuda::resources::{KernelResources, kernel_resources};
 pub use driver::emulated::{emulator_compiler, set_compiler};
 pub use driver::inventory::{Found, GpuSummary, Inventory, Library, inventory, usable_gpus};
 pub use driver::nccl::{Nccl, NcclVersion, UniqueId};
-pub use driver::timer::Timer;
 pub use error::{Error, Result};
 pub use pool::MemoryStatistics;
 pub use random::{Dropout, uniform};

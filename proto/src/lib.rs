@@ -7,9 +7,6 @@ pub const PROTOCOL_VERSION: u32 = 4;
 /// Length of the secrets in `Hello` and `Welcome`, in bytes.
 pub const TOKEN_BYTES: usize = 32;
 
-/// Largest request to join, in bytes.
-pub const JOIN_BYTES_MAX: usize = 1024;
-
 /// Largest message from a worker, in bytes: a `StepDone` of about 100 000 micro-batches.
 pub const FROM_WORKER_BYTES_MAX: usize = 4 << 20;
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use rustix::process::Signal;
 use safetensors::SafeTensors;
@@ -31,6 +32,47 @@ pub(crate) fn assert_refused(ended: &Ended, code: i32, needles: &[&str], what: &
     let error = ended.error();
     for needle in needles {
         assert!(error.contains(needle), "{what}: {needle:?} is not in {error:?}");
+    }
+}
+
+/// The header of a Parquet file's first page, a dictionary.
+fn parquet_dictionary_header(uncompressed_bytes: i32, compressed_bytes: i32, values: i32) -> Vec<u8> {
+    let field = |id_delta: u8, value: i32| {
+        let mut zigzag = (value as u64) << 1;
+        let mut bytes = vec![id_delta << 4 | 5];
+        while zigzag >= 0x80 {
+            bytes.push(zigzag as u8 | 0x80);
+            zigzag >>= 7;
+        }
+        bytes.push(zigzag as u8);
+        bytes
+    };
+    let page = [field(1, 2), field(1, uncompressed_bytes), field(1, compressed_bytes)].concat();
+    let dictionary = [field(1, values), field(1, 0), vec![0]].concat();
+    [page, vec![0x4c], dictionary, vec![0]].concat()
+}
+
+#[test]
+fn sizes_that_a_parquet_file_claims_are_not_believed() {
+    let workspace = Workspace::new();
+    for (codec, header, says) in [
+        ("snappy", parquet_dictionary_header(i32::MAX, 129, 50), "a page of 129 bytes says that it holds 2147483647"),
+        (
+            "none",
+            parquet_dictionary_header(279, 279, i32::MAX),
+            "a dictionary of 279 bytes says that it holds 2147483647",
+        ),
+    ] {
+        let mut file = fs::read(references().join(format!("parquet/{codec}.parquet"))).unwrap();
+        file[4..4 + header.len()].copy_from_slice(&header);
+        fs::write(workspace.path().join("crafted.parquet"), file).unwrap();
+        // In a gibibyte of addresses, there is no room for what they say.
+        let mut command = Command::new("sh");
+        let limited = "ulimit -v 1048576; exec \"$0\" data inspect crafted.parquet";
+        command.current_dir(workspace.path()).args(["-c", limited, env!("CARGO_BIN_EXE_quintet")]);
+        let ended = Process::start(&mut command).wait().expect(2);
+        assert!(ended.error().contains("crafted.parquet:1: broken Parquet page"), "{}", ended.stderr);
+        assert!(ended.error().contains(says), "{}", ended.stderr);
     }
 }
 

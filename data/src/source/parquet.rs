@@ -1,5 +1,7 @@
 //! Parquet files, row by row.
 
+mod pages;
+
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -10,6 +12,7 @@ use parquet::file::serialized_reader::SerializedFileReader;
 use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 
+use self::pages::CheckedPages;
 use super::{Record, Source, Value, Wanted};
 use crate::error::{Error, Result};
 
@@ -24,7 +27,7 @@ impl Source {
         let broken = |error: ParquetError| {
             Error::source(self.to_string(), format!("no intact Parquet file: {}", message(&error)))
         };
-        let reader = caught(|| SerializedFileReader::new(file)).map_err(broken)?;
+        let reader = caught(|| SerializedFileReader::new(CheckedPages::new(file)?)).map_err(broken)?;
         let schema = reader.metadata().file_metadata().schema().clone();
         let mut rows = caught(|| reader.get_row_iter(projection(&schema, wanted))).map_err(broken)?;
         for line in 1.. {

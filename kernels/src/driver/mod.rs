@@ -9,7 +9,6 @@ pub(crate) mod inventory;
 mod libraries;
 pub(crate) mod nccl;
 pub(crate) mod sources;
-pub(crate) mod timer;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

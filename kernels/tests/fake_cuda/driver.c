@@ -266,10 +266,6 @@ int cuEventCreate(Event** event, unsigned flags) { *event = calloc(1, sizeof(Eve
 int cuEventDestroy_v2(Event* event) { free(event); return SUCCESS; }
 int cuEventRecord(Event* event, Stream* stream) { LOCKED(event->stream = stream; event->number = stream->issued;); }
 int cuEventSynchronize(Event* event) { LOCKED(if (event->stream) status = run_until(event->stream, event->number);); }
-int cuEventElapsedTime(float* milliseconds, Event* start, Event* end) {
-    *milliseconds = end->number - start->number;
-    return SUCCESS;
-}
 
 int cuGetErrorName(int status, const char** name) {
     *name = status == NO_DEVICE ? "CUDA_ERROR_NO_DEVICE" : status == LAUNCH_FAILED ? "CUDA_ERROR_LAUNCH_FAILED" : "CUDA_ERROR_OTHER";

@@ -8,9 +8,9 @@ use quintet_worker::memory::peak_bytes;
 use serde_json::json;
 
 use super::model::{ids, length, open, precision};
+use super::{median, print_result};
 use crate::args::BenchGenerateArguments;
 use crate::commands::generate::flag_error;
-use crate::commands::print_json;
 use crate::device::Decision;
 use crate::error::{Failure, Result};
 
@@ -67,9 +67,7 @@ pub(super) fn run(arguments: &BenchGenerateArguments) -> Result<()> {
         let whole = outputs.iter().flatten().all(|output| output.token_ids.len() == arguments.new_tokens);
         assert!(whole && outputs.len() == arguments.batch_size, "outputs of the length that was asked for");
     }
-    let mut sorted = rounds.clone();
-    sorted.sort_by(f64::total_cmp);
-    let seconds = sorted[sorted.len() / 2];
+    let seconds = median(rounds.clone());
     let tokens = arguments.batch_size * arguments.new_tokens;
     let result = json!({
         "device": device.name(),
@@ -88,13 +86,7 @@ pub(super) fn run(arguments: &BenchGenerateArguments) -> Result<()> {
         "tokens_per_second": tokens as f64 / seconds,
         "peak_memory_bytes": peak_bytes(&device),
     });
-    if arguments.json {
-        print_json(&result);
-    } else {
-        for (name, value) in result.as_object().into_iter().flatten() {
-            println!("{name}: {value}");
-        }
-    }
+    print_result(&result, arguments.json);
     Ok(())
 }
 

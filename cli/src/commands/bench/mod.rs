@@ -10,7 +10,7 @@ mod scaling;
 mod step;
 
 use crate::args::{BenchArguments, BenchCommand};
-use crate::commands::{bench_data, on_threads};
+use crate::commands::{bench_data, on_threads, print_json};
 use crate::error::{Failure, Result, exit};
 
 pub(crate) fn run(arguments: BenchArguments) -> Result<u8> {
@@ -23,6 +23,16 @@ pub(crate) fn run(arguments: BenchArguments) -> Result<u8> {
         }
         BenchCommand::Data(arguments) => bench_data::run(&arguments),
         BenchCommand::Rank => ranks::serve().map(|()| exit::DONE),
+    }
+}
+
+/// As a document, or a line a figure.
+fn print_result(result: &serde_json::Value, as_json: bool) {
+    if as_json {
+        return print_json(result);
+    }
+    for (name, value) in result.as_object().into_iter().flatten() {
+        println!("{name}: {value}");
     }
 }
 

@@ -14,9 +14,8 @@ use quintet_worker::{LoraConfig, Precision, TrainingConfig};
 use serde_json::json;
 
 use super::model::{batch, length, open, precision, sum};
-use super::{median, require_positive};
+use super::{median, print_result, require_positive};
 use crate::args::BenchStepArguments;
-use crate::commands::print_json;
 use crate::device::Decision;
 use crate::error::{Failure, Result};
 
@@ -106,13 +105,7 @@ pub(super) fn run(arguments: &BenchStepArguments) -> Result<()> {
         "peak_memory_bytes": peak,
         "peak_activation_bytes": peak_activation_bytes,
     });
-    if arguments.json {
-        print_json(&result);
-    } else {
-        for (name, value) in result.as_object().into_iter().flatten() {
-            println!("{name}: {value}");
-        }
-    }
+    print_result(&result, arguments.json);
     Ok(())
 }
 

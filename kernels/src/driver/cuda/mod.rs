@@ -4,6 +4,7 @@
 //! its message then names the last kernel that was launched.
 
 mod blas;
+mod event;
 mod nvrtc;
 mod plan;
 mod query;
@@ -12,7 +13,6 @@ mod side;
 mod staging;
 #[cfg(test)]
 mod tests;
-mod timer;
 mod transfer;
 
 use std::collections::HashMap;
@@ -32,9 +32,9 @@ use self::transfer::Transfer;
 use super::{Argument, Launch, Module, Product, cache, sources};
 use crate::{DType, Error, Result, SearchPath};
 
+pub(crate) use self::event::Event;
 pub(crate) use self::query::{DriverLibrary, GpuInfo, library_versions, needed_libraries};
 pub(crate) use self::side::SideStream;
-pub(crate) use self::timer::Event;
 
 /// Dynamic shared memory that every kernel may have without being asked for.
 const SHARED_BYTES_DEFAULT: usize = 48 << 10;

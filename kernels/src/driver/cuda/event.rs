@@ -1,4 +1,4 @@
-//! Points in the stream whose distance in time the GPU itself measures.
+//! Points in the stream that others can wait for.
 
 use cudarc::driver::result;
 use cudarc::driver::sys;
@@ -6,7 +6,7 @@ use cudarc::driver::sys;
 use super::Cuda;
 use crate::Result;
 
-/// A moment on the GPU's clock: when the work before it was done.
+/// The moment when the work before it is done.
 pub(crate) struct Event(pub(super) sys::CUevent);
 
 // SAFETY: events may be used from any thread.
@@ -19,17 +19,6 @@ impl Cuda {
         // SAFETY: event and stream are of this context.
         self.check("cuEventRecord", unsafe { result::event::record(event.0, self.stream) })?;
         Ok(event)
-    }
-
-    /// Waits for the later one.
-    pub(crate) fn seconds_between(&self, start: &Event, end: &Event) -> Result<f64> {
-        self.bind()?;
-        // SAFETY: both were recorded on this stream.
-        let milliseconds = unsafe {
-            self.check("cuEventSynchronize", result::event::synchronize(end.0))?;
-            self.check("cuEventElapsedTime", result::event::elapsed(start.0, end.0))?
-        };
-        Ok(f64::from(milliseconds) / 1e3)
     }
 }
 

@@ -27,6 +27,7 @@ import signal
 import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -348,6 +349,8 @@ def main():
     unknown = set(arguments.parts) - set(parts)
     if unknown:
         parser.error(f"there is no part {unknown.pop()}")
+    # Whoever ends this ends the run with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     for name, part in parts.items():
         if not arguments.parts or name in arguments.parts:
             random.seed(arguments.seed)

@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use super::{check_dtype, check_shape, dropout, linear_backward_input, linear_backward_weight, residual_forward};
+use super::{cast, check_dtype, check_shape, dropout, linear_backward_input, linear_backward_weight, residual_forward};
 use super::{linear_backward_input_scaled, linear_forward, linear_forward_scaled};
 use crate::float::{Float, with_float};
 use crate::gemm::{Matrix, MatrixMut, gemm, gemm_serial};
@@ -195,15 +195,19 @@ pub fn lora_backward_input(d_low: View, a: View, mask: Dropout, mut d_x: ViewMut
     if mask.is_none() {
         return linear_backward_input(d_low, a, d_x, true);
     }
-    let (device, dtype, rows, cols) = (d_x.device(), d_x.dtype(), d_x.rows(), d_x.cols());
+    let (device, rows, cols) = (d_x.device(), d_x.rows(), d_x.cols());
     // Sums of f16 would saturate, and hide that the loss scale is too large.
-    let sum_dtype = if dtype == DType::F16 { DType::F32 } else { dtype };
-    let (mut delta, mut sum) = (device.empty(sum_dtype, rows, cols)?, device.empty(sum_dtype, rows, cols)?);
-    let mut before = device.empty(sum_dtype, rows, cols)?;
+    let dtype = if d_x.dtype() == DType::F16 { DType::F32 } else { d_x.dtype() };
+    let (mut delta, mut sum) = (device.empty(dtype, rows, cols)?, device.empty(dtype, rows, cols)?);
     linear_backward_input(d_low, a, delta.view_mut(), false)?;
-    super::cast(d_x.view(), before.view_mut())?;
-    residual_forward(before.view(), delta.view(), mask, sum.view_mut())?;
-    super::cast(sum.view(), d_x.reborrow())
+    if dtype == d_x.dtype() {
+        residual_forward(d_x.view(), delta.view(), mask, sum.view_mut())?;
+    } else {
+        let mut before = device.empty(dtype, rows, cols)?;
+        cast(d_x.view(), before.view_mut())?;
+        residual_forward(before.view(), delta.view(), mask, sum.view_mut())?;
+    }
+    cast(sum.view(), d_x.reborrow())
 }
 
 fn backward_cpu<T: Float>(lora: Lora, d_y: View, gradients: LoraGradients) -> Result<()> {

@@ -172,6 +172,7 @@ pub(crate) fn cosine(a: &Parameters, b: &Parameters) -> f64 {
 /// both are roundings of one gradient that fall differently.
 #[track_caller]
 pub(crate) fn assert_rounds_as_torch(what: &str, distance: f64, peer: f64) {
+    eprintln!("{what}: bf16 is {distance:.2e} from f32; torch: {peer:.2e}");
     assert!(distance <= 1.25 * peer, "{what}: bf16 is {distance:e} from f32; torch: {peer:e}");
 }
 

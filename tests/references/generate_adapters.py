@@ -9,8 +9,9 @@ For every model a directory `NAME/lora` holds
     logits.safetensors                               `logits` [rows, vocabulary] of the last target token of each row of the
                                                      model's batch, which depends on all before it
     expected.json                                    loss, number of trainable parameters, the losses of ten AdamW steps on
-                                                     the model's batch, each before its update, and the cosine of the
-                                                     gradient in bf16 (weights and all) to that in f32
+                                                     the model's batch, each before its update; and for some other batches
+                                                     the mean distance, 1 - cosine, of the gradient in bf16 (weights and
+                                                     all) from that in f32
 
 All else is f32, on the CPU, without dropout.
 """
@@ -26,6 +27,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 STEPS = 10
+BF16_BATCHES = 8
 SPREAD_MAX = 1e-5
 
 # Lists of names, a pattern, all linear layers; the head, tied and not; both scales.
@@ -80,10 +82,28 @@ def cosine(model, gradients):
     return torch.nn.functional.cosine_similarity(theirs, exact, dim=0).item()
 
 
-def bf16_cosine(directory, options, batch, gradients):
-    model = adapted(directory, options).to(torch.bfloat16)
-    forward(model, batch)[0].loss.backward()
-    return cosine(model, gradients)
+def draw(generator, least, end, count):
+    return torch.randint(least, end, (count,), generator=generator).tolist()
+
+
+def draw_rows(generator, directory, count):
+    """Rows of tokens that end with eos."""
+    vocabulary = read_json(directory / "config.json")["vocab_size"]
+    return [draw(generator, 2, vocabulary, length) + [1] for length in draw(generator, 3, 12, count)]
+
+
+def bf16_reference(directory, options):
+    """Of several batches: of one alone the distance is what its roundings happen to make of it."""
+    generator = torch.Generator().manual_seed(5)
+    batches, distances = [], []
+    for _ in range(BF16_BATCHES):
+        batch = {key: draw_rows(generator, directory, 5) for key in ("source", "labels")}
+        exact, rounded = adapted(directory, options), adapted(directory, options).to(torch.bfloat16)
+        for model in (exact, rounded):
+            forward(model, batch)[0].loss.backward()
+        batches.append(batch)
+        distances.append(1 - cosine(rounded, {name: p.grad for name, p in trainable(exact).items()}))
+    return {"batches": batches, "distance": sum(distances) / len(distances)}
 
 
 def write(directory, options):
@@ -111,7 +131,7 @@ def write(directory, options):
     assert spread < SPREAD_MAX and single[-1] < single[0], (spread, single)
     parameters, _ = model.get_nb_trainable_parameters()
     reference = {"loss": loss, "trainable_parameters": parameters, "adamw": {**ADAMW, "losses": single}}
-    write_json(out / "expected.json", {**reference, "bf16_cosine": bf16_cosine(directory, options, batch, gradients)})
+    write_json(out / "expected.json", {**reference, "bf16": bf16_reference(directory, options)})
     return loss, single[-1], spread
 
 

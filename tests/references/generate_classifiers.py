@@ -27,14 +27,13 @@ from pathlib import Path
 
 import torch
 from generate import DEFAULT_OUTPUT, MODELS, load, padded, read_json, write_json
-from generate_adapters import KEYS, cosine, trainable
+from generate_adapters import BF16_BATCHES, KEYS, cosine, draw, draw_rows, trainable
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTextEncoding
 
 CLASSES = {0: "bad", 1: "good", 2: "so-so"}
 LABELS = [2, 0, 1, 1, 0]
-BF16_BATCHES = 8
 ADAPTERS = {
     "t5_v1_0": dict(r=3, lora_alpha=5, target_modules=["q", "wi"]),
     "t5_v1_1": dict(r=2, lora_alpha=3, target_modules=["k", "o"]),
@@ -70,15 +69,10 @@ def gradients_of(model):
 def bf16_reference(directory):
     """Of several batches: of five examples alone the distance is what their roundings happen to make of it."""
     generator = torch.Generator().manual_seed(5)
-    eos, vocabulary = 1, read_json(directory / "config.json")["vocab_size"]
-
-    def draw(least, end, count):
-        return torch.randint(least, end, (count,), generator=generator).tolist()
-
     batches, distances = [], []
     for _ in range(BF16_BATCHES):
-        source = [draw(2, vocabulary, length) + [eos] for length in draw(3, 12, len(LABELS))]
-        labels = draw(0, len(CLASSES), len(LABELS))
+        source = draw_rows(generator, directory, len(LABELS))
+        labels = draw(generator, 0, len(CLASSES), len(LABELS))
         exact, rounded = classifier(directory), classifier(directory).to(torch.bfloat16)
         for model in (exact, rounded):
             run(model, source, labels).loss.backward()
